@@ -1,0 +1,35 @@
+"""Which tokens each KV head keeps: pure tensor arithmetic, torch only."""
+
+from sparsemm_eval.methods.allocation import Allocation, LayerAllocation, Prompt
+from sparsemm_eval.methods.head_scores import HeadScores, find_head_scores
+from sparsemm_eval.methods.method import (
+    Method,
+    canonical_settings,
+    make_method,
+    method_names,
+    method_settings,
+    register_method,
+    row_lengths,
+)
+from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
+from sparsemm_eval.methods.shape import ModelShape
+
+__all__ = [
+    "Allocation",
+    "HeadScores",
+    "LayerAllocation",
+    "Method",
+    "ModelShape",
+    "ObservationWindow",
+    "Prompt",
+    "Recency",
+    "Scorer",
+    "SinksAndRecent",
+    "canonical_settings",
+    "find_head_scores",
+    "make_method",
+    "method_names",
+    "method_settings",
+    "register_method",
+    "row_lengths",
+]

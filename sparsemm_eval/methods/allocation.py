@@ -1,0 +1,287 @@
+"""How many tokens each KV head keeps: five rules over one scorer (SparseMM, section 3.3).
+
+All arithmetic here is float64. Two ways of rounding: ``paper`` as published, to the token, where
+what exceeds a prompt is lost; ``exact``, where every method spends the same total.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsemm_eval.methods.checks import check_int, check_share
+from sparsemm_eval.methods.head_scores import HeadScores
+from sparsemm_eval.methods.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an allocation knows of one prompt that does not fit the budget.
+
+    Parameters
+    ----------
+    shape : ModelShape
+        The decoder.
+    base : int
+        Mean tokens per KV head beside the window: budget - window.
+    candidates : int
+        Tokens beside the window, n - window; more than ``base``.
+    """
+
+    shape: ModelShape
+    base: int
+    candidates: int
+
+
+class Allocation(ABC):
+    """Shares a prompt's budget among the KV heads.
+
+    A subclass is a frozen dataclass whose fields are its settings. It states its allotments
+    twice: rounded as published (``paper``) and unrounded (``wants``), from which ``exact`` makes
+    counts that sum to the budget. Rules that look at the scores derive from ``LayerAllocation``.
+    """
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ValueError if the settings do not fit a model of this shape."""
+
+    @abstractmethod
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        """Allotments beside the window as published, [L, H] integers, before the cap."""
+
+    @abstractmethod
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        """Unrounded allotments beside the window, [L, H] float64."""
+
+    def counts(self, prompt: Prompt, layer: int, scores: Tensor, exact: bool) -> Tensor:
+        """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
+        return torch.from_numpy(_whole_model(self, prompt, exact)[layer]).to(scores.device)
+
+
+class LayerAllocation(ABC):
+    """Shares a layer's part of the budget among its KV heads, knowing their scores."""
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ValueError if the settings do not fit a model of this shape."""
+
+    @abstractmethod
+    def paper(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        """Allotments as published from scores [H, candidates], [H] int64, before the cap."""
+
+    @abstractmethod
+    def wants(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        """Unrounded allotments, [H] float64."""
+
+    def counts(self, prompt: Prompt, layer: int, scores: Tensor, exact: bool) -> Tensor:
+        """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
+        if not exact:
+            return self.paper(prompt, scores).clamp(max=prompt.candidates)
+        wants = self.wants(prompt, scores).cpu().numpy()
+        total = prompt.base * prompt.shape.kv_heads
+        return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(scores.device)
+
+
+@dataclass(frozen=True)
+class KeepAll(Allocation):
+    """Every token of every head: the uncompressed cache."""
+
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        return np.full((prompt.shape.layers, prompt.shape.kv_heads), prompt.candidates)
+
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        return self.paper(prompt).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same for every head (SnapKV, arXiv 2404.14469)."""
+
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        return np.full((prompt.shape.layers, prompt.shape.kv_heads), prompt.base)
+
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        return self.paper(prompt).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Pyramid(Allocation):
+    """Less from layer to layer (PyramidKV, arXiv 2406.02069), from this prompt's length alone."""
+
+    def _ends(self, prompt: Prompt) -> tuple[int, int]:
+        low = prompt.base // 20
+        high = 2 * prompt.base - low
+        if high >= prompt.candidates:
+            high = prompt.candidates
+            low = 2 * prompt.base - high
+        return low, high
+
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        layers = prompt.shape.layers
+        low, high = self._ends(prompt)
+        if layers == 1:
+            per_layer = np.array([prompt.base])
+        else:
+            per_layer = high - np.arange(layers) * ((high - low) // (layers - 1))
+        return np.repeat(per_layer[:, None], prompt.shape.kv_heads, 1)
+
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        layers = prompt.shape.layers
+        low, high = self._ends(prompt)
+        if layers == 1:
+            per_layer = np.array([prompt.base], dtype=np.float64)
+        else:
+            per_layer = high - np.arange(layers) * ((high - low) / (layers - 1))
+        return np.repeat(per_layer[:, None], prompt.shape.kv_heads, 1)
+
+
+@dataclass(frozen=True)
+class Adaptive(LayerAllocation):
+    """By how much of a layer's best scores each head holds (AdaKV, arXiv 2407.11550).
+
+    Parameters
+    ----------
+    floor : float
+        Share of the budget given to every head alike.
+    """
+
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_share("floor", self.floor)
+
+    def _best(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        """How many of the layer's best scores lie in each head, [H] float64."""
+        heads = scores.shape[0]
+        ranked = scores.to(torch.float64).sort(dim=-1, descending=True).values
+        total = ranked.sum(-1, keepdim=True)
+        share = ranked[:, : prompt.base].sum(-1, keepdim=True) / total
+        scaled = ranked * torch.where(total > 0, share, 1.0)
+        best = scaled.flatten().sort(dim=0, descending=True, stable=True).indices[: heads * prompt.base]
+        # Not bincount: on a GPU it would wait for the device to learn its output's length.
+        held = torch.zeros(heads, dtype=torch.float64, device=scores.device)
+        return held.index_add_(0, best // prompt.candidates, held.new_ones(best.shape))
+
+    def paper(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        return self.wants(prompt, scores).round().to(torch.int64)
+
+    def wants(self, prompt: Prompt, scores: Tensor) -> Tensor:
+        return (1 - self.floor) * self._best(prompt, scores) + int(self.floor * prompt.base)
+
+
+@dataclass(frozen=True)
+class ByHeadScore(Allocation):
+    """By the visual score of each KV head (SparseMM, section 3.3).
+
+    Parameters
+    ----------
+    head_scores : HeadScores
+        Visual scores of the query heads.
+    ratio : float
+        Share of the budget given to every head alike (rho, Table 1).
+    """
+
+    head_scores: HeadScores
+    ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+
+    def check(self, shape: ModelShape) -> None:
+        self.head_scores.check_shape(shape)
+
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        return np.rint(self.wants(prompt)).astype(np.int64)
+
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        shape = prompt.shape
+        visual = self.head_scores.per_kv_head(shape.kv_heads)
+        floor = int(self.ratio * prompt.base)
+        pool = (prompt.base - floor) * shape.layers * shape.kv_heads
+        return visual / visual.sum() * pool + floor
+
+
+@dataclass(frozen=True)
+class ByRandomScore(Allocation):
+    """As by head score, with uniform random scores: the control.
+
+    Parameters
+    ----------
+    ratio : float
+        Share of the budget given to every head alike.
+    seed : int
+        Of numpy's PCG64; the scores are drawn once, one a query head.
+    """
+
+    ratio: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+        check_int("seed", self.seed, least=0)
+
+    def _scored(self, shape: ModelShape) -> ByHeadScore:
+        generator = np.random.Generator(np.random.PCG64(self.seed))
+        drawn = generator.random((shape.layers, shape.query_heads))
+        return ByHeadScore(HeadScores(drawn), self.ratio)
+
+    def paper(self, prompt: Prompt) -> np.ndarray:
+        return self._scored(prompt.shape).paper(prompt)
+
+    def wants(self, prompt: Prompt) -> np.ndarray:
+        return self._scored(prompt.shape).wants(prompt)
+
+
+@lru_cache(maxsize=256)
+def _whole_model(allocation: Allocation, prompt: Prompt, exact: bool) -> np.ndarray:
+    """Counts of all layers; remembered, because each layer of a prompt asks for its own."""
+    if exact:
+        wants = allocation.wants(prompt)
+        total = min(prompt.base * wants.size, prompt.candidates * wants.size)
+        return share_out(wants.ravel(), prompt.candidates, total).reshape(wants.shape)
+    return np.minimum(allocation.paper(prompt), prompt.candidates).astype(np.int64)
+
+
+def share_out(wants: np.ndarray, cap: int, total: int) -> np.ndarray:
+    """Whole counts in proportion to ``wants``, none above ``cap``, summing to ``total``.
+
+    Parameters
+    ----------
+    wants : ndarray
+        [heads] float64, not negative.
+    cap : int
+        Most tokens one head can keep.
+    total : int
+        At most ``cap * heads``.
+
+    Returns
+    -------
+    ndarray
+        [heads] int64: what is clipped goes to the unclipped heads in proportion to their want
+        (equally if all of these are 0), then the largest remainders are rounded up, ties to the
+        lower head.
+    """
+    shares = np.minimum(wants, cap)
+    full = shares >= cap
+    # Each round fills at least one more head or ends.
+    while not full.all():
+        open_wants = wants[~full]
+        missing = total - shares.sum()
+        even = np.full(open_wants.shape, 1 / open_wants.size)
+        weights = open_wants / open_wants.sum() if open_wants.any() else even
+        shares[~full] += missing * weights
+        if not (shares > cap).any():
+            break
+        shares = np.minimum(shares, cap)
+        full = shares >= cap
+    counts = np.floor(shares + _ROUNDING).astype(np.int64)
+    left = total - counts.sum()
+    remainders = np.round(shares - counts, 9)
+    remainders[counts >= cap] = -1
+    counts[np.argsort(-remainders, kind="stable")[:left]] += 1
+    return counts
+
+
+# Float64 sums of a few thousand shares are off by less; a share of 2.9999999999 is a 3.
+_ROUNDING = 1e-9

@@ -1,0 +1,23 @@
+"""Settings checked by one rule each, so that every error reads alike."""
+
+import math
+from collections.abc import Sequence
+
+
+def check_int(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: it must be an integer of at least {least}")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ValueError unless ``value`` is a number in 0..1."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r}: it must be a number from 0 to 1")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: it must be one of {', '.join(allowed)}")

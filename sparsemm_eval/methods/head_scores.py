@@ -1,0 +1,187 @@
+"""Visual scores of the query heads: read, check, write, sum over groups, find the default.
+
+File format, the published one: JSON ``{"layer-head": [value per image, or few means]}``.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from sparsemm_eval.methods.shape import ModelShape
+
+FILE_NAME = "head_scores.json"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadScores:
+    """Visual score of every query head.
+
+    Parameters
+    ----------
+    values : array_like
+        [L, Hq], finite and non-negative, not all zero. Larger means: looks at the image more.
+
+    Raises
+    ------
+    ValueError
+        If the array has another number of dimensions or holds a value that is not allowed.
+    """
+
+    values: np.ndarray
+
+    def __post_init__(self) -> None:
+        values = np.array(self.values, dtype=np.float64)
+        if values.ndim != 2 or 0 in values.shape:
+            raise ValueError(f"head scores of shape {values.shape}: they must be [layers, heads]")
+        _check_values(values, "head scores")
+        values.setflags(write=False)
+        object.__setattr__(self, "values", values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadScores) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of shape and values: what an answer is keyed by."""
+        shape = np.array(self.values.shape, dtype="<i8").tobytes()
+        return hashlib.sha256(shape + self.values.astype("<f8").tobytes()).hexdigest()
+
+    def check_shape(self, shape: ModelShape, source: str = "head scores") -> None:
+        """Raise ValueError unless these are scores for a model of this shape."""
+        if self.values.shape != (shape.layers, shape.query_heads):
+            raise ValueError(
+                f"{source}: {_count(self.values.shape)}, but the model has "
+                f"{_count((shape.layers, shape.query_heads))}; use scores chased on this model"
+            )
+
+    def per_kv_head(self, kv_heads: int) -> np.ndarray:
+        """Sum over the query heads of each KV head, [L, H] float64."""
+        layers, query_heads = self.values.shape
+        if query_heads % kv_heads:
+            raise ValueError(f"{query_heads} query heads cannot be shared by {kv_heads} KV heads")
+        return self.values.reshape(layers, kv_heads, -1).sum(-1)
+
+    @classmethod
+    def read(cls, path: str | Path, shape: ModelShape | None = None) -> "HeadScores":
+        """Read a score file by its "layer-head" keys, whatever their order.
+
+        Parameters
+        ----------
+        path : str or Path
+            JSON, ``{"layer-head": number or list of numbers}``; a list counts as its mean.
+        shape : ModelShape, optional
+            The model the scores must fit.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            Naming file, key and value, if the file is no score file or does not fit.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"head_scores={path}: there is no such file")
+        try:
+            table = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a JSON file ({error})") from error
+        scores = cls(_table_to_array(table, path))
+        if shape is not None:
+            scores.check_shape(shape, str(path))
+        return scores
+
+    def write(self, path: str | Path) -> None:
+        """Write the published format, one number a head."""
+        table = {
+            f"{layer}-{head}": [float(value)]
+            for layer, row in enumerate(self.values)
+            for head, value in enumerate(row)
+        }
+        Path(path).write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def find_head_scores(checkpoint: Path, cached: Path, chase_command: str) -> Path:
+    """The score file used when none is given.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        Folder of the checkpoint; ``head_scores.json`` there comes first.
+    cached : Path
+        Where a chase on this very checkpoint leaves its scores; comes second.
+    chase_command : str
+        The command that would make them, for the error.
+
+    Raises
+    ------
+    FileNotFoundError
+        If neither exists: scores are never made up.
+    """
+    for path in (checkpoint / FILE_NAME, cached):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"no head scores for {checkpoint}: run `{chase_command}`, or give a published score file "
+        "by head_scores=PATH"
+    )
+
+
+def _table_to_array(table: object, path: Path) -> np.ndarray:
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f'{path}: it must be a JSON object {{"layer-head": score}}')
+    entries = {_parse_key(key, path): _mean(key, value, path) for key, value in table.items()}
+    layers = 1 + max(layer for layer, _ in entries)
+    heads = 1 + max(head for _, head in entries)
+    missing = [
+        f"{layer}-{head}"
+        for layer in range(layers)
+        for head in range(heads)
+        if (layer, head) not in entries
+    ]
+    if missing:
+        raise ValueError(f"{path}: no score for head {missing[0]} ({len(missing)} are missing)")
+    array = np.zeros((layers, heads))
+    for (layer, head), value in entries.items():
+        array[layer, head] = value
+    _check_values(array, str(path))
+    return array
+
+
+def _parse_key(key: str, path: Path) -> tuple[int, int]:
+    layer, dash, head = key.partition("-")
+    if not (dash and layer.isdecimal() and head.isdecimal()):
+        raise ValueError(f'{path}: key {key!r} is not "layer-head", such as "12-3"')
+    return int(layer), int(head)
+
+
+def _mean(key: str, value: object, path: Path) -> float:
+    values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"{path}: {key} has no value")
+    for number in values:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not math.isfinite(number) or number < 0:
+            raise ValueError(f"{path}: {key} is {number!r}; a score is finite and not negative")
+    return sum(values) / len(values)
+
+
+def _check_values(values: np.ndarray, source: str) -> None:
+    for layer, head in np.argwhere(~np.isfinite(values) | (values < 0))[:1]:
+        raise ValueError(
+            f"{source}: {layer}-{head} is {values[layer, head]}; a score is finite and not negative"
+        )
+    if not values.any():
+        raise ValueError(f"{source}: all scores are 0; no budget can be shared by them")
+
+
+def _count(shape: tuple[int, int]) -> str:
+    return f"{shape[0]} layers of {shape[1]} heads"

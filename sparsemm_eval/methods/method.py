@@ -1,0 +1,316 @@
+"""A method: which tokens of a prompt each KV head keeps."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsemm_eval.methods.allocation import (
+    Adaptive,
+    Allocation,
+    ByHeadScore,
+    ByRandomScore,
+    KeepAll,
+    LayerAllocation,
+    Prompt,
+    Pyramid,
+    Uniform,
+)
+from sparsemm_eval.methods.checks import check_choice, check_int
+from sparsemm_eval.methods.head_scores import HeadScores
+from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
+from sparsemm_eval.methods.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of compressing a prompt's cache: a scorer, an allocation and a budget.
+
+    A value: print it, compare it, key by it. Made by `make_method`, which checks the settings.
+
+    Parameters
+    ----------
+    name : str
+        As registered.
+    shape : ModelShape
+        The decoder it is for.
+    budget : int or None
+        Mean tokens kept per KV head, window included; None keeps everything.
+    scorer : Scorer
+        Ranks the tokens of a head.
+    allocation : Allocation or LayerAllocation
+        Shares the budget among the heads.
+    exact : bool
+        Spend exactly the budget instead of the published rounding.
+    """
+
+    name: str
+    shape: ModelShape
+    budget: int | None
+    scorer: Scorer
+    allocation: Allocation | LayerAllocation
+    exact: bool = False
+
+    def keeps_all(self, n: int) -> bool:
+        """Whether a prompt of n tokens is left whole."""
+        return self.budget is None or n <= self.budget
+
+    def keep(self, query: Tensor, key: Tensor, layer: int, valid: Tensor | None = None) -> Tensor:
+        """Choose the tokens of one layer that each KV head keeps.
+
+        Parameters
+        ----------
+        query : Tensor
+            [B, Hq, m, d] after RoPE: the last ``window`` positions (m = window) or all (m = n).
+        key : Tensor
+            [B, H, n, d] after RoPE.
+        layer : int
+            Index of the layer.
+        valid : Tensor, optional
+            [B, n] bool, False where a row is padded; on the left only. None: no padding.
+
+        Returns
+        -------
+        Tensor
+            [B, H, n] bool; a padded row gets what it would get alone, its padding False.
+
+        Raises
+        ------
+        ValueError
+            If shapes do not fit the model or each other, or the padding is not on the left.
+        """
+        self._check_tensors(query, key, layer)
+        rows, heads, n, _ = key.shape
+        lengths = [n] * rows if valid is None else row_lengths(valid, rows, n)
+        mask = torch.zeros(rows, heads, n, dtype=torch.bool, device=key.device)
+        for row, length in enumerate(lengths):
+            if length:
+                start = n - length
+                mask[row, :, start:] = self.keep_row(query[row], key[row, :, start:], layer)
+        return mask
+
+    def keep_row(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
+        """`keep` for one unpadded prompt: query [Hq, m, d] and key [H, n, d] to mask [H, n]."""
+        heads, n, _ = key.shape
+        if self.keeps_all(n):
+            return torch.ones(heads, n, dtype=torch.bool, device=key.device)
+        return self.select(self.scorer(query, key), layer, n)
+
+    def select(self, scores: Tensor, layer: int, n: int) -> Tensor:
+        """Keep the window and each head's best candidates.
+
+        Parameters
+        ----------
+        scores : Tensor
+            [H, n - window], of this method's scorer.
+        layer : int
+            Index of the layer.
+        n : int
+            Tokens of the prompt, more than the budget.
+
+        Returns
+        -------
+        Tensor
+            [H, n] bool. Equal scores: the earlier token is kept.
+        """
+        window = self.scorer.window
+        prompt = Prompt(self.shape, self.budget - window, n - window)
+        counts = self.allocation.counts(prompt, layer, scores, self.exact)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices
+        ranked = torch.arange(n - window, device=scores.device) < counts[:, None]
+        mask = torch.ones(scores.shape[0], n, dtype=torch.bool, device=scores.device)
+        mask[:, : n - window] = torch.zeros_like(ranked).scatter_(1, order, ranked)
+        return mask
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes this method what it is, plain values in a fixed order (a cell's)."""
+        if self.budget is None:
+            return {}
+        values = {"budget": self.budget, "allocation": "exact" if self.exact else "paper"}
+        for part in (self.scorer, self.allocation):
+            for field in fields(part):
+                value = getattr(part, field.name)
+                values[field.name] = value.digest if isinstance(value, HeadScores) else value
+        return dict(sorted(values.items()))
+
+    def __str__(self) -> str:
+        inside = ",".join(f"{name}={_short(value)}" for name, value in self.settings.items())
+        return f"{self.name}({inside})"
+
+    def _check_tensors(self, query: Tensor, key: Tensor, layer: int) -> None:
+        if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0]:
+            raise ValueError(
+                f"query {tuple(query.shape)} and key {tuple(key.shape)}: they must be "
+                "[B, Hq, m, d] and [B, H, n, d]"
+            )
+        heads = (query.shape[1], key.shape[1])
+        if heads != (self.shape.query_heads, self.shape.kv_heads) or not (
+            0 <= layer < self.shape.layers
+        ):
+            raise ValueError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
+        n, window = key.shape[2], self.scorer.window
+        if query.shape[2] not in (n, min(window, n)):
+            raise ValueError(
+                f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
+                f"or all {n}"
+            )
+
+
+def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
+    """Tokens of each row, from a mask [rows, n] that is False on left padding only."""
+    if valid.shape != (rows, n) or valid.dtype != torch.bool:
+        raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
+    if n > 1 and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+        raise ValueError("valid is False after a True: padding must be on the left")
+    return valid.sum(-1).tolist()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    allocation: type
+    scorer: type
+    budgeted: bool
+
+    def parts(self) -> tuple[type, type]:
+        return self.scorer, self.allocation
+
+    def known(self) -> list[str]:
+        if not self.budgeted:
+            return []
+        names = [field.name for part in self.parts() for field in fields(part)]
+        return sorted({"budget", "allocation", *names})
+
+
+_registry: dict[str, _Entry] = {}
+
+
+def register_method(
+    name: str, allocation: type, scorer: type = ObservationWindow, budgeted: bool = True
+) -> None:
+    """Make ``make_method(name, …)`` and ``--model_args method=name`` known.
+
+    Parameters
+    ----------
+    name : str
+        Not registered before.
+    allocation : type
+        Frozen dataclass deriving from `Allocation` or `LayerAllocation`; its fields are settings.
+    scorer : type
+        Frozen dataclass with the face of `Scorer`; its fields are settings too.
+    budgeted : bool
+        False for a method that keeps everything.
+
+    Raises
+    ------
+    ValueError
+        If the name is taken or both classes have a field of the same name.
+    """
+    entry = _Entry(allocation, scorer, budgeted)
+    names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
+    twice = sorted({field for field in names if names.count(field) > 1})
+    if name in _registry:
+        raise ValueError(f"method {name!r} is registered already; choose another name")
+    if twice:
+        raise ValueError(f"method {name!r} has two settings named {', '.join(twice)}")
+    _registry[name] = entry
+
+
+def method_names() -> list[str]:
+    """Names of all registered methods."""
+    return list(_registry)
+
+
+def method_settings(name: str) -> list[str]:
+    """Settings that a method reads; ValueError for an unknown method."""
+    check_choice("method", name, method_names())
+    return _registry[name].known()
+
+
+def canonical_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop settings that only other methods read, so that one cell has one name.
+
+    Raises
+    ------
+    ValueError
+        For a setting that no registered method knows.
+    """
+    known = method_settings(name)
+    anywhere = {setting for other in _registry.values() for setting in other.known()}
+    _refuse_unknown(name, settings, sorted(anywhere))
+    return {setting: value for setting, value in settings.items() if setting in known}
+
+
+def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
+    """Make a method from its name and settings.
+
+    Parameters
+    ----------
+    name : str
+        One of `method_names`.
+    shape : ModelShape
+        The decoder it will run on.
+    **settings
+        ``budget`` (mean tokens per KV head, window included), ``allocation`` ("paper" or
+        "exact") and the fields of the method's scorer and allocation: ``window``,
+        ``kernel_size``, ``pooling``, ``group_reduction``, ``ratio``, ``floor``, ``seed``,
+        ``head_scores``, ``sinks``.
+
+    Raises
+    ------
+    ValueError
+        Naming the setting, its value and what is allowed.
+    """
+    known = method_settings(name)
+    _refuse_unknown(name, settings, known)
+    entry = _registry[name]
+    if not entry.budgeted:
+        return Method(name, shape, None, entry.scorer(), entry.allocation())
+    if settings.get("budget") is None:
+        raise ValueError(f"method {name} needs a budget: the mean tokens kept per KV head")
+    rounding = settings.get("allocation", "paper")
+    check_choice("allocation", rounding, ("paper", "exact"))
+    scorer = _build(name, entry.scorer, settings)
+    allocation = _build(name, entry.allocation, settings)
+    allocation.check(shape)
+    budget = settings["budget"]
+    check_int("budget", budget, least=1)
+    if budget < scorer.least_budget:
+        reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
+        raise ValueError(
+            f"budget={budget} is too small for {reserved}: "
+            f"{name} needs at least {scorer.least_budget}"
+        )
+    return Method(name, shape, budget, scorer, allocation, rounding == "exact")
+
+
+def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:
+    given = {field.name: settings[field.name] for field in fields(part) if field.name in settings}
+    for field in fields(part):
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and given.get(field.name) is None:
+            raise ValueError(f"method {name} needs {field.name}")
+    return part(**given)
+
+
+def _refuse_unknown(name: str, settings: Mapping[str, Any], known: list[str]) -> None:
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        allowed = ", ".join(known) or "no settings"
+        raise ValueError(f"{unknown[0]}={settings[unknown[0]]!r}: method {name} knows {allowed}")
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+register_method("fullkv", KeepAll, scorer=Recency, budgeted=False)
+register_method("sparsemm", ByHeadScore)
+register_method("snapkv", Uniform)
+register_method("pyramidkv", Pyramid)
+register_method("adakv", Adaptive)
+register_method("random", ByRandomScore)
+register_method("local", Uniform, scorer=Recency)
+register_method("streaming", Uniform, scorer=SinksAndRecent)
