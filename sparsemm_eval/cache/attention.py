@@ -1,0 +1,59 @@
+"""The attention and mask functions a model must run on, registered with transformers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sparsemm_eval.cache.layer import RaggedLayer
+
+ATTENTION = "sparsemm"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | RaggedLayer,
+    value: Tensor | RaggedLayer,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend over a HeadBudgetCache where there is one, else as sdpa does.
+
+    Parameters
+    ----------
+    module : Module
+        The attention module that asks.
+    query : Tensor
+        [B, Hq, m, D].
+    key, value : Tensor or RaggedLayer
+        What the cache's update returned.
+    attention_mask : Tensor or None
+        As sdpa's.
+
+    Returns
+    -------
+    tuple
+        Output [B, m, Hq, D], and None for the weights.
+    """
+    if isinstance(key, RaggedLayer):
+        return key.attend(module, query, attention_mask, **kwargs), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+# Without a mask function of the same name transformers passes no mask at all, and padded rows
+# would be silently wrong.
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def use_head_budget_attention(model: PreTrainedModel) -> None:
+    """Put a model's decoder on this attention; a vision tower stays as it is.
+
+    With any other cache, or none, the decoder computes what it does on sdpa.
+    """
+    decoder = "text_config" if model.config.get_text_config() is not model.config else ""
+    model.set_attn_implementation({decoder: ATTENTION})

@@ -1,0 +1,237 @@
+"""HeadBudgetCache: a transformers cache that compresses a prompt per KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
+from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
+from sparsemm_eval.methods import Method, Scorer, row_lengths
+
+
+class HeadBudgetCache(Cache):
+    """One prompt a row, kept as its method says, then grown token by token.
+
+    The prompt runs dense, layer by layer: a layer's keys and values are compressed as soon as
+    its attention is done, so that no more than one layer is dense at a time. The model must run
+    on `sparsemm_eval.cache.attention`; on another attention it fails at the first layer.
+
+    Parameters
+    ----------
+    methods : Method or sequence of Method
+        With M methods a batch of B samples becomes B * M rows, sample by sample, once the prompt
+        is read: row ``b * M + m`` is sample b under method m.
+    backend : {"auto", "varlen", "torch"}
+        What attends over the ragged rows.
+
+    Raises
+    ------
+    ValueError
+        For an unknown backend, no method, or methods for different models.
+    """
+
+    def __init__(self, methods: Method | Sequence[Method], backend: str = "auto") -> None:
+        methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+        if len({method.shape for method in methods}) != 1:
+            raise ValueError("methods of one cache must be at least one and of one ModelShape")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}: it must be one of {', '.join(BACKENDS)}")
+        prompt = _Prompt()
+        layers = range(methods[0].shape.layers)
+        super().__init__(layers=[RaggedLayer(layer, methods, backend, prompt) for layer in layers])
+        self.methods = methods
+        self._prompt = prompt
+
+    def kept(self) -> Tensor:
+        """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
+        return torch.stack([layer.filled().kept for layer in self.layers], 1)
+
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each row's prompt, padding excluded."""
+        return [length for length in self._prompt.lengths for _ in self.methods]
+
+    def bytes(self) -> CacheBytes:
+        """Bytes really held: keys, values, slack and metadata of all layers."""
+        return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
+
+    def backend(self) -> str:
+        """What attends over the ragged rows, once a prompt was read."""
+        return self.layers[0].resolved
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "HeadBudgetCache cannot take tokens back: assisted decoding needs another cache"
+        )
+
+    def reset(self) -> None:
+        """Forget the prompt; the next call reads a new one."""
+        self._prompt.lengths = []
+        super().reset()
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer: dense while its prompt is read, ragged after.
+
+    ``update`` returns the layer itself in place of keys and values; the attention function, which
+    the model calls next, finds it there. Tensors are never passed on, so a model left on another
+    attention cannot silently ignore the compression.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    supports_early_init = False
+
+    def __init__(
+        self, index: int, methods: tuple[Method, ...], backend: str, prompt: _Prompt
+    ) -> None:
+        super().__init__()
+        self.index, self.methods, self.requested = index, methods, backend
+        self.prompt = prompt
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[RaggedLayer, RaggedLayer]:
+        length = key_states.shape[-2]
+        if self.store is not None and length > 1:
+            raise NotImplementedError(
+                f"HeadBudgetCache holds a prompt already and got {length} tokens more: a prompt in "
+                "chunks or a second turn is not supported; read the whole prompt with a new cache"
+            )
+        self.lazy_initialization(key_states, value_states)
+        self.pending = (key_states, value_states)
+        self.seen += length
+        return self, self
+
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attention of the tokens just given to ``update``; query [B, Hq, m, D] to [B, m, Hq, D].
+
+        The first call reads the prompt with dense attention and compresses it.
+        """
+        key, value = self.pending
+        self.pending = None
+        if self.store is None:
+            out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+            self._compress(query, key, value, mask)
+            return out
+        window = kwargs.get("sliding_window")
+        if window is not None and self.seen > window:
+            raise NotImplementedError(
+                f"the model attends to the last {window} tokens only (sliding window), and "
+                f"{self.seen} were read: HeadBudgetCache has no sliding window"
+            )
+        if query.shape[0] != self.store.rows:
+            raise ValueError(
+                f"{query.shape[0]} rows to decode, but the cache holds {self.store.rows} "
+                f"(samples x {len(self.methods)} methods)"
+            )
+        scale = kwargs.get("scaling")
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return self.store.append_attend(query, key, value, scale, self.resolved)
+
+    def filled(self) -> RaggedKV:
+        """The compressed keys and values; RuntimeError before a prompt was read."""
+        if self.store is None:
+            raise RuntimeError("the cache is empty: run the model on a prompt first")
+        return self.store
+
+    def get_seq_length(self) -> int:
+        """Tokens read, kept or not: what positions are counted by."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name of `get_max_length` in transformers 5.17."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, or -1 while there are none."""
+        return -1 if self.store is None else self.store.rows
+
+    def reset(self) -> None:
+        self.seen = 0
+        self.store: RaggedKV | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.resolved = self.requested
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.store is not None:
+            self.store = self.store.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            self.reorder_cache(torch.arange(self.store.rows).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        raise NotImplementedError("HeadBudgetCache cannot be offloaded; it stays on the device")
+
+    def prefetch(self) -> None:
+        self.offload()
+
+    def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        samples, heads, n, dim = key.shape
+        self.resolved = resolve_backend(self.requested, key.device, key.dtype, dim)
+        if self.index == 0:
+            self.prompt.lengths = _prompt_lengths(mask, samples, n)
+        rows = torch.zeros(
+            samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
+        )
+        for sample, length in enumerate(self.prompt.lengths):
+            kept = self._keep(query[sample], key[sample, :, n - length :])
+            for m, chosen in enumerate(kept):
+                rows[sample, m, :, n - length :] = chosen
+        self.store = RaggedKV.pack(key, value, rows.flatten(0, 1))
+
+    def _keep(self, query: Tensor, key: Tensor) -> list[Tensor]:
+        """What each method keeps of one prompt; equal scorers score once."""
+        heads, n, _ = key.shape
+        scores: dict[Scorer, Tensor] = {}
+        kept = []
+        for method in self.methods:
+            if n == 0 or method.keeps_all(n):
+                kept.append(torch.ones(heads, n, dtype=torch.bool, device=key.device))
+                continue
+            if method.scorer not in scores:
+                scores[method.scorer] = method.scorer(query, key)
+            kept.append(method.select(scores[method.scorer], self.index, n))
+        return kept
+
+
+class _Prompt:
+    """What the layers of one cache share: the first finds the lengths for all."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+
+def _prompt_lengths(mask: Tensor | None, samples: int, n: int) -> list[int]:
+    if mask is None:
+        return [n] * samples
+    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n):
+        raise NotImplementedError(
+            f"attention mask {tuple(mask.shape)} {mask.dtype}: HeadBudgetCache takes a 2-D padding "
+            "mask, no attention pattern of one's own"
+        )
+    return row_lengths(mask[:, 0, -1], samples, n)
