@@ -1,0 +1,1 @@
+"""Which heads see: visual scores and what follows from them."""

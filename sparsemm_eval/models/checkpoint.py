@@ -1,0 +1,203 @@
+"""A checkpoint: found, checked and fingerprinted before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from platformdirs import user_cache_path
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from sparsemm_eval.cache import use_head_budget_attention
+from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
+
+
+class Checkpoint:
+    """A Hugging Face checkpoint of one family.
+
+    Parameters
+    ----------
+    pretrained : str or Path
+        A folder, or a repository on the hub (downloaded once, found offline afterwards).
+    model_type : str
+        What its config must say, "llava_next" or "qwen2_vl".
+    revision : str, optional
+        Of a hub repository.
+    dtype : {"auto", "float32", "bfloat16", "float16"}
+        Of the weights; auto takes the checkpoint's own.
+    device_map : str or dict
+        As transformers'; a device such as "cpu" or "cuda:0", or "auto".
+    attn_implementation : str
+        Of the vision tower. The decoder runs on the head-budgeted attention, whose dense part
+        is sdpa.
+
+    Raises
+    ------
+    ValueError
+        In one sentence, if it cannot be found or read, is of another family, or a weight file
+        is broken.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path,
+        model_type: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device_map: str | dict = "cpu",
+        attn_implementation: str = "sdpa",
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
+        self.pretrained = str(pretrained)
+        self.dtype, self.device_map = dtype, device_map
+        self.attn_implementation = attn_implementation
+        self.folder = _folder(self.pretrained, revision)
+        self.config = _read_config(self.folder, self.pretrained)
+        if self.config.model_type != model_type:
+            raise ValueError(
+                f"pretrained={self.pretrained} is a {self.config.model_type} checkpoint; this "
+                f"model takes {model_type}"
+            )
+        _check_weights(self.folder, self.pretrained)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Layers and heads of the decoder."""
+        text = self.config.get_text_config()
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return ModelShape(text.num_hidden_layers, text.num_attention_heads, kv_heads)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over all that decides its answers: weights, configs, tokenizer, processor."""
+        digest = hashlib.sha256()
+        files = {path for pattern in _FILES for path in self.folder.glob(pattern)}
+        for path in sorted(files):
+            # Head scores decide a method's answers, not the model's; they are keyed apart.
+            if not path.name.startswith("head_scores"):
+                digest.update(f"{path.name} {_file_hash(path)}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def processor(self) -> ProcessorMixin:
+        """Tokenizer and image processor, padding on the left."""
+        try:
+            processor = AutoProcessor.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"pretrained={self.pretrained}: its processor cannot be read ({_one_line(error)})"
+            ) from error
+        if not getattr(processor, "chat_template", None):
+            raise ValueError(
+                f"pretrained={self.pretrained} has no chat template: add chat_template.jinja"
+            )
+        processor.tokenizer.padding_side = "left"
+        return processor
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The weights, loaded on first use, with the decoder on the head-budgeted attention."""
+        model = AutoModelForImageTextToText.from_pretrained(
+            self.folder,
+            dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+            device_map=self.device_map,
+            attn_implementation=self.attn_implementation,
+        )
+        use_head_budget_attention(model)
+        return model.eval()
+
+    def release(self) -> None:
+        """Drop the weights; the next use loads them again."""
+        self.__dict__.pop("model", None)
+
+    def head_scores(self, path: str | Path | None = None) -> HeadScores:
+        """The given score file, or the one found for this checkpoint.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it does not fit.
+        """
+        command = f"sparsemm-eval chase --model {self.pretrained}"
+        found = path or find_head_scores(self.folder, self.scores_cache(), command)
+        return HeadScores.read(found, self.shape)
+
+    def scores_cache(self) -> Path:
+        """Where a chase on this very checkpoint leaves its scores."""
+        return user_cache_path("sparsemm-eval") / "head_scores" / f"{self.hash}.json"
+
+
+def _folder(pretrained: str, revision: str | None) -> Path:
+    if Path(pretrained).is_dir():
+        return Path(pretrained).resolve()
+    try:
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"pretrained={pretrained} is no folder and cannot be had from the hub "
+            f"({_one_line(error)}): give a folder, or a repository that is reachable or cached"
+        ) from error
+
+
+def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"pretrained={pretrained}: its config.json cannot be read ({_one_line(error)})"
+        ) from error
+
+
+def _check_weights(folder: Path, pretrained: str) -> None:
+    """Raise ValueError unless every weight file is there, with a header that fits its size."""
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(names - {path.name for path in files})
+        if missing:
+            raise ValueError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
+    if not files:
+        raise ValueError(f"pretrained={pretrained}: no *.safetensors weight file in {folder}")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"pretrained={pretrained}: {path.name} is broken ({_one_line(error)})"
+            ) from error
+
+
+def _file_hash(path: Path) -> str:
+    # A file in the hub's cache is a link to a blob that is named by its own hash.
+    target = path.resolve()
+    if target.parent.name == "blobs":
+        return target.name
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,495 @@
+"""SparseMMModel: lmms-eval's requests in, answers out, nothing lost on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from loguru import logger
+from PIL import Image
+from tqdm import tqdm
+from transformers import BatchFeature, ProcessorMixin
+
+from sparsemm_eval import __version__
+from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.methods import (
+    Method,
+    canonical_settings,
+    make_method,
+    method_names,
+    method_settings,
+)
+from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.models.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.models.decode import Decoded, generate
+
+DEFAULT_ANSWERS = "results/answers"
+DEFAULT_NEW_TOKENS = 1024
+# What one bad sample may raise while it is read, processed or generated. Everything else is an
+# error of this program and ends the run.
+SAMPLE_ERRORS = (
+    ArithmeticError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,  # PIL's word for a broken PNG
+    TypeError,
+    ValueError,
+)
+_CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
+_GENERATION = {
+    "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
+    "temperature", "top_k", "top_p",
+}  # fmt: skip
+
+
+class SampleFailures(RuntimeError):
+    """Some samples have no answer; their causes are in the answers store."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One request, ready for the model.
+
+    Parameters
+    ----------
+    task, doc_id : str
+        Where it is from.
+    prompt : str
+        Through the chat template, image placeholders included.
+    images : tuple of Image
+        In the order of their placeholders.
+    options : tuple
+        Generation settings, sorted (name, value) pairs; equal ones share a batch.
+    until : tuple of str
+        The answer ends before any of these.
+    key : str
+        Of its answer.
+    """
+
+    task: str
+    doc_id: str
+    prompt: str
+    images: tuple[Image.Image, ...]
+    options: tuple[tuple[str, Any], ...]
+    until: tuple[str, ...]
+    key: str
+
+
+class SparseMMModel(lmms):
+    """A vision-language model on a head-budgeted KV cache, as an lmms-eval chat model.
+
+    A subclass names a family: its ``model_id`` in lmms-eval, its ``model_type`` in transformers
+    and the settings only it has.
+
+    Parameters
+    ----------
+    pretrained : str
+        Folder or hub repository of the checkpoint.
+    method : str
+        One of `sparsemm_eval.methods.method_names`.
+    batch_size : int
+        Samples that are read and decoded together.
+    device : str, optional
+        Where the model lies; default the process's own GPU, or the CPU.
+    max_batch_size : optional
+        lmms-eval's; not used.
+    checkpoint : Checkpoint, optional
+        One loaded already; it is shared and not released after a run. From Python only.
+    **settings
+        All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
+        answers, and what the method and the family read.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        In one sentence, before any weight is loaded.
+    """
+
+    is_simple = False
+    model_id: ClassVar[str]
+    model_type: ClassVar[str]
+    family_settings: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        method: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | str | None = None,
+        checkpoint: Checkpoint | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self._refuse_unknown(settings)
+        if method is None:
+            raise ValueError(f"method is missing: give one of {', '.join(method_names())}")
+        if pretrained is None and checkpoint is None:
+            raise ValueError("pretrained is missing: give a checkpoint's folder or hub repository")
+        self.batch_size = _positive_int("batch_size", batch_size)
+        self.backend = settings.get("backend", "auto")
+        check_choice("backend", self.backend, BACKENDS)
+        chosen = canonical_settings(
+            method, {name: value for name, value in settings.items() if name not in self._own()}
+        )
+        self.accelerator = Accelerator()
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
+        self._owns_checkpoint = checkpoint is None
+        self.checkpoint = checkpoint or Checkpoint(
+            pretrained,
+            self.model_type,
+            **{"device_map": device or str(self.accelerator.device)}
+            | {name: settings[name] for name in _CHECKPOINT if name in settings},
+        )
+        if "head_scores" in method_settings(method):
+            chosen["head_scores"] = self.checkpoint.head_scores(chosen.get("head_scores"))
+        self.method: Method = make_method(method, self.checkpoint.shape, **chosen)
+        self.family = {name: settings.get(name) for name in self.family_settings}
+        self.processor = self.configure(self.checkpoint.processor, **self.family)
+        self.store = AnswerStore(settings.get("answers", DEFAULT_ANSWERS))
+        logger.info(f"{self.model_id}: {self.method} on {self.checkpoint.pretrained}")
+
+    @classmethod
+    def configure(cls, processor: ProcessorMixin, **family: Any) -> ProcessorMixin:
+        """Apply the family's settings to a processor."""
+        return processor
+
+    @property
+    def device(self) -> torch.device:
+        """Of this process, for lmms-eval's own collectives."""
+        return self.accelerator.device
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer all requests, from disk where an answer is there already.
+
+        Raises
+        ------
+        SampleFailures
+            After all others are answered and safe, if samples failed: no score is made of them.
+        """
+        run = _Run(self)
+        for request in tqdm(requests, desc=str(self.method), disable=self.rank != 0):
+            run.add(request)
+        answers = run.finish()
+        self._raise_failures([answer for answer in answers if answer.error is not None])
+        self._report(answers, run)
+        return [
+            GenerationResult(
+                answer.text,
+                TokenCounts(answer.record["prompt_tokens"], answer.record["new_tokens"]),
+            )
+            for answer in answers
+        ]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            f"{self.model_id} answers one turn: a second prompt on a compressed cache is not "
+            "defined by the methods; choose tasks whose output_type is generate_until"
+        )
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            f"{self.model_id} has no loglikelihood: it reads its candidates without decoding, so "
+            "a compressed cache would change nothing; choose tasks of output_type generate_until"
+        )
+
+    def clean(self) -> None:
+        """lmms-eval is done with generating: give the memory back for its judges."""
+        if self._owns_checkpoint:
+            self.checkpoint.release()
+        super().clean()
+
+    def key_of(self, prompt: str, images: Sequence[Image.Image], **where: Any) -> str:
+        """Key of an answer: all that decides its text, and nothing else."""
+        return answer_key(
+            {
+                "version": __version__,
+                "model": self.model_id,
+                "checkpoint": self.checkpoint.hash,
+                "dtype": self.checkpoint.dtype,
+                "family": self.family,
+                "method": self.method.name,
+                "settings": self.method.settings,
+                "prompt": prompt,
+                "images": [_image_hash(image) for image in images],
+                **where,
+            }
+        )
+
+    def run_batch(self, samples: Sequence[Sample]) -> Decoded:
+        """Read and decode samples of equal options together."""
+        prompts = [sample.prompt for sample in samples]
+        images = [image for sample in samples for image in sample.images]
+        bos = self.processor.tokenizer.bos_token
+        model = self.checkpoint.model
+        inputs: BatchFeature = self.processor(
+            text=prompts,
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and prompts[0].startswith(bos)),
+        ).to(model.device, model.dtype)
+        pad = self.processor.tokenizer.pad_token_id
+        options = {"pad_token_id": pad} if pad is not None else {}
+        options |= dict(samples[0].options)
+        return generate(model, inputs, self.method, options, self.backend)
+
+    def _report(self, answers: Sequence[Answer], run: _Run) -> None:
+        """State what was kept, and whether anything was compressed at all."""
+        if not answers:
+            return
+        records = [answer.record for answer in answers]
+        count = len(records)
+        whole = sum(record["kept_per_head"] == record["prompt_tokens"] for record in records)
+        new = [answer.record for answer in answers if answer.key in run.computed]
+        seconds = sum(record["seconds"] for record in new)
+        tokens = sum(record["new_tokens"] for record in new)
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={
+                "samples": count,
+                "samples_found": count - len(new),
+                "nominal_tokens_per_head": self.method.budget or 0,
+                "kept_tokens_per_head": sum(r["kept_per_head"] for r in records) / count,
+                "prompt_tokens": sum(r["prompt_tokens"] for r in records) / count,
+                "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
+                "share_uncompressed": whole / count,
+            },
+        )
+        if self.method.budget is not None and whole > count / 2:
+            logger.warning(
+                f"{self.method.name} left {whole} of {count} samples uncompressed: their prompts "
+                f"fit budget={self.method.budget}, so this is mostly a full-KV result"
+            )
+
+    def _raise_failures(self, failed: list[Answer]) -> None:
+        """Raise on every rank if samples failed on any: no rank may wait for one that is gone."""
+        words = [f"{a.task} {a.doc_id}: {a.error}" for a in failed]
+        if self.world_size > 1:
+            words = gather_object(words)
+        if words:
+            raise SampleFailures(
+                f"{len(words)} samples failed, so no score is written; the others are safe in "
+                f"{self.store.folder} and are not computed again. First: {words[0]}"
+            )
+
+    @classmethod
+    def _own(cls) -> set[str]:
+        """Settings that are not a method's."""
+        return {*_CHECKPOINT, "backend", "answers", *cls.family_settings}
+
+    def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:
+        methods = {setting for name in method_names() for setting in method_settings(name)}
+        known = {"pretrained", "method", "batch_size", "device"} | self._own() | methods
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            name = unknown[0]
+            raise ValueError(
+                f"{name}={settings[name]!r}: {self.model_id} has no such setting; it knows "
+                f"{', '.join(sorted(known))}"
+            )
+
+
+class _Run:
+    """One generate_until: finds, batches and computes answers."""
+
+    def __init__(self, model: SparseMMModel) -> None:
+        self.model = model
+        self.answers: dict[str, Answer] = {}
+        self.computed: set[str] = set()
+        self.order: list[str] = []
+        self.cells: dict[str, str] = {}
+        self.repeats: Counter[str] = Counter()
+        self.waiting: dict[tuple, list[Sample]] = defaultdict(list)
+        self.queued: set[str] = set()
+
+    def add(self, request: Instance) -> None:
+        """Take a request; a full batch is computed at once, so that few images are held."""
+        _, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
+        self._open_cell(task)
+        try:
+            document = self.model.task_dict[task][split][doc_id]
+            prompt, images = self._read(doc_to_messages(document))
+            sample = self._sample(prompt, images, gen_kwargs, f"{split} {doc_id}", task)
+        except SAMPLE_ERRORS as error:
+            key = answer_key({"failed": [task, split, doc_id], "cell": self.cells[task]})
+            self.order.append(key)
+            self._fail(key, task, f"{split} {doc_id}", error)
+            return
+        self.order.append(sample.key)
+        if sample.key in self.answers or sample.key in self.queued:
+            return
+        batch = self.waiting[sample.options]
+        batch.append(sample)
+        self.queued.add(sample.key)
+        if len(batch) == self.model.batch_size:
+            self._compute(self.waiting.pop(sample.options))
+
+    def finish(self) -> list[Answer]:
+        """Compute what waits; the answers in the order of their requests."""
+        for batch in self.waiting.values():
+            self._compute(batch)
+        self.model.store.close()
+        return [self.answers[key] for key in self.order]
+
+    def _open_cell(self, task: str) -> None:
+        if task in self.cells:
+            return
+        self.cells[task] = f"{self.model.model_id} {task} {self.model.method}"
+        found = self.model.store.read(self.cells[task])
+        self.answers.update(found)
+        if found and self.model.rank == 0:
+            logger.info(
+                f"{task}: {len(found)} answers of this cell are in {self.model.store.folder}; "
+                "those that fit are used and not computed again"
+            )
+
+    def _read(self, messages: list[dict]) -> tuple[str, tuple[Image.Image, ...]]:
+        """Messages through the chat template; the images they show, in order."""
+        chat = ChatMessages(messages=messages)
+        urls, videos, sounds = chat.extract_media()
+        if videos or sounds:
+            raise ValueError(f"{self.model.model_id} reads images and text, no video or sound")
+        images = tuple(
+            url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
+        )
+        prompt = self.model.processor.apply_chat_template(
+            chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
+        )
+        return prompt, images
+
+    def _sample(
+        self,
+        prompt: str,
+        images: tuple[Image.Image, ...],
+        gen_kwargs: Mapping[str, Any],
+        doc_id: str,
+        task: str,
+    ) -> Sample:
+        options, until = generation_options(gen_kwargs)
+        where = {
+            "task": task,
+            "document": doc_id,
+            "generation": [list(option) for option in options],
+            "until": until,
+        }
+        key = self.model.key_of(prompt, images, repeat=0, **where)
+        if dict(options)["do_sample"]:
+            # The same request again asks for another draw, not for the same one.
+            self.repeats[key] += 1
+            key = self.model.key_of(prompt, images, repeat=self.repeats[key], **where)
+        return Sample(task, doc_id, prompt, images, options, until, key)
+
+    def _compute(self, samples: list[Sample]) -> None:
+        """Answer a batch; one that fails is halved until the sample at fault stands alone."""
+        try:
+            decoded = self.model.run_batch(samples)
+        except SAMPLE_ERRORS as error:
+            if len(samples) == 1:
+                self._fail(samples[0].key, samples[0].task, samples[0].doc_id, error)
+                return
+            logger.warning(f"a batch of {len(samples)} failed ({one_line(error)}); trying halves")
+            half = len(samples) // 2
+            self._compute(samples[:half])
+            self._compute(samples[half:])
+            return
+        self._store([self._answer(s, decoded, row) for row, s in enumerate(samples)])
+
+    def _answer(self, sample: Sample, decoded: Decoded, row: int) -> Answer:
+        model = self.model
+        text = model.processor.tokenizer.decode(decoded.tokens[row], skip_special_tokens=True)
+        rows = len(decoded.tokens)
+        record = {
+            "prompt_tokens": decoded.prompt_tokens[row],
+            "new_tokens": len(decoded.tokens[row]),
+            "kept_per_head": decoded.kept[row].double().mean().item(),
+            "kept_bytes": decoded.kept_bytes[row],
+            "cache_bytes": decoded.cache_bytes // rows,
+            "seconds": decoded.seconds / rows,
+            "backend": decoded.backend,
+            "batch_size": rows,
+            "device": str(model.checkpoint.model.device),
+        }
+        text = cut(text, sample.until).strip()
+        return Answer(
+            sample.key, self.cells[sample.task], sample.task, sample.doc_id, text, None, record
+        )
+
+    def _fail(self, key: str, task: str, doc_id: str, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {one_line(error)}"
+        logger.error(f"{task} {doc_id} failed: {cause}")
+        self._store([Answer(key, self.cells[task], task, doc_id, None, cause)])
+
+    def _store(self, answers: list[Answer]) -> None:
+        self.model.store.write(answers)
+        self.answers.update((answer.key, answer) for answer in answers)
+        self.computed.update(answer.key for answer in answers)
+
+
+def generation_options(
+    gen_kwargs: Mapping[str, Any],
+) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+    """A task's generation_kwargs as transformers' options, and the strings that end an answer.
+
+    Greedy unless the task asks for a temperature above 0; 1,024 new tokens unless it says less,
+    as lmms-eval's own models do.
+
+    Raises
+    ------
+    ValueError
+        If max_new_tokens is no positive integer.
+    """
+    until = gen_kwargs.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    options = {name: value for name, value in gen_kwargs.items() if name in _GENERATION}
+    options["max_new_tokens"] = _positive_int(
+        "max_new_tokens", options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+    )
+    if (options.get("temperature") or 0) > 0:
+        options["do_sample"] = True
+    else:
+        # None takes a default of the checkpoint's own generation_config out of force.
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return tuple(sorted(options.items())), until
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of the strings that end it."""
+    for end in until:
+        if end:
+            text = text.split(end)[0]
+    return text
+
+
+def one_line(error: Exception) -> str:
+    """An exception's words in one line."""
+    return " ".join(str(error).split())[:500]
+
+
+def _positive_int(name: str, value: Any) -> int:
+    text = str(value)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name}={value!r}: it must be an integer of at least 1")
+    return int(text)
+
+
+def _image_hash(image: Image.Image) -> str:
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

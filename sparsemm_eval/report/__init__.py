@@ -1,0 +1,1 @@
+"""Results to tables and figures: pandas and matplotlib only."""

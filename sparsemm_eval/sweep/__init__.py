@@ -1,0 +1,1 @@
+"""Many cells: whole grids of methods and budgets."""
