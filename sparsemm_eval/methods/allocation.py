@@ -158,7 +158,8 @@ class Adaptive(LayerAllocation):
         total = ranked.sum(-1, keepdim=True)
         share = ranked[:, : prompt.base].sum(-1, keepdim=True) / total
         scaled = ranked * torch.where(total > 0, share, 1.0)
-        best = scaled.flatten().sort(dim=0, descending=True, stable=True).indices[: heads * prompt.base]
+        order = scaled.flatten().sort(dim=0, descending=True, stable=True).indices
+        best = order[: heads * prompt.base]
         # Not bincount: on a GPU it would wait for the device to learn its output's length.
         held = torch.zeros(heads, dtype=torch.float64, device=scores.device)
         return held.index_add_(0, best // prompt.candidates, held.new_ones(best.shape))

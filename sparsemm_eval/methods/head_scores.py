@@ -17,7 +17,7 @@ from sparsemm_eval.methods.shape import ModelShape
 FILE_NAME = "head_scores.json"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadScores:
     """Visual score of every query head.
 
@@ -47,6 +47,9 @@ class HeadScores:
 
     def __hash__(self) -> int:
         return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"HeadScores({_count(self.values.shape)}, {self.digest[:12]})"
 
     @cached_property
     def digest(self) -> str:

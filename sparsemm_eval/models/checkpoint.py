@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -23,6 +22,7 @@ from transformers import (
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
+from sparsemm_eval.paths import cache_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
@@ -142,7 +142,7 @@ class Checkpoint:
 
     def scores_cache(self) -> Path:
         """Where a chase on this very checkpoint leaves its scores."""
-        return user_cache_path("sparsemm-eval") / "head_scores" / f"{self.hash}.json"
+        return cache_folder() / "head_scores" / f"{self.hash}.json"
 
 
 def _folder(pretrained: str, revision: str | None) -> Path:
