@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparsemm_eval.cache.layer import RaggedLayer
+from sparsemm_eval.cache.layer import AttendingLayer
 
 ATTENTION = "sparsemm"
 
@@ -16,12 +16,12 @@ ATTENTION = "sparsemm"
 def attention(
     module: torch.nn.Module,
     query: Tensor,
-    key: Tensor | RaggedLayer,
-    value: Tensor | RaggedLayer,
+    key: Tensor | AttendingLayer,
+    value: Tensor | AttendingLayer,
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over a HeadBudgetCache where there is one, else as sdpa does.
+    """Let the cache layer attend where it does so itself, else attend as sdpa does.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def attention(
         The attention module that asks.
     query : Tensor
         [B, Hq, m, D].
-    key, value : Tensor or RaggedLayer
+    key, value : Tensor or AttendingLayer
         What the cache's update returned.
     attention_mask : Tensor or None
         As sdpa's.
@@ -39,7 +39,7 @@ def attention(
     tuple
         Output [B, m, Hq, D], and None for the weights.
     """
-    if isinstance(key, RaggedLayer):
+    if isinstance(key, AttendingLayer):
         return key.attend(module, query, attention_mask, **kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

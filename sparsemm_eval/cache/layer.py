@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,13 +77,23 @@ class HeadBudgetCache(Cache):
         super().reset()
 
 
-class RaggedLayer(CacheLayerMixin):
-    """One layer: dense while its prompt is read, ragged after.
+class AttendingLayer(CacheLayerMixin):
+    """A cache layer that does the attention itself.
 
-    ``update`` returns the layer itself in place of keys and values; the attention function, which
-    the model calls next, finds it there. Tensors are never passed on, so a model left on another
-    attention cannot silently ignore the compression.
+    ``update`` returns the layer in place of keys and values; the attention function, which the
+    model calls next, finds it there. Tensors are never passed on, so a model left on another
+    attention fails instead of silently doing something else.
     """
+
+    @abstractmethod
+    def attend(
+        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """Attention of the tokens just given to ``update``; [B, Hq, m, D] to [B, m, Hq, D]."""
+
+
+class RaggedLayer(AttendingLayer):
+    """One layer of a HeadBudgetCache: dense while its prompt is read, ragged after."""
 
     is_compileable = False
     is_croppable = False
@@ -116,10 +127,7 @@ class RaggedLayer(CacheLayerMixin):
     def attend(
         self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        """Attention of the tokens just given to ``update``; query [B, Hq, m, D] to [B, m, Hq, D].
-
-        The first call reads the prompt with dense attention and compresses it.
-        """
+        """The first call reads the prompt with dense attention and compresses it."""
         key, value = self.pending
         self.pending = None
         if self.store is None:

@@ -1,0 +1,54 @@
+"""How a result was made: command, commit, versions, hardware."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+_PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "flash-attn")
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a results file says of its making.
+
+    Parameters
+    ----------
+    command : str
+        The command that makes it again.
+    """
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "commit": _commit(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout this package runs from, "+" behind it where files differ; None elsewhere."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
