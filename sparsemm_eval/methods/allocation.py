@@ -7,6 +7,7 @@ what exceeds a prompt is lost; ``exact``, where every method spends the same tot
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -44,6 +45,9 @@ class Allocation(ABC):
     counts that sum to the budget. Rules that look at the scores derive from ``LayerAllocation``.
     """
 
+    rounds: ClassVar[bool] = True
+    """False where `paper` and `exact` are the same, so that a cell has one name."""
+
     def check(self, shape: ModelShape) -> None:
         """Raise ValueError if the settings do not fit a model of this shape."""
 
@@ -62,6 +66,8 @@ class Allocation(ABC):
 
 class LayerAllocation(ABC):
     """Shares a layer's part of the budget among its KV heads, knowing their scores."""
+
+    rounds: ClassVar[bool] = True
 
     def check(self, shape: ModelShape) -> None:
         """Raise ValueError if the settings do not fit a model of this shape."""
@@ -97,6 +103,8 @@ class KeepAll(Allocation):
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """The same for every head (SnapKV, arXiv 2404.14469)."""
+
+    rounds = False
 
     def paper(self, prompt: Prompt) -> np.ndarray:
         return np.full((prompt.shape.layers, prompt.shape.kv_heads), prompt.base)
@@ -188,6 +196,11 @@ class ByHeadScore(Allocation):
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
+        if not isinstance(self.head_scores, HeadScores):
+            kind = type(self.head_scores).__name__
+            raise ValueError(
+                f"head_scores is a {kind}: it must be HeadScores(array) or .read(path)"
+            )
 
     def check(self, shape: ModelShape) -> None:
         self.head_scores.check_shape(shape)

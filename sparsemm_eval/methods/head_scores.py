@@ -6,6 +6,7 @@ File format, the published one: JSON ``{"layer-head": [value per image, or few m
 import hashlib
 import json
 import math
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,11 +60,19 @@ class HeadScores:
 
     def check_shape(self, shape: ModelShape, source: str = "head scores") -> None:
         """Raise ValueError unless these are scores for a model of this shape."""
-        if self.values.shape != (shape.layers, shape.query_heads):
-            raise ValueError(
-                f"{source}: {_count(self.values.shape)}, but the model has "
-                f"{_count((shape.layers, shape.query_heads))}; use scores chased on this model"
-            )
+        layers, heads = self.values.shape
+        if (layers, heads) == (shape.layers, shape.query_heads):
+            return
+        if layers > shape.layers or heads > shape.query_heads:
+            extra = f"{shape.layers}-0" if layers > shape.layers else f"0-{shape.query_heads}"
+            fault = f"{extra} is no head of it"
+        else:
+            fault = f"{f'{layers}-0' if layers < shape.layers else f'0-{heads}'} has no score"
+        wanted = _count((shape.layers, shape.query_heads))
+        raise ValueError(
+            f"{source}: {_count((layers, heads))}, but the model has {wanted} ({fault}); use "
+            "scores chased on this model"
+        )
 
     def per_kv_head(self, kv_heads: int) -> np.ndarray:
         """Sum over the query heads of each KV head, [L, H] float64."""
@@ -94,10 +103,10 @@ class HeadScores:
         if not path.is_file():
             raise FileNotFoundError(f"head_scores={path}: there is no such file")
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path}: not a JSON file ({error})") from error
-        scores = cls(_table_to_array(table, path))
+        scores = cls(_pairs_to_array(pairs, path))
         if shape is not None:
             scores.check_shape(shape, str(path))
         return scores
@@ -138,10 +147,17 @@ def find_head_scores(checkpoint: Path, cached: Path, chase_command: str) -> Path
     )
 
 
-def _table_to_array(table: object, path: Path) -> np.ndarray:
-    if not isinstance(table, dict) or not table:
+def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
+    """Pairs and not a dict: a head that is named twice must not count by its place in the file."""
+    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
+    if not is_object or not pairs:
         raise ValueError(f'{path}: it must be a JSON object {{"layer-head": score}}')
-    entries = {_parse_key(key, path): _mean(key, value, path) for key, value in table.items()}
+    entries: dict[tuple[int, int], float] = {}
+    for key, value in pairs:
+        head = _parse_key(key, path)
+        if head in entries:
+            raise ValueError(f"{path}: {key} is there twice")
+        entries[head] = _mean(key, value, path)
     layers = 1 + max(layer for layer, _ in entries)
     heads = 1 + max(head for _, head in entries)
     missing = [
@@ -172,9 +188,12 @@ def _mean(key: str, value: object, path: Path) -> float:
         raise ValueError(f"{path}: {key} has no value")
     for number in values:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not math.isfinite(number) or number < 0:
-            raise ValueError(f"{path}: {key} is {number!r}; a score is finite and not negative")
-    return sum(values) / len(values)
+        # Compared and not converted: an integer may be too large for a float.
+        if not is_number or not 0 <= number <= sys.float_info.max:
+            raise ValueError(
+                f"{path}: {key} is {str(number)[:40]}; a score is finite and not negative"
+            )
+    return math.fsum(values) / len(values)
 
 
 def _check_values(values: np.ndarray, source: str) -> None:
@@ -182,6 +201,10 @@ def _check_values(values: np.ndarray, source: str) -> None:
         raise ValueError(
             f"{source}: {layer}-{head} is {values[layer, head]}; a score is finite and not negative"
         )
+    with np.errstate(over="ignore"):
+        total = values.sum()
+    if not np.isfinite(total):
+        raise ValueError(f"{source}: the scores are too large to be summed; scale them down")
     if not values.any():
         raise ValueError(f"{source}: all scores are 0; no budget can be shared by them")
 

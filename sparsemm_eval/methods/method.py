@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,7 +130,9 @@ class Method:
         """All that makes this method what it is, plain values in a fixed order (a cell's)."""
         if self.budget is None:
             return {}
-        values = {"budget": self.budget, "allocation": "exact" if self.exact else "paper"}
+        values = {"budget": self.budget}
+        if self.allocation.rounds:
+            values["allocation"] = "exact" if self.exact else "paper"
         for part in (self.scorer, self.allocation):
             for field in fields(part):
                 value = getattr(part, field.name)
@@ -152,7 +155,8 @@ class Method:
         ):
             raise ValueError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
         n, window = key.shape[2], self.scorer.window
-        if query.shape[2] not in (n, min(window, n)):
+        # A scorer without a window does not read the query.
+        if window and query.shape[2] not in (n, min(window, n)):
             raise ValueError(
                 f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
                 f"or all {n}"
@@ -163,8 +167,10 @@ def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
     """Tokens of each row, from a mask [rows, n] that is False on left padding only."""
     if valid.shape != (rows, n) or valid.dtype != torch.bool:
         raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
-    if n > 1 and bool((valid[:, :-1] & ~valid[:, 1:]).any()):
-        raise ValueError("valid is False after a True: padding must be on the left")
+    holes = (valid[:, :-1] & ~valid[:, 1:]).any(1)
+    if holes.any():
+        row = int(holes.nonzero()[0])
+        raise ValueError(f"valid is False after a True in row {row}: padding must be on the left")
     return valid.sum(-1).tolist()
 
 
@@ -263,8 +269,9 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     ValueError
         Naming the setting, its value and what is allowed.
     """
-    known = method_settings(name)
-    _refuse_unknown(name, settings, known)
+    _refuse_unknown(name, settings, method_settings(name))
+    # A budget out of an array or a data frame is a number like any other.
+    settings = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
     entry = _registry[name]
     if not entry.budgeted:
         return Method(name, shape, None, entry.scorer(), entry.allocation())
@@ -276,14 +283,15 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     allocation = _build(name, entry.allocation, settings)
     allocation.check(shape)
     budget = settings["budget"]
-    check_int("budget", budget, least=1)
-    if budget < scorer.least_budget:
+    if isinstance(budget, int) and budget < scorer.least_budget:
         reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
         raise ValueError(
             f"budget={budget} is too small for {reserved}: "
             f"{name} needs at least {scorer.least_budget}"
         )
-    return Method(name, shape, budget, scorer, allocation, rounding == "exact")
+    check_int("budget", budget, least=scorer.least_budget)
+    exact = rounding == "exact" and allocation.rounds
+    return Method(name, shape, budget, scorer, allocation, exact)
 
 
 def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:

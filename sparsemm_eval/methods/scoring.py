@@ -89,10 +89,13 @@ class ObservationWindow:
         logits = grouped @ key.to(exact)[:, None].transpose(-1, -2) * dim**-0.5  # [H, G, w, n]
         future = torch.ones(w, w, dtype=torch.bool, device=key.device).triu(1)
         logits[..., n - w :].masked_fill_(future, -torch.inf)
-        rows = logits.softmax(-1)[..., : n - w].mean(-2)  # [H, G, n - w]
+        # Summed in float64, where a few float32 weights add up without rounding: else the order of
+        # summation, which differs by column and device, would decide between equal tokens.
+        rows = logits.softmax(-1)[..., : n - w].mean(-2, dtype=torch.float64)  # [H, G, n - w]
         scores = rows.mean(1) if self.group_reduction == "mean" else rows.amax(1)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        return pool(scores[:, None], self.kernel_size, 1, self.kernel_size // 2)[:, 0]
+        half = self.kernel_size // 2
+        return pool(scores.to(exact)[:, None], self.kernel_size, 1, half)[:, 0]
 
 
 @dataclass(frozen=True)
