@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sparsemm_eval.cache.ragged import RaggedKV
-
 BACKENDS = ("auto", "varlen", "torch")
+
+
+class Slots(Protocol):
+    """What a backend needs of ragged keys and values; `sparsemm_eval.cache.ragged.RaggedKV`."""
+
+    keys: Tensor  # [T, D]
+    values: Tensor  # [T, D]
+    offsets: Tensor  # [S + 1] int32, first slot of each sequence
+    lengths: Tensor  # [S] int32, filled slots of each sequence
+    host_starts: list[int]
+
+    def host_lengths(self) -> list[int]:
+        """`lengths`, known without asking the device."""
 
 
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
@@ -48,12 +58,12 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
     return "torch" if name == "torch" or not fits else "varlen"
 
 
-def attend(backend: str, query: Tensor, kv: RaggedKV, scale: float) -> Tensor:
+def attend(backend: str, query: Tensor, kv: Slots, scale: float) -> Tensor:
     """Attend with a resolved backend; query [S, G, D] to output [S, G, D]."""
     return _ATTEND[backend](query, kv, scale)
 
 
-def _attend_torch(query: Tensor, kv: RaggedKV, scale: float) -> Tensor:
+def _attend_torch(query: Tensor, kv: Slots, scale: float) -> Tensor:
     """One SDPA call a sequence, or one for all where their lengths are equal; no KV is copied."""
     lengths = kv.host_lengths()
     if len(set(lengths)) == 1:
@@ -69,7 +79,7 @@ def _attend_torch(query: Tensor, kv: RaggedKV, scale: float) -> Tensor:
     return out
 
 
-def _attend_varlen(query: Tensor, kv: RaggedKV, scale: float) -> Tensor:
+def _attend_varlen(query: Tensor, kv: Slots, scale: float) -> Tensor:
     """Varlen flash attention with each sequence as a batch entry; reads the slots in place."""
     sequences = query.shape[0]
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=query.device)
@@ -89,7 +99,7 @@ def _attend_varlen(query: Tensor, kv: RaggedKV, scale: float) -> Tensor:
     )[0]  # fmt: skip
 
 
-_ATTEND: dict[str, Callable[[Tensor, RaggedKV, float], Tensor]] = {
+_ATTEND: dict[str, Callable[[Tensor, Slots, float], Tensor]] = {
     "torch": _attend_torch,
     "varlen": _attend_varlen,
 }

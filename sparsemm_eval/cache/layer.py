@@ -56,7 +56,7 @@ class HeadBudgetCache(Cache):
 
     def prompt_lengths(self) -> list[int]:
         """Tokens of each row's prompt, padding excluded."""
-        return [length for length in self._prompt.lengths for _ in self.methods]
+        return list(self._prompt.rows)
 
     def bytes(self) -> CacheBytes:
         """Bytes really held: keys, values, slack and metadata of all layers."""
@@ -73,7 +73,7 @@ class HeadBudgetCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt; the next call reads a new one."""
-        self._prompt.lengths = []
+        self._prompt.lengths, self._prompt.rows = [], []
         super().reset()
 
 
@@ -130,16 +130,16 @@ class RaggedLayer(AttendingLayer):
         """The first call reads the prompt with dense attention and compresses it."""
         key, value = self.pending
         self.pending = None
-        if self.store is None:
-            out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-            self._compress(query, key, value, mask)
-            return out
         window = kwargs.get("sliding_window")
         if window is not None and self.seen > window:
             raise NotImplementedError(
                 f"the model attends to the last {window} tokens only (sliding window), and "
                 f"{self.seen} were read: HeadBudgetCache has no sliding window"
             )
+        if self.store is None:
+            out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+            self._compress(query, key, value, mask)
+            return out
         if query.shape[0] != self.store.rows:
             raise ValueError(
                 f"{query.shape[0]} rows to decode, but the cache holds {self.store.rows} "
@@ -184,6 +184,8 @@ class RaggedLayer(AttendingLayer):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.store is not None:
             self.store = self.store.select_rows(beam_idx)
+            if self.index == 0:
+                self.prompt.rows = [self.prompt.rows[row] for row in beam_idx.tolist()]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
@@ -200,9 +202,16 @@ class RaggedLayer(AttendingLayer):
 
     def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         samples, heads, n, dim = key.shape
+        shape = self.methods[0].shape
+        if (query.shape[1], heads) != (shape.query_heads, shape.kv_heads):
+            raise ValueError(
+                f"a layer of this model has {query.shape[1]} query heads and {heads} KV heads, "
+                f"but the methods are made for {shape}"
+            )
         self.resolved = resolve_backend(self.requested, key.device, key.dtype, dim)
         if self.index == 0:
             self.prompt.lengths = _prompt_lengths(mask, samples, n)
+            self.prompt.rows = [length for length in self.prompt.lengths for _ in self.methods]
         rows = torch.zeros(
             samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
         )
@@ -231,15 +240,23 @@ class _Prompt:
     """What the layers of one cache share: the first finds the lengths for all."""
 
     def __init__(self) -> None:
-        self.lengths: list[int] = []
+        self.lengths: list[int] = []  # of the samples as they were read
+        self.rows: list[int] = []  # of the rows that are held
 
 
 def _prompt_lengths(mask: Tensor | None, samples: int, n: int) -> list[int]:
     if mask is None:
         return [n] * samples
-    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n):
+    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n) or not _only_pads(mask[:, 0]):
         raise NotImplementedError(
             f"attention mask {tuple(mask.shape)} {mask.dtype}: HeadBudgetCache takes a 2-D padding "
             "mask, no attention pattern of one's own"
         )
     return row_lengths(mask[:, 0, -1], samples, n)
+
+
+def _only_pads(mask: Tensor) -> bool:
+    """Whether a mask [B, n, n] is causal but for keys that no query sees."""
+    n = mask.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+    return all(torch.equal(seen, causal & seen[-1]) for seen in mask)

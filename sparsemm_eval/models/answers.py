@@ -63,6 +63,10 @@ class Answer:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+class SampleFailures(RuntimeError):
+    """Some samples have no answer; their causes are in the answers store."""
+
+
 def answer_key(parts: Mapping[str, Any]) -> str:
     """SHA-256 of the parts that decide an answer, written in one canonical way.
 
@@ -90,7 +94,8 @@ class AnswerStore:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        # lmms-eval makes a number of a name such as 2026.
+        self.folder = Path(str(folder))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -108,7 +113,7 @@ class AnswerStore:
                 (cell,),
             )
             for key, cell_, task, doc_id, text, record in rows:
-                found[key] = Answer(key, cell_, task, doc_id, text, None, json.loads(record))
+                found[key] = Answer(key, cell_, task, doc_id, text, None, _record(path, record))
         return found
 
     def count(self) -> int:
@@ -157,12 +162,14 @@ class AnswerStore:
     def _connection(self) -> sqlite3.Connection:
         if self._writer is None:
             name = f"answers-{time.time_ns()}-{socket.gethostname()}-{os.getpid()}.sqlite"
-            self._writer = sqlite3.connect(self.folder / name)
-            self._writer.execute("PRAGMA journal_mode=DELETE")
-            self._writer.execute("PRAGMA synchronous=FULL")
-            self._writer.execute(f"PRAGMA user_version={_VERSION}")
-            self._writer.execute(_SCHEMA)
-            self._writer.commit()
+            writer = sqlite3.connect(self.folder / name)
+            writer.execute("PRAGMA journal_mode=DELETE")
+            writer.execute("PRAGMA synchronous=FULL")
+            writer.execute(f"PRAGMA user_version={_VERSION}")
+            writer.execute(_SCHEMA)
+            writer.commit()
+            # Only now: one that failed on the way, on a full disk, must not be written to later.
+            self._writer = writer
         return self._writer
 
 
@@ -172,14 +179,30 @@ def _query(path: Path, statement: str, values: tuple = ()) -> list[tuple]:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True)) as file:
             return _query_open(file, path, statement, values)
     except sqlite3.DatabaseError as error:
-        raise ValueError(
-            f"{path}: not a readable answers file ({error}); move it away and run again, what it "
-            "held is computed anew"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _record(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path}: not a readable answers file ({error}); move it away and run again, what it "
+        "held is computed anew"
+    )
 
 
 def _query_open(file: sqlite3.Connection, path: Path, statement: str, values: tuple) -> list[tuple]:
     (version,) = file.execute("PRAGMA user_version").fetchone()
+    (pages,) = file.execute("PRAGMA page_count").fetchone()
+    (page,) = file.execute("PRAGMA page_size").fetchone()
+    # SQLite itself reads the missing part of a last page as zeros, and answers vanish unseen.
+    if (size := path.stat().st_size) < pages * page:
+        raise sqlite3.DatabaseError(f"cut off after {size} of {pages * page} bytes")
     tables = file.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchall()
     if not tables:
         # Its process was killed before the table was there.

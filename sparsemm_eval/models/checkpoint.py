@@ -9,7 +9,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -101,7 +106,7 @@ class Checkpoint:
         """Tokenizer and image processor, padding on the left."""
         try:
             processor = AutoProcessor.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"pretrained={self.pretrained}: its processor cannot be read ({_one_line(error)})"
             ) from error
@@ -114,15 +119,31 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The weights, loaded on first use, with the decoder on the head-budgeted attention."""
-        model = AutoModelForImageTextToText.from_pretrained(
+        """The weights, loaded on first use, with the decoder on the head-budgeted attention.
+
+        Raises
+        ------
+        ValueError
+            If the weight files lack a tensor: transformers would make it up, with a warning.
+        """
+        model, info = AutoModelForImageTextToText.from_pretrained(
             self.folder,
             dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
             device_map=self.device_map,
             attn_implementation=self.attn_implementation,
+            output_loading_info=True,
         )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"pretrained={self.pretrained}: its weight files lack {len(missing)} tensors that "
+                f"its config.json asks for, such as {missing[0]}"
+            )
         use_head_budget_attention(model)
         return model.eval()
+
+    def load(self) -> None:
+        """Load the weights now, unless they are there."""
+        _ = self.model
 
     def release(self) -> None:
         """Drop the weights; the next use loads them again."""
@@ -149,6 +170,8 @@ def _folder(pretrained: str, revision: str | None) -> Path:
     if Path(pretrained).is_dir():
         return Path(pretrained).resolve()
     try:
+        # lmms-eval makes a number of a revision such as 2.
+        revision = None if revision is None else str(revision)
         return Path(snapshot_download(pretrained, revision=revision, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
@@ -160,7 +183,9 @@ def _folder(pretrained: str, revision: str | None) -> Path:
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise ValueError(
             f"pretrained={pretrained}: its config.json cannot be read ({_one_line(error)})"
         ) from error
@@ -171,7 +196,7 @@ def _check_weights(folder: Path, pretrained: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = _indexed(index, pretrained)
         missing = sorted(names - {path.name for path in files})
         if missing:
             raise ValueError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
@@ -185,6 +210,16 @@ def _check_weights(folder: Path, pretrained: str) -> None:
             raise ValueError(
                 f"pretrained={pretrained}: {path.name} is broken ({_one_line(error)})"
             ) from error
+
+
+def _indexed(index: Path, pretrained: str) -> set[str]:
+    """Names of the weight files that an index lists."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"pretrained={pretrained}: {index.name} is broken ({_one_line(error)})"
+        ) from error
 
 
 def _file_hash(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Qwen2-VL on a head-budgeted cache."""
 
+from copy import copy
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -31,5 +32,8 @@ class Qwen2VLSparseMM(SparseMMModel):
             raise ValueError(
                 f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}"
             )
+        # Copies: models that share a checkpoint share its processor too.
+        processor = copy(processor)
+        processor.image_processor = copy(processor.image_processor)
         processor.image_processor.size = type(processor.image_processor.size)(**size)
         return processor

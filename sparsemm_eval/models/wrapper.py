@@ -30,7 +30,7 @@ from sparsemm_eval.methods import (
     method_settings,
 )
 from sparsemm_eval.methods.checks import check_choice
-from sparsemm_eval.models.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.decode import Decoded, generate
 
@@ -53,10 +53,6 @@ _GENERATION = {
     "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
     "temperature", "top_k", "top_p",
 }  # fmt: skip
-
-
-class SampleFailures(RuntimeError):
-    """Some samples have no answer; their causes are in the answers store."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +144,14 @@ class SparseMMModel(lmms):
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes
+        # Of several processes each has its own GPU, whatever --device says to all of them.
+        if device is None or self._world_size > 1:
+            device = str(self.accelerator.device)
         self._owns_checkpoint = checkpoint is None
         self.checkpoint = checkpoint or Checkpoint(
             pretrained,
             self.model_type,
-            **{"device_map": device or str(self.accelerator.device)}
+            **{"device_map": device}
             | {name: settings[name] for name in _CHECKPOINT if name in settings},
         )
         if "head_scores" in method_settings(method):
@@ -185,7 +184,9 @@ class SparseMMModel(lmms):
         for request in tqdm(requests, desc=str(self.method), disable=self.rank != 0):
             run.add(request)
         answers = run.finish()
-        self._raise_failures([answer for answer in answers if answer.error is not None])
+        # By key: lmms-eval may ask for a sample more than once.
+        failed = {answer.key: answer for answer in answers if answer.error is not None}
+        self._raise_failures(list(failed.values()))
         self._report(answers, run)
         return [
             GenerationResult(
@@ -398,6 +399,8 @@ class _Run:
 
     def _compute(self, samples: list[Sample]) -> None:
         """Answer a batch; one that fails is halved until the sample at fault stands alone."""
+        # Outside the try: weights that cannot be loaded are no sample's fault.
+        self.model.checkpoint.load()
         try:
             decoded = self.model.run_batch(samples)
         except SAMPLE_ERRORS as error:
@@ -458,9 +461,9 @@ def generation_options(
     until = gen_kwargs.get("until") or ()
     until = (until,) if isinstance(until, str) else tuple(until)
     options = {name: value for name, value in gen_kwargs.items() if name in _GENERATION}
-    options["max_new_tokens"] = _positive_int(
-        "max_new_tokens", options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
-    )
+    if options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    options["max_new_tokens"] = _positive_int("max_new_tokens", options["max_new_tokens"])
     if (options.get("temperature") or 0) > 0:
         options["do_sample"] = True
     else:
@@ -492,4 +495,5 @@ def _positive_int(name: str, value: Any) -> int:
 def _image_hash(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
     digest.update(image.tobytes())
+    digest.update(bytes(image.getpalette() or ()))
     return digest.hexdigest()

@@ -42,7 +42,13 @@ def read_results(paths: Iterable[Path]) -> pd.DataFrame:
         try:
             results = json.loads(Path(path).read_text(encoding="utf-8"))
             rows.extend(_rows(results, Path(path)))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            AttributeError,
+            TypeError,
+        ) as error:
             raise ValueError(f"{path}: not an lmms-eval results file ({error!r})") from error
     return pd.DataFrame(rows)
 

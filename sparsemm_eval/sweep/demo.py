@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +95,13 @@ def run_demo(
         for c in cells
     ]
     task_manager = TaskManager("WARNING", include_path=str(tasks_folder()))
-    paths = [
-        _evaluate(model, cell, samples, task_manager, out / "cells")
-        for model, cell in zip(tqdm(models, desc="cells"), cells, strict=True)
-    ]
+    paths = []
+    # lmms-eval draws three bars a cell: they go to a file, one bar for all stays on the screen.
+    bar = tqdm(total=len(cells), desc="cells", file=sys.stderr)
+    with bar, (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stderr(log):
+        for model, cell in zip(models, cells, strict=True):
+            paths.append(_evaluate(model, cell, samples, task_manager, out / "cells"))
+            bar.update()
     frame = read_results(paths)
     return _write(frame[frame["metric"] == METRIC], out, time.perf_counter() - start)
 

@@ -1,0 +1,55 @@
+"""The command line: what it makes, and how it ends."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsemm_eval.cli import app
+from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.tiny import default_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    model = str(default_checkpoint())
+    done = CliRunner().invoke(app, ["chase", "--model", model, "-n", "3", "-o", str(output)])
+    assert done.exit_code == 0, done.output
+    assert "on 3 images" in done.output
+    assert HeadScores.read(output).values.shape == (5, 8)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["demo", "--samples", "0"], "samples=0"),
+    (["demo", "--budgets", "8"], "budget=8 is too small for window=8"),
+    (["demo", "--budgets", "many"], "budgets='many'"),
+    (["chase", "--model", "/nowhere"], "pretrained=/nowhere"),
+    (["chase", "--model", str(default_checkpoint()), "--data", "coco"], "data='coco'"),
+])  # fmt: skip
+def test_bad_input_is_one_sentence_and_exit_code_1(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert words in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_the_front_door_fails_when_a_run_fails(tmp_path: Path) -> None:
+    """lmms-eval exits 0 then; run_eval.sh does not."""
+    if not (ROOT / ".venv" / "installed").is_file():
+        pytest.skip("not set up by run_eval.sh")
+    model_args = f"pretrained={default_checkpoint()},method=snapkv,budget=8,window=8"
+    done = subprocess.run(
+        ["./run_eval.sh", "--", "--model", "qwen2vl_sparsemm", "--tasks", "docvqa_mini",
+         "--model_args", model_args, "--output_path", str(tmp_path)],
+        cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "budget=8 is too small for window=8" in done.stdout + done.stderr
+    assert not list(tmp_path.rglob("*_results.json"))

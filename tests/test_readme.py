@@ -1,0 +1,50 @@
+"""README's Python runs, and its tables name what there is."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsemm_eval.methods import ModelShape, make_method, method, method_names
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_tensor_example_runs() -> None:
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert names["mask"].shape == (1, 8, 1000)
+    assert names["mask"].sum(-1).tolist() == [[256] * 8]
+
+
+def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file: a dataclass must be found where it says it is from."""
+    monkeypatch.setattr(method, "_registry", dict(method._registry))
+    exec(compile(BLOCKS[1], "README.md", "exec"), {"__name__": __name__})
+    shape = ModelShape(layers=4, query_heads=4, kv_heads=2)
+    for allocation in ("paper", "exact"):
+        early = make_method("early", shape, budget=20, window=4, share=0.75, allocation=allocation)
+        query, key = torch.randn(1, 4, 100, 8), torch.randn(1, 2, 100, 8)
+        kept = [early.keep(query, key, layer).sum(-1).tolist() for layer in range(4)]
+        assert kept == [[[28, 28]], [[28, 28]], [[12, 12]], [[12, 12]]]
+    with pytest.raises(ValueError, match="share"):
+        make_method("early", shape, budget=20, shares=1)
+
+
+def test_every_method_is_in_the_table() -> None:
+    for name in method_names():
+        assert f"| `{name}` |" in README
+
+
+def test_settings_of_the_table_are_known() -> None:
+    from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
+
+    rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", README, re.MULTILINE)
+    names = {name for row in rows for name in row.split(", ")} - {"setting", "method"}
+    known = set(inspect.signature(Qwen2VLSparseMM.__init__).parameters)
+    methods = {s for name in method_names() for s in method.method_settings(name)}
+    assert names <= known | methods | Qwen2VLSparseMM._own()
+    assert methods <= names
