@@ -223,9 +223,10 @@ def _indexed(index: Path, pretrained: str) -> set[str]:
 
 
 def _file_hash(path: Path) -> str:
-    # A file in the hub's cache is a link to a blob that is named by its own hash.
+    # A large file in the hub's cache is a link to a blob that is named by its SHA-256; small ones
+    # have another name, and are read: a copy of the folder must have the same hash.
     target = path.resolve()
-    if target.parent.name == "blobs":
+    if target.parent.name == "blobs" and len(target.name) == 64:
         return target.name
     digest = hashlib.sha256()
     with path.open("rb") as file:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from PIL import Image
 from tqdm import tqdm
@@ -33,55 +29,19 @@ from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.decode import Decoded, generate
+from sparsemm_eval.models.samples import (
+    SAMPLE_ERRORS,
+    Sample,
+    cut,
+    generation_options,
+    image_hash,
+    one_line,
+    positive_int,
+    read_chat,
+)
 
 DEFAULT_ANSWERS = "results/answers"
-DEFAULT_NEW_TOKENS = 1024
-# What one bad sample may raise while it is read, processed or generated. Everything else is an
-# error of this program and ends the run.
-SAMPLE_ERRORS = (
-    ArithmeticError,
-    Image.DecompressionBombError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    SyntaxError,  # PIL's word for a broken PNG
-    TypeError,
-    ValueError,
-)
 _CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
-_GENERATION = {
-    "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
-    "temperature", "top_k", "top_p",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One request, ready for the model.
-
-    Parameters
-    ----------
-    task, doc_id : str
-        Where it is from.
-    prompt : str
-        Through the chat template, image placeholders included.
-    images : tuple of Image
-        In the order of their placeholders.
-    options : tuple
-        Generation settings, sorted (name, value) pairs; equal ones share a batch.
-    until : tuple of str
-        The answer ends before any of these.
-    key : str
-        Of its answer.
-    """
-
-    task: str
-    doc_id: str
-    prompt: str
-    images: tuple[Image.Image, ...]
-    options: tuple[tuple[str, Any], ...]
-    until: tuple[str, ...]
-    key: str
 
 
 class SparseMMModel(lmms):
@@ -135,7 +95,7 @@ class SparseMMModel(lmms):
             raise ValueError(f"method is missing: give one of {', '.join(method_names())}")
         if pretrained is None and checkpoint is None:
             raise ValueError("pretrained is missing: give a checkpoint's folder or hub repository")
-        self.batch_size = _positive_int("batch_size", batch_size)
+        self.batch_size = positive_int("batch_size", batch_size)
         self.backend = settings.get("backend", "auto")
         check_choice("backend", self.backend, BACKENDS)
         chosen = canonical_settings(
@@ -226,7 +186,7 @@ class SparseMMModel(lmms):
                 "method": self.method.name,
                 "settings": self.method.settings,
                 "prompt": prompt,
-                "images": [_image_hash(image) for image in images],
+                "images": [image_hash(image) for image in images],
                 **where,
             }
         )
@@ -270,6 +230,7 @@ class SparseMMModel(lmms):
                 "kept_tokens_per_head": sum(r["kept_per_head"] for r in records) / count,
                 "prompt_tokens": sum(r["prompt_tokens"] for r in records) / count,
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
+                "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
                 "share_uncompressed": whole / count,
             },
         )
@@ -283,7 +244,10 @@ class SparseMMModel(lmms):
         """Raise on every rank if samples failed on any: no rank may wait for one that is gone."""
         words = [f"{a.task} {a.doc_id}: {a.error}" for a in failed]
         if self.world_size > 1:
-            words = gather_object(words)
+            # Not accelerate's gather_object: under torchrun on CPUs it gathers nothing.
+            gathered: list[list[str]] = [[] for _ in range(self.world_size)]
+            torch.distributed.all_gather_object(gathered, words)
+            words = [word for of_rank in gathered for word in of_rank]
         if words:
             raise SampleFailures(
                 f"{len(words)} samples failed, so no score is written; the others are safe in "
@@ -326,7 +290,7 @@ class _Run:
         self._open_cell(task)
         try:
             document = self.model.task_dict[task][split][doc_id]
-            prompt, images = self._read(doc_to_messages(document))
+            prompt, images = read_chat(self.model.processor, doc_to_messages(document))
             sample = self._sample(prompt, images, gen_kwargs, f"{split} {doc_id}", task)
         except SAMPLE_ERRORS as error:
             key = answer_key({"failed": [task, split, doc_id], "cell": self.cells[task]})
@@ -360,20 +324,6 @@ class _Run:
                 f"{task}: {len(found)} answers of this cell are in {self.model.store.folder}; "
                 "those that fit are used and not computed again"
             )
-
-    def _read(self, messages: list[dict]) -> tuple[str, tuple[Image.Image, ...]]:
-        """Messages through the chat template; the images they show, in order."""
-        chat = ChatMessages(messages=messages)
-        urls, videos, sounds = chat.extract_media()
-        if videos or sounds:
-            raise ValueError(f"{self.model.model_id} reads images and text, no video or sound")
-        images = tuple(
-            url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
-        )
-        prompt = self.model.processor.apply_chat_template(
-            chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
-        )
-        return prompt, images
 
     def _sample(
         self,
@@ -443,57 +393,3 @@ class _Run:
         self.model.store.write(answers)
         self.answers.update((answer.key, answer) for answer in answers)
         self.computed.update(answer.key for answer in answers)
-
-
-def generation_options(
-    gen_kwargs: Mapping[str, Any],
-) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
-    """A task's generation_kwargs as transformers' options, and the strings that end an answer.
-
-    Greedy unless the task asks for a temperature above 0; 1,024 new tokens unless it says less,
-    as lmms-eval's own models do.
-
-    Raises
-    ------
-    ValueError
-        If max_new_tokens is no positive integer.
-    """
-    until = gen_kwargs.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    options = {name: value for name, value in gen_kwargs.items() if name in _GENERATION}
-    if options.get("max_new_tokens") is None:
-        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
-    options["max_new_tokens"] = _positive_int("max_new_tokens", options["max_new_tokens"])
-    if (options.get("temperature") or 0) > 0:
-        options["do_sample"] = True
-    else:
-        # None takes a default of the checkpoint's own generation_config out of force.
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return tuple(sorted(options.items())), until
-
-
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the strings that end it."""
-    for end in until:
-        if end:
-            text = text.split(end)[0]
-    return text
-
-
-def one_line(error: Exception) -> str:
-    """An exception's words in one line."""
-    return " ".join(str(error).split())[:500]
-
-
-def _positive_int(name: str, value: Any) -> int:
-    text = str(value)
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{name}={value!r}: it must be an integer of at least 1")
-    return int(text)
-
-
-def _image_hash(image: Image.Image) -> str:
-    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
-    digest.update(image.tobytes())
-    digest.update(bytes(image.getpalette() or ()))
-    return digest.hexdigest()

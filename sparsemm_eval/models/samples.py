@@ -1,0 +1,136 @@
+"""One request, read: messages to prompt and images, a task's settings to transformers' options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lmms_eval.protocol import ChatMessages
+from PIL import Image
+from transformers import ProcessorMixin
+
+DEFAULT_NEW_TOKENS = 1024
+# What one bad sample may raise while it is read, processed or generated. Everything else is an
+# error of this program and ends the run.
+SAMPLE_ERRORS = (
+    ArithmeticError,
+    Image.DecompressionBombError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    SyntaxError,  # PIL's word for a broken PNG
+    TypeError,
+    ValueError,
+)
+_GENERATION = {
+    "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
+    "temperature", "top_k", "top_p",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One request, ready for the model.
+
+    Parameters
+    ----------
+    task, doc_id : str
+        Where it is from.
+    prompt : str
+        Through the chat template, image placeholders included.
+    images : tuple of Image
+        In the order of their placeholders.
+    options : tuple
+        Generation settings, sorted (name, value) pairs; equal ones share a batch.
+    until : tuple of str
+        The answer ends before any of these.
+    key : str
+        Of its answer.
+    """
+
+    task: str
+    doc_id: str
+    prompt: str
+    images: tuple[Image.Image, ...]
+    options: tuple[tuple[str, Any], ...]
+    until: tuple[str, ...]
+    key: str
+
+
+def read_chat(
+    processor: ProcessorMixin, messages: list[dict]
+) -> tuple[str, tuple[Image.Image, ...]]:
+    """Messages through the chat template, and the images they show, in order.
+
+    Raises
+    ------
+    ValueError
+        If there is a video or a sound among them.
+    """
+    chat = ChatMessages(messages=messages)
+    urls, videos, sounds = chat.extract_media()
+    if videos or sounds:
+        raise ValueError("images and text are read, no video or sound: choose tasks without them")
+    images = tuple(
+        url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
+    )
+    prompt = processor.apply_chat_template(
+        chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
+    )
+    return prompt, images
+
+
+def generation_options(
+    gen_kwargs: Mapping[str, Any],
+) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+    """A task's generation_kwargs as transformers' options, and the strings that end an answer.
+
+    Greedy unless the task asks for a temperature above 0; 1,024 new tokens unless it says less,
+    as lmms-eval's own models do.
+
+    Raises
+    ------
+    ValueError
+        If max_new_tokens is no positive integer.
+    """
+    until = gen_kwargs.get("until") or ()
+    until = (until,) if isinstance(until, str) else tuple(until)
+    options = {name: value for name, value in gen_kwargs.items() if name in _GENERATION}
+    if options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+    options["max_new_tokens"] = positive_int("max_new_tokens", options["max_new_tokens"])
+    if (options.get("temperature") or 0) > 0:
+        options["do_sample"] = True
+    else:
+        # None takes a default of the checkpoint's own generation_config out of force.
+        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    return tuple(sorted(options.items())), until
+
+
+def cut(text: str, until: Sequence[str]) -> str:
+    """The text before the first of the strings that end it."""
+    for end in until:
+        if end:
+            text = text.split(end)[0]
+    return text
+
+
+def one_line(error: Exception) -> str:
+    """An exception's words in one line."""
+    return " ".join(str(error).split())[:500]
+
+
+def positive_int(name: str, value: Any) -> int:
+    text = str(value)
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{name}={value!r}: it must be an integer of at least 1")
+    return int(text)
+
+
+def image_hash(image: Image.Image) -> str:
+    digest = hashlib.sha256(f"{image.mode} {image.size} ".encode())
+    digest.update(image.tobytes())
+    digest.update(bytes(image.getpalette() or ()))
+    return digest.hexdigest()
