@@ -50,6 +50,16 @@ class HeadBudgetCache(Cache):
         self.methods = methods
         self._prompt = prompt
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[AttendingLayer, AttendingLayer]:
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model has a layer {layer_idx}, but the methods are for {len(self.layers)} "
+                "layers: make them with the model's own ModelShape"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     def kept(self) -> Tensor:
         """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
         return torch.stack([layer.filled().kept for layer in self.layers], 1)

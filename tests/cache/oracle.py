@@ -1,0 +1,125 @@
+"""The long way to a compressed cache: keep every token and mask the evicted ones.
+
+A model on this attention keeps transformers' own DynamicCache. When a layer has read the prompt,
+the method is asked which tokens each KV head keeps; from then on the others get no weight.
+Attention is written out, in the model's precision, and shares no code with the cache under test.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.generation.utils import GenerateOutput
+
+from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.methods import Method
+
+ORACLE = "evicted-tokens-masked"
+
+
+class Oracle:
+    """What one generation knows: the method, which positions are no padding, and who is kept.
+
+    Parameters
+    ----------
+    method : Method
+        Asked once a layer.
+    valid : Tensor
+        [B, n] bool, False on padding.
+    """
+
+    def __init__(self, method: Method, valid: Tensor) -> None:
+        self.method, self.valid = method, valid
+        self.kept: dict[int, Tensor] = {}
+
+    def counts(self) -> Tensor:
+        """Tokens of the prompt that are kept, [B, L, H]."""
+        return torch.stack([self.kept[layer].sum(-1) for layer in sorted(self.kept)], 1)
+
+    def visible(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
+        """Who sees whom, [B, H, m, positions]; the first call of a layer reads the prompt."""
+        rows, heads, positions, _ = key.shape
+        if layer not in self.kept:
+            self.kept[layer] = self.method.keep(query, key, layer, self.valid)
+            past = torch.ones(positions, positions, dtype=torch.bool).tril()
+            # A padded position sees itself, or it would see nothing and turn into NaN.
+            seen = (past & self.valid[:, None]) | torch.eye(positions, dtype=torch.bool)
+            return seen[:, None].expand(rows, heads, positions, positions)
+        since = positions - self.valid.shape[1]
+        answer = torch.ones(rows, heads, since, dtype=torch.bool)
+        return torch.cat([self.kept[layer], answer], -1)[:, :, None]
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    visible = module.oracle.visible(module.layer_idx, query, key)
+    group = query.shape[1] // key.shape[1]
+    key, value, visible = (x.repeat_interleave(group, 1) for x in (key, value, visible))
+    logits = torch.einsum("bhmd,bhnd->bhmn", query, key) * scaling
+    weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("bhmn,bhnd->bmhd", weights, value), None
+
+
+# Without a mask function of its own: the oracle masks by itself.
+AttentionInterface.register(ORACLE, _attend)
+
+
+def generate_masked(
+    model: PreTrainedModel, inputs: dict[str, Tensor], method: Method, **options: Any
+) -> tuple[GenerateOutput, Oracle]:
+    """Generate on a stock cache, with what the method evicts masked.
+
+    The beams of a row read the same prompt, so it does not matter which beam's mask one has.
+    """
+    beams = options.get("num_beams", 1)
+    oracle = Oracle(method, inputs["attention_mask"].bool().repeat_interleave(beams, 0))
+    for layer in model.model.language_model.layers:
+        layer.self_attn.oracle = oracle
+    model.set_attn_implementation({"text_config": ORACLE})
+    return run(model, inputs, **options), oracle
+
+
+def generate_budgeted(
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    methods: Method | Sequence[Method],
+    **options: Any,
+) -> tuple[GenerateOutput, HeadBudgetCache]:
+    """Generate on the cache under test."""
+    cache = HeadBudgetCache(methods)
+    return run(model, inputs, past_key_values=cache, **options), cache
+
+
+def run(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> GenerateOutput:
+    """Generate 24 tokens greedily unless told otherwise, and note the logits of every step.
+
+    They are taken from the model itself: generate rounds what it hands out to float32.
+    """
+    settings = {"do_sample": False, "max_new_tokens": 24, "return_dict_in_generate": True}
+    seen: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda module, given, out: seen.append(out[:, -1]))
+    try:
+        out = model.generate(**inputs, **settings | options)
+    finally:
+        hook.remove()
+    out.logits = tuple(seen)
+    return out
+
+
+def new_tokens(out: GenerateOutput, inputs: dict[str, Tensor]) -> Tensor:
+    """What was generated, [B, steps]."""
+    return out.sequences[:, inputs["input_ids"].shape[1] :]
+
+
+def logits(out: GenerateOutput) -> Tensor:
+    """Logits of every step, [B, steps, V], in the model's precision."""
+    return torch.stack(out.logits, 1)
