@@ -30,7 +30,7 @@ def demo(
         "results/demo"
     ),
     samples: Annotated[int, typer.Option(help="Documents, 1 to 200.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 50,
     budgets: Annotated[
         str, typer.Option(help="Mean tokens per KV head, comma-separated.")
     ] = "256,128,64,32,16,12",

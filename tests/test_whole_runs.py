@@ -100,12 +100,12 @@ def model_arguments(folder: Path, settings: str = METHOD) -> str:
     return f"pretrained={default_checkpoint()},answers={folder / 'answers'},{settings}"
 
 
-def command(folder: Path, *more: str, start: tuple[str, ...] = PYTHON) -> list[str]:
+def command(folder: Path, batch_size: int) -> list[str]:
     """The command line of a run."""
     return [
-        *start, "--model", "qwen2vl_sparsemm", "--model_args", model_arguments(folder),
-        "--tasks", "docvqa_mini", "--include_path", str(tasks_folder()),
-        "--output_path", str(folder / "out"), "--log_samples", "--limit", str(SAMPLES), *more,
+        *PYTHON, "--model", "qwen2vl_sparsemm", "--model_args", model_arguments(folder),
+        "--tasks", "docvqa_mini", "--include_path", str(tasks_folder()), "--limit", str(SAMPLES),
+        "--output_path", str(folder / "out"), "--log_samples", "--batch_size", str(batch_size),
     ]  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def run(words: list[str], folder: Path, environment: dict[str, str]) -> Run:
 def undisturbed(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One process, in batches, from the beginning to the end."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return run(command(folder, "--batch_size", "8"), folder, environment)
+    return run(command(folder, batch_size=8), folder, environment)
 
 
 def test_a_results_file_says_what_was_scored_and_what_was_kept(undisturbed: Run) -> None:
@@ -157,7 +157,7 @@ def test_logged_samples_are_the_stored_answers(undisturbed: Run) -> None:
 def test_killed_and_run_again_computes_nothing_twice(
     undisturbed: Run, environment: dict[str, str], tmp_path: Path
 ) -> None:
-    words = command(tmp_path, "--batch_size", "1")
+    words = command(tmp_path, batch_size=1)
     with subprocess.Popen(
         words, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as child:

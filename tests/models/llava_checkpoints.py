@@ -1,0 +1,114 @@
+"""Tiny LLaVA-NeXT checkpoints with random weights, as folders that transformers reads offline."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+VOCABULARY = {
+    token: index for index, token in enumerate((*SPECIAL, *map(chr, range(32, 127)), "\n"))
+}
+SIDE, PATCH = 32, 8
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+# Vicuna's template leaves the leading <s> to the tokenizer, Mistral's writes it.
+TEMPLATES = {
+    "llama": (
+        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        "<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+    ),
+    "mistral": (
+        "<s>{% for m in messages %}[INST] {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+        " [/INST]{% endfor %}"
+    ),
+}
+
+
+def build_llava(backbone: str, folder: Path, seed: int = 0) -> Path:
+    """Write a checkpoint with a "llama" (MHA) or "mistral" (GQA) backbone; return its folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaNextForConditionalGeneration(_config(backbone))
+    model.generation_config.eos_token_id = VOCABULARY["</s>"]
+    model.save_pretrained(folder)
+    _processor(backbone).save_pretrained(folder)
+    return folder
+
+
+def _config(backbone: str) -> LlavaNextConfig:
+    text = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        # So large that greedy answers of random weights vary and end.
+        "initializer_range": 0.3,
+        "max_position_embeddings": 2048,
+        "pad_token_id": VOCABULARY["<pad>"],
+        "bos_token_id": VOCABULARY["<s>"],
+        "eos_token_id": VOCABULARY["</s>"],
+    }
+    if backbone == "llama":
+        decoder = LlamaConfig(**text, num_key_value_heads=4)
+    else:
+        decoder = MistralConfig(**text, num_key_value_heads=2, sliding_window=None)
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=decoder,
+        image_token_index=VOCABULARY["<image>"],
+        image_grid_pinpoints=PINPOINTS,
+        tie_word_embeddings=False,
+    )
+
+
+def _processor(backbone: str) -> LlavaNextProcessor:
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", VOCABULARY["<s>"])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        # Not the left, on purpose: the checkpoint must see to that.
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return LlavaNextProcessor(
+        images,
+        fast,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATES[backbone],
+    )
