@@ -99,7 +99,9 @@ class SparseMMModel(lmms):
         self.backend = settings.get("backend", "auto")
         check_choice("backend", self.backend, BACKENDS)
         if self.backend == "varlen" and not torch.cuda.is_available():
-            raise ValueError("backend=varlen needs a CUDA device, and there is none: use auto or torch")
+            raise ValueError(
+                "backend=varlen needs a CUDA device, and there is none: use auto or torch"
+            )
         chosen = canonical_settings(
             method, {name: value for name, value in settings.items() if name not in self._own()}
         )
