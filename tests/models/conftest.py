@@ -1,12 +1,11 @@
 """Checkpoints that are built or loaded once, and models made on them."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from models.llava_checkpoints import build_llava
 
 from sparsemm_eval.models import checkpoint
@@ -15,15 +14,6 @@ from sparsemm_eval.models.llava import LlavaSparseMM
 from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint
 from sparsemm_eval.tiny.checkpoint import build_model, export
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    """Tiny operations on busy cores: threads that wait for each other cost more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
