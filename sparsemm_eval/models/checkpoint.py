@@ -169,15 +169,22 @@ class Checkpoint:
 def _folder(pretrained: str, revision: str | None) -> Path:
     if Path(pretrained).is_dir():
         return Path(pretrained).resolve()
-    try:
-        # lmms-eval makes a number of a revision such as 2.
-        revision = None if revision is None else str(revision)
-        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"pretrained={pretrained} is no folder and cannot be had from the hub "
-            f"({_one_line(error)}): give a folder, or a repository that is reachable or cached"
-        ) from error
+    # lmms-eval makes a number of a revision such as 2.
+    revision = None if revision is None else str(revision)
+    # The hub first, then what is cached: not every huggingface_hub does the second by itself.
+    causes: list[Exception] = []
+    for cached in (False, True):
+        try:
+            found = snapshot_download(
+                pretrained, revision=revision, allow_patterns=_FILES, local_files_only=cached
+            )
+            return Path(found)
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            causes.append(error)
+    raise ValueError(
+        f"pretrained={pretrained} is no folder and cannot be had from the hub "
+        f"({_one_line(causes[0])}): give a folder, or a repository that is reachable or cached"
+    ) from causes[0]
 
 
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
