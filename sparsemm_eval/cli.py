@@ -79,12 +79,13 @@ def chase(
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Bad input ends with its one sentence and exit code 1, not with a traceback."""
+    from sparsemm_eval.methods.checks import one_line
     from sparsemm_eval.models.answers import SampleFailures
 
     try:
         yield
     except (ValueError, OSError, NotImplementedError, SampleFailures) as error:
-        typer.echo(f"sparsemm-eval: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"sparsemm-eval: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
 
 

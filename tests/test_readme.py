@@ -9,7 +9,8 @@ import torch
 
 from sparsemm_eval.methods import ModelShape, make_method, method, method_names
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -32,6 +33,19 @@ def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert kept == [[[28, 28]], [[28, 28]], [[12, 12]], [[12, 12]]]
     with pytest.raises(ValueError, match="share"):
         make_method("early", shape, budget=20, shares=1)
+
+
+def scores(text: str) -> dict[str, list[str]]:
+    """Rows of a Markdown table of scores by method, largest budget first, blanks left out."""
+    rows = re.findall(r"^\| (\w+)(?: \(359 tokens\))? +\|((?: [01]\.\d{3} \|| +\|)+)$", text, re.M)
+    return {name: re.findall(r"[01]\.\d{3}", values) for name, values in rows}
+
+
+def test_the_demos_numbers_are_those_of_the_committed_run() -> None:
+    made = scores((ROOT / "results/demo/table.md").read_text(encoding="utf-8"))
+    assert len(made) == 6
+    # Full KV has no budget: README states it once.
+    assert scores(README) == {**made, "FullKV": made["FullKV"][:1]}
 
 
 def test_every_method_is_in_the_table() -> None:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemm_eval.methods.checks import check_choice
+
 BACKENDS = ("auto", "varlen", "torch")
 
 
@@ -45,8 +47,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
     ValueError
         For an unknown name, or one that cannot run here.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r}: it must be one of {', '.join(BACKENDS)}")
+    check_choice("backend", name, BACKENDS)
     half = dtype in (torch.float16, torch.bfloat16)
     fits = device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
     if name == "varlen" and not fits:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
 from sparsemm_eval.methods import Method, Scorer, row_lengths
+from sparsemm_eval.methods.checks import check_choice
 
 
 class HeadBudgetCache(Cache):
@@ -42,8 +43,7 @@ class HeadBudgetCache(Cache):
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
             raise ValueError("methods of one cache must be at least one and of one ModelShape")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r}: it must be one of {', '.join(BACKENDS)}")
+        check_choice("backend", backend, BACKENDS)
         prompt = _Prompt()
         layers = range(methods[0].shape.layers)
         super().__init__(layers=[RaggedLayer(layer, methods, backend, prompt) for layer in layers])

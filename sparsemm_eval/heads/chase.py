@@ -1,6 +1,6 @@
 """Visual scores: how often each query head looks at the very place that is being read.
 
-METHODS of the paper, section 3.1: for a generated token that stands in one place of the image, a
+SparseMM, section 3.1: for a generated token that stands in one place of the image, a
 head hits when its largest attention weight falls on an image token of that place; a hit counts
 1 / (image tokens of the place). Here no attention matrix is kept: the known text is fed once, and
 each layer keeps the argmax of the rows that write it.

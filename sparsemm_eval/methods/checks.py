@@ -17,6 +17,11 @@ def check_share(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r}: it must be a number from 0 to 1")
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's words in one line, for a sentence that states it as the cause."""
+    return " ".join(str(error).split())[:500]
+
+
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:

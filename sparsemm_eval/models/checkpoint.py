@@ -27,6 +27,7 @@ from transformers import (
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
+from sparsemm_eval.methods.checks import one_line
 from sparsemm_eval.paths import cache_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -108,7 +109,7 @@ class Checkpoint:
             processor = AutoProcessor.from_pretrained(self.folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"pretrained={self.pretrained}: its processor cannot be read ({_one_line(error)})"
+                f"pretrained={self.pretrained}: its processor cannot be read ({one_line(error)})"
             ) from error
         if not getattr(processor, "chat_template", None):
             raise ValueError(
@@ -183,7 +184,7 @@ def _folder(pretrained: str, revision: str | None) -> Path:
             causes.append(error)
     raise ValueError(
         f"pretrained={pretrained} is no folder and cannot be had from the hub "
-        f"({_one_line(causes[0])}): give a folder, or a repository that is reachable or cached"
+        f"({one_line(causes[0])}): give a folder, or a repository that is reachable or cached"
     ) from causes[0]
 
 
@@ -194,7 +195,7 @@ def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
         OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError
     ) as error:  # fmt: skip
         raise ValueError(
-            f"pretrained={pretrained}: its config.json cannot be read ({_one_line(error)})"
+            f"pretrained={pretrained}: its config.json cannot be read ({one_line(error)})"
         ) from error
 
 
@@ -215,7 +216,7 @@ def _check_weights(folder: Path, pretrained: str) -> None:
                 pass
         except (SafetensorError, OSError) as error:
             raise ValueError(
-                f"pretrained={pretrained}: {path.name} is broken ({_one_line(error)})"
+                f"pretrained={pretrained}: {path.name} is broken ({one_line(error)})"
             ) from error
 
 
@@ -225,7 +226,7 @@ def _indexed(index: Path, pretrained: str) -> set[str]:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"pretrained={pretrained}: {index.name} is broken ({_one_line(error)})"
+            f"pretrained={pretrained}: {index.name} is broken ({one_line(error)})"
         ) from error
 
 
@@ -240,7 +241,3 @@ def _file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

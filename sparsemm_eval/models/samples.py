@@ -117,11 +117,6 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text
 
 
-def one_line(error: Exception) -> str:
-    """An exception's words in one line."""
-    return " ".join(str(error).split())[:500]
-
-
 def positive_int(name: str, value: Any) -> int:
     text = str(value)
     if not text.isdecimal() or int(text) < 1:

@@ -25,7 +25,7 @@ from sparsemm_eval.methods import (
     method_names,
     method_settings,
 )
-from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.methods.checks import check_choice, one_line
 from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.decode import Decoded, generate
@@ -35,7 +35,6 @@ from sparsemm_eval.models.samples import (
     cut,
     generation_options,
     image_hash,
-    one_line,
     positive_int,
     read_chat,
 )
