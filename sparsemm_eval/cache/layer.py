@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
-from sparsemm_eval.methods import Method, Scorer, row_lengths
+from sparsemm_eval.methods import HeadMask, Method, Scorer, row_lengths
 from sparsemm_eval.methods.checks import check_choice
 
 
@@ -32,21 +32,33 @@ class HeadBudgetCache(Cache):
         is read: row ``b * M + m`` is sample b under method m.
     backend : {"auto", "varlen", "torch"}
         What attends over the ragged rows.
+    mask : HeadMask, optional
+        Query heads that are silenced in every row.
 
     Raises
     ------
     ValueError
-        For an unknown backend, no method, or methods for different models.
+        For an unknown backend, no method, methods for different models, or a head to silence
+        that the model does not have.
     """
 
-    def __init__(self, methods: Method | Sequence[Method], backend: str = "auto") -> None:
+    def __init__(
+        self,
+        methods: Method | Sequence[Method],
+        backend: str = "auto",
+        mask: HeadMask | None = None,
+    ) -> None:
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
             raise ValueError("methods of one cache must be at least one and of one ModelShape")
         check_choice("backend", backend, BACKENDS)
+        if mask is not None:
+            mask.check_shape(methods[0].shape)
         prompt = _Prompt()
         layers = range(methods[0].shape.layers)
-        super().__init__(layers=[RaggedLayer(layer, methods, backend, prompt) for layer in layers])
+        super().__init__(
+            layers=[RaggedLayer(layer, methods, backend, prompt, mask) for layer in layers]
+        )
         self.methods = methods
         self._prompt = prompt
 
@@ -68,9 +80,9 @@ class HeadBudgetCache(Cache):
         """Tokens of each row's prompt, padding excluded."""
         return list(self._prompt.rows)
 
-    def bytes(self) -> CacheBytes:
-        """Bytes really held: keys, values, slack and metadata of all layers."""
-        return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
+    def bytes(self, rows: range | None = None) -> CacheBytes:
+        """Bytes really held by all rows, or some: keys, values, slack and metadata, all layers."""
+        return sum((layer.filled().bytes(rows) for layer in self.layers), CacheBytes())
 
     def backend(self) -> str:
         """What attends over the ragged rows, once a prompt was read."""
@@ -110,11 +122,19 @@ class RaggedLayer(AttendingLayer):
     supports_early_init = False
 
     def __init__(
-        self, index: int, methods: tuple[Method, ...], backend: str, prompt: _Prompt
+        self,
+        index: int,
+        methods: tuple[Method, ...],
+        backend: str,
+        prompt: _Prompt,
+        mask: HeadMask | None = None,
     ) -> None:
         super().__init__()
         self.index, self.methods, self.requested = index, methods, backend
         self.prompt = prompt
+        silent = [] if mask is None else mask.of_layer(index)
+        self.silent = torch.tensor(silent) if silent else None
+        self.silence = mask.mode if silent else None
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -138,6 +158,16 @@ class RaggedLayer(AttendingLayer):
         self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
         """The first call reads the prompt with dense attention and compresses it."""
+        if self.silence is None:
+            return self._attend(module, query, mask, **kwargs)
+        self.silent = self.silent.to(query.device)  # once: later steps find them there
+        if self.silence == "query":
+            return self._attend(module, query.index_fill(1, self.silent, 0), mask, **kwargs)
+        return self._attend(module, query, mask, **kwargs).index_fill(2, self.silent, 0)
+
+    def _attend(
+        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
         key, value = self.pending
         self.pending = None
         window = kwargs.get("sliding_window")

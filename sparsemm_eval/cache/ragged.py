@@ -156,12 +156,15 @@ class RaggedKV:
         heads = torch.arange(self.kv_heads)
         return self._gather((rows[:, None] * self.kv_heads + heads).flatten(), self.kept[rows])
 
-    def bytes(self) -> CacheBytes:
-        """Bytes held by this layer."""
+    def bytes(self, rows: range | None = None) -> CacheBytes:
+        """Bytes held by this layer, or by some rows of it."""
+        kept = self.kept if rows is None else self.kept[list(rows)]
         slot = self.keys.shape[-1] * self.keys.element_size()
-        filled = sum(self.host_lengths()) * slot
-        slack = 2 * (self.keys.shape[0] * slot - filled)
-        metadata = (self.offsets.numel() + self.lengths.numel()) * self.lengths.element_size()
+        filled = (int(kept.sum()) + kept.numel() * self.steps) * slot
+        slack = 2 * kept.numel() * self.slack * slot
+        metadata = 2 * kept.numel() * self.lengths.element_size()
+        if rows is None:
+            metadata += self.offsets.element_size()  # the end of the last sequence
         return CacheBytes(filled, filled, slack, metadata)
 
     def _grow(self) -> None:

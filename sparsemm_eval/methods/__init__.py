@@ -1,6 +1,13 @@
 """Which tokens each KV head keeps: pure tensor arithmetic, torch only."""
 
 from sparsemm_eval.methods.allocation import Allocation, LayerAllocation, Prompt
+from sparsemm_eval.methods.head_mask import (
+    MASK_MODES,
+    HeadMask,
+    random_heads,
+    read_head_mask,
+    visual_heads,
+)
 from sparsemm_eval.methods.head_scores import HeadScores, find_head_scores
 from sparsemm_eval.methods.method import (
     Method,
@@ -15,7 +22,9 @@ from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, Si
 from sparsemm_eval.methods.shape import ModelShape
 
 __all__ = [
+    "MASK_MODES",
     "Allocation",
+    "HeadMask",
     "HeadScores",
     "LayerAllocation",
     "Method",
@@ -30,6 +39,9 @@ __all__ = [
     "make_method",
     "method_names",
     "method_settings",
+    "random_heads",
+    "read_head_mask",
     "register_method",
     "row_lengths",
+    "visual_heads",
 ]

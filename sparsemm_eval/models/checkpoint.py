@@ -35,14 +35,14 @@ _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
 class Checkpoint:
-    """A Hugging Face checkpoint of one family.
+    """A Hugging Face checkpoint.
 
     Parameters
     ----------
     pretrained : str or Path
         A folder, or a repository on the hub (downloaded once, found offline afterwards).
-    model_type : str
-        What its config must say, "llava_next" or "qwen2_vl".
+    model_type : str, optional
+        What its config must say, such as "llava_next" or "qwen2_vl"; None takes any family.
     revision : str, optional
         Of a hub repository.
     dtype : {"auto", "float32", "bfloat16", "float16"}
@@ -63,7 +63,7 @@ class Checkpoint:
     def __init__(
         self,
         pretrained: str | Path,
-        model_type: str,
+        model_type: str | None = None,
         *,
         revision: str | None = None,
         dtype: str = "auto",
@@ -77,7 +77,7 @@ class Checkpoint:
         self.attn_implementation = attn_implementation
         self.folder = _folder(self.pretrained, revision)
         self.config = _read_config(self.folder, self.pretrained)
-        if self.config.model_type != model_type:
+        if model_type not in (None, self.config.model_type):
             raise ValueError(
                 f"pretrained={self.pretrained} is a {self.config.model_type} checkpoint; this "
                 f"model takes {model_type}"

@@ -48,6 +48,8 @@ class Sample:
         The answer ends before any of these.
     key : str
         Of its answer.
+    parts : mapping
+        What the key is made of, beside the cell.
     """
 
     task: str
@@ -57,6 +59,7 @@ class Sample:
     options: tuple[tuple[str, Any], ...]
     until: tuple[str, ...]
     key: str
+    parts: Mapping[str, Any]
 
 
 def read_chat(

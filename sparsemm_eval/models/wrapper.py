@@ -19,16 +19,21 @@ from transformers import BatchFeature, ProcessorMixin
 from sparsemm_eval import __version__
 from sparsemm_eval.cache import BACKENDS
 from sparsemm_eval.methods import (
+    MASK_MODES,
+    HeadMask,
+    HeadScores,
     Method,
     canonical_settings,
     make_method,
     method_names,
     method_settings,
+    read_head_mask,
 )
 from sparsemm_eval.methods.checks import check_choice, one_line
 from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.decode import Decoded, generate
+from sparsemm_eval.models.decode import Decoded, generate, generate_rows, shares_prompt
+from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.models.samples import (
     SAMPLE_ERRORS,
     Sample,
@@ -65,7 +70,7 @@ class SparseMMModel(lmms):
         One loaded already; it is shared and not released after a run. From Python only.
     **settings
         All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
-        answers, and what the method and the family read.
+        answers, mask_heads, mask_mode, and what the method and the family read.
 
     Raises
     ------
@@ -118,17 +123,29 @@ class SparseMMModel(lmms):
             | {name: settings[name] for name in _CHECKPOINT if name in settings},
         )
         if "head_scores" in method_settings(method):
-            chosen["head_scores"] = self.checkpoint.head_scores(chosen.get("head_scores"))
+            chosen["head_scores"] = self._head_scores(settings)
         self.method: Method = make_method(method, self.checkpoint.shape, **chosen)
+        self.mask = self._read_mask(settings)
         self.family = {name: settings.get(name) for name in self.family_settings}
         self.processor = self.configure(self.checkpoint.processor, **self.family)
         self.store = AnswerStore(settings.get("answers", DEFAULT_ANSWERS))
-        logger.info(f"{self.model_id}: {self.method} on {self.checkpoint.pretrained}")
+        # Other cells that read prompts as this one does: a batch is answered for them too.
+        self.fellows: tuple[SparseMMModel, ...] = ()
+        logger.info(f"{self.model_id}: {self.cell} on {self.checkpoint.pretrained}")
 
     @classmethod
     def configure(cls, processor: ProcessorMixin, **family: Any) -> ProcessorMixin:
         """Apply the family's settings to a processor."""
         return processor
+
+    @property
+    def cell(self) -> str:
+        """Method and masked heads in words."""
+        return str(self.method) if self.mask is None else f"{self.method} {self.mask}"
+
+    def cell_of(self, task: str) -> str:
+        """This model on a task, in words."""
+        return f"{self.model_id} {task} {self.cell}"
 
     @property
     def device(self) -> torch.device:
@@ -140,11 +157,14 @@ class SparseMMModel(lmms):
 
         Raises
         ------
+        ValueError
+            Before the first, if the metric of one of their tasks cannot run here.
         SampleFailures
             After all others are answered and safe, if samples failed: no score is made of them.
         """
+        check_tasks(request.args[4] for request in requests)
         run = _Run(self)
-        for request in tqdm(requests, desc=str(self.method), disable=self.rank != 0):
+        for request in tqdm(requests, desc=self.cell, disable=self.rank != 0):
             run.add(request)
         answers = run.finish()
         # By key: lmms-eval may ask for a sample more than once.
@@ -179,6 +199,11 @@ class SparseMMModel(lmms):
 
     def key_of(self, prompt: str, images: Sequence[Image.Image], **where: Any) -> str:
         """Key of an answer: all that decides its text, and nothing else."""
+        hashes = [image_hash(image) for image in images]
+        return self.key_of_parts({"prompt": prompt, "images": hashes, **where})
+
+    def key_of_parts(self, parts: Mapping[str, Any]) -> str:
+        """Key of an answer, from all that decides its text beside the cell itself."""
         return answer_key(
             {
                 "version": __version__,
@@ -188,14 +213,22 @@ class SparseMMModel(lmms):
                 "family": self.family,
                 "method": self.method.name,
                 "settings": self.method.settings,
-                "prompt": prompt,
-                "images": [image_hash(image) for image in images],
-                **where,
+                # Only where there is one: a key without is as old as the answers.
+                **({"mask": self.mask.settings} if self.mask is not None else {}),
+                **parts,
             }
         )
 
-    def run_batch(self, samples: Sequence[Sample]) -> Decoded:
-        """Read and decode samples of equal options together."""
+    def reads_as(self, other: SparseMMModel) -> bool:
+        """Whether another cell reads a prompt exactly as this one does: only methods differ."""
+        return (
+            self.checkpoint is other.checkpoint
+            and (self.family, self.mask, self.backend) == (other.family, other.mask, other.backend)
+            and self.store.folder == other.store.folder
+        )
+
+    def run_batch(self, samples: Sequence[Sample], methods: Sequence[Method]) -> list[Decoded]:
+        """Read samples of equal options together, and decode them under each method."""
         prompts = [sample.prompt for sample in samples]
         images = [image for sample in samples for image in sample.images]
         bos = self.processor.tokenizer.bos_token
@@ -210,7 +243,9 @@ class SparseMMModel(lmms):
         pad = self.processor.tokenizer.pad_token_id
         options = {"pad_token_id": pad} if pad is not None else {}
         options |= dict(samples[0].options)
-        return generate(model, inputs, self.method, options, self.backend)
+        if len(methods) == 1:
+            return [generate(model, inputs, methods[0], options, self.backend, self.mask)]
+        return generate_rows(model, inputs, methods, options, self.backend, self.mask)
 
     def _report(self, answers: Sequence[Answer], run: _Run) -> None:
         """State what was kept, and whether anything was compressed at all."""
@@ -260,7 +295,22 @@ class SparseMMModel(lmms):
     @classmethod
     def _own(cls) -> set[str]:
         """Settings that are not a method's."""
-        return {*_CHECKPOINT, "backend", "answers", *cls.family_settings}
+        return {
+            *_CHECKPOINT, "backend", "answers", "mask_heads", "mask_mode", *cls.family_settings
+        }  # fmt: skip
+
+    def _head_scores(self, settings: Mapping[str, Any]) -> HeadScores:
+        return self.checkpoint.head_scores(settings.get("head_scores"))
+
+    def _read_mask(self, settings: Mapping[str, Any]) -> HeadMask | None:
+        mode = settings.get("mask_mode", "query")
+        check_choice("mask_mode", mode, MASK_MODES)
+        if settings.get("mask_heads") is None:
+            return None
+        shape = self.checkpoint.shape
+        return read_head_mask(
+            settings["mask_heads"], mode, shape, lambda: self._head_scores(settings)
+        )
 
     def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:
         methods = {setting for name in method_names() for setting in method_settings(name)}
@@ -286,6 +336,8 @@ class _Run:
         self.repeats: Counter[str] = Counter()
         self.waiting: dict[tuple, list[Sample]] = defaultdict(list)
         self.queued: set[str] = set()
+        # Keys of the answers that fellows have, by (fellow's place, task).
+        self.theirs: dict[tuple[int, str], set[str]] = {}
 
     def add(self, request: Instance) -> None:
         """Take a request; a full batch is computed at once, so that few images are held."""
@@ -319,7 +371,7 @@ class _Run:
     def _open_cell(self, task: str) -> None:
         if task in self.cells:
             return
-        self.cells[task] = f"{self.model.model_id} {task} {self.model.method}"
+        self.cells[task] = self.model.cell_of(task)
         found = self.model.store.read(self.cells[task])
         self.answers.update(found)
         if found and self.model.rank == 0:
@@ -337,25 +389,30 @@ class _Run:
         task: str,
     ) -> Sample:
         options, until = generation_options(gen_kwargs)
-        where = {
+        parts = {
+            "prompt": prompt,
+            "images": [image_hash(image) for image in images],
+            "repeat": 0,
             "task": task,
             "document": doc_id,
             "generation": [list(option) for option in options],
             "until": until,
         }
-        key = self.model.key_of(prompt, images, repeat=0, **where)
+        key = self.model.key_of_parts(parts)
         if dict(options)["do_sample"]:
             # The same request again asks for another draw, not for the same one.
             self.repeats[key] += 1
-            key = self.model.key_of(prompt, images, repeat=self.repeats[key], **where)
-        return Sample(task, doc_id, prompt, images, options, until, key)
+            parts["repeat"] = self.repeats[key]
+            key = self.model.key_of_parts(parts)
+        return Sample(task, doc_id, prompt, images, options, until, key, parts)
 
     def _compute(self, samples: list[Sample]) -> None:
         """Answer a batch; one that fails is halved until the sample at fault stands alone."""
         # Outside the try: weights that cannot be loaded are no sample's fault.
         self.model.checkpoint.load()
+        models = [self.model, *self._lacking(samples)]
         try:
-            decoded = self.model.run_batch(samples)
+            decoded = self.model.run_batch(samples, [model.method for model in models])
         except SAMPLE_ERRORS as error:
             if len(samples) == 1:
                 self._fail(samples[0].key, samples[0].task, samples[0].doc_id, error)
@@ -365,10 +422,34 @@ class _Run:
             self._compute(samples[:half])
             self._compute(samples[half:])
             return
-        self._store([self._answer(s, decoded, row) for row, s in enumerate(samples)])
+        answers = [
+            self._answer(model, sample, found, row)
+            for model, found in zip(models, decoded, strict=True)
+            for row, sample in enumerate(samples)
+        ]
+        self._store(answers, own=len(samples))
 
-    def _answer(self, sample: Sample, decoded: Decoded, row: int) -> Answer:
-        model = self.model
+    def _lacking(self, samples: Sequence[Sample]) -> list[SparseMMModel]:
+        """Fellows that have not answered all of these samples yet."""
+        if not shares_prompt(dict(samples[0].options)):
+            return []
+        return [
+            fellow
+            for place, fellow in enumerate(self.model.fellows)
+            if not all(
+                fellow.key_of_parts(sample.parts) in self._found(place, sample.task)
+                for sample in samples
+            )
+        ]
+
+    def _found(self, place: int, task: str) -> set[str]:
+        """Keys of what a fellow had answered when it was first asked for here."""
+        if (place, task) not in self.theirs:
+            fellow = self.model.fellows[place]
+            self.theirs[place, task] = set(fellow.store.read(fellow.cell_of(task)))
+        return self.theirs[place, task]
+
+    def _answer(self, model: SparseMMModel, sample: Sample, decoded: Decoded, row: int) -> Answer:
         text = model.processor.tokenizer.decode(decoded.tokens[row], skip_special_tokens=True)
         rows = len(decoded.tokens)
         record = {
@@ -382,9 +463,12 @@ class _Run:
             "batch_size": rows,
             "device": str(model.checkpoint.model.device),
         }
+        if model.mask is not None:
+            record["masked_heads"] = model.mask.settings
         text = cut(text, sample.until).strip()
+        key = sample.key if model is self.model else model.key_of_parts(sample.parts)
         return Answer(
-            sample.key, self.cells[sample.task], sample.task, sample.doc_id, text, None, record
+            key, model.cell_of(sample.task), sample.task, sample.doc_id, text, None, record
         )
 
     def _fail(self, key: str, task: str, doc_id: str, error: Exception) -> None:
@@ -392,7 +476,8 @@ class _Run:
         logger.error(f"{task} {doc_id} failed: {cause}")
         self._store([Answer(key, self.cells[task], task, doc_id, None, cause)])
 
-    def _store(self, answers: list[Answer]) -> None:
+    def _store(self, answers: list[Answer], own: int = 1) -> None:
+        """Keep answers, the first ``own`` of which are of this run's model."""
         self.model.store.write(answers)
-        self.answers.update((answer.key, answer) for answer in answers)
-        self.computed.update(answer.key for answer in answers)
+        self.answers.update((answer.key, answer) for answer in answers[:own])
+        self.computed.update(answer.key for answer in answers[:own])

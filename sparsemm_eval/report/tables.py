@@ -1,6 +1,10 @@
 """Tables in the paper's shape."""
 
+from collections.abc import Iterator, Mapping
+
 import pandas as pd
+
+from sparsemm_eval.report.benchmarks import benchmark_of
 
 # The paper's names, in its order; methods of one's own follow by name.
 METHOD_NAMES = {
@@ -41,6 +45,30 @@ def score_table(frame: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("method")
 
 
+def score_tables(
+    frame: pd.DataFrame, chance: Mapping[str, tuple[str, float]]
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """One titled `score_table` a task.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of one model, as `main_scores` gives it.
+    chance : mapping
+        Best constant answer and its score on the task's own scale, by task.
+
+    Yields
+    ------
+    tuple of str and DataFrame
+        Benchmark, metric and chance in words, and the table.
+    """
+    for task, cells in frame.groupby("task", sort=False):
+        benchmark = benchmark_of(task)
+        answer, score = chance[task]
+        title = f"{benchmark.title}: {benchmark.label} (chance {score / benchmark.top:.3f}"
+        yield f"{title}, answering “{answer}”)", score_table(cells)
+
+
 def kept_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell: nominal budget, what was really kept, and the score."""
     order = {name: place for place, name in enumerate(method_order(list(set(frame["method"]))))}
@@ -57,6 +85,38 @@ def kept_table(frame: pd.DataFrame) -> pd.DataFrame:
             "n": ordered["samples"].map("{:.0f}".format).to_list(),
         }
     )
+
+
+def silenced_table(frame: pd.DataFrame, total: int) -> pd.DataFrame:
+    """Score by how many heads are silenced: visual ones beside as many random others.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of one task and metric: silenced ("none", "visual" or "random"), share, mode, heads, score.
+    total : int
+        Query heads of the model.
+    """
+    whole = frame.loc[frame["silenced"] == "none", "score"].iloc[0]
+    rows = [{"mode": "", "share": "none", "heads": f"0 of {total}", "visual": whole}]
+    masked = frame[frame["silenced"] != "none"]
+    for (mode, share), cells in masked.groupby(["mode", "share"], sort=False):
+        random = cells.loc[cells["silenced"] == "random", "score"]
+        rows.append(
+            {
+                "mode": mode,
+                "share": f"{share:.3g}",
+                "heads": f"{cells['heads'].iloc[0]} of {total}",
+                "visual": cells.loc[cells["silenced"] == "visual", "score"].iloc[0],
+                "random, mean": random.mean(),
+                "lowest": random.min(),
+                "highest": random.max(),
+            }
+        )
+    table = pd.DataFrame(rows)
+    for name in ("visual", "random, mean", "lowest", "highest"):
+        table[name] = ["" if pd.isna(score) else f"{score:.3f}" for score in table[name]]
+    return table
 
 
 def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:

@@ -13,7 +13,7 @@ from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.llava import LlavaSparseMM
 from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint
-from sparsemm_eval.tiny.checkpoint import build_model, export
+from sparsemm_eval.tiny.family import Qwen2VLFamily, export
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,8 @@ def llava(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Qwen2-VL with random weights."""
     folder = tmp_path_factory.mktemp("untrained") / "qwen2vl"
-    export(build_model(seed=3), folder, "# Untrained\n")
+    family = Qwen2VLFamily()
+    export(family, family.build_model(seed=3), folder, "# Untrained\n")
     return folder
 
 

@@ -7,10 +7,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sparsemm_eval.report.figures import score_over_budget
+from sparsemm_eval.report.benchmarks import benchmark_of, main_scores
+from sparsemm_eval.report.figures import score_over_silenced, score_panels
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import parse_model_args, read_results
-from sparsemm_eval.report.tables import kept_table, score_table, to_markdown
+from sparsemm_eval.report.tables import (
+    kept_table,
+    score_table,
+    score_tables,
+    silenced_table,
+    to_markdown,
+)
 
 
 def results_file(folder: Path, model_args: str, score: float, kept: float) -> Path:
@@ -73,10 +80,38 @@ def test_the_kept_table_states_nominal_and_real(frame: pd.DataFrame) -> None:
     assert table["KV KiB/sample"].tolist() == ["359.0", "63.5", "64.0", "32.0"]
 
 
-def test_the_curve_is_a_picture(frame: pd.DataFrame, tmp_path: Path) -> None:
-    path = tmp_path / "curve.png"
-    score_over_budget(frame, "title", "ANLS", path)
-    assert min(Image.open(path).size) > 500
+@pytest.mark.parametrize("over", ["budget", "kept_tokens_per_head"])
+def test_curves_have_a_panel_a_task(frame: pd.DataFrame, over: str, tmp_path: Path) -> None:
+    one, five = tmp_path / "one.png", tmp_path / "five.png"
+    score_panels(frame.assign(task="docvqa_mini"), over, "title", one)
+    tasks = ("docvqa_val", "gqa", "mmbench_mini", "textcaps_val", "vqav2_val")
+    score_panels(pd.concat([frame.assign(task=task) for task in tasks]), over, "title", five)
+    assert min(Image.open(one).size) > 500
+    # Four panels a row, and one row more.
+    assert Image.open(five).height > 1.3 * Image.open(one).height
+
+
+def test_the_main_metric_counts_on_a_scale_that_ends_at_one() -> None:
+    rows = [
+        ("docvqa_mini", "anls", 0.5, 0.02),
+        ("mmbench_mini", "gpt_eval_score", 80.0, 3.0),
+        ("chartqa_mini", "relaxed_human_split", 0.1, 0.1),
+        ("textcaps_mini", "textcaps_CIDEr", 2.5, 1.0),
+    ]
+    frame = pd.DataFrame(rows, columns=["task", "metric", "score", "stderr"])
+    kept = main_scores(frame)
+    assert kept["score"].tolist() == [0.5, 0.8, 2.5]
+    assert kept["stderr"].tolist() == pytest.approx([0.02, 0.03, 1])
+    assert benchmark_of("mmbench_en_dev_static").title == "MMBench"
+    with pytest.raises(ValueError, match="task=mme: it is of none of docvqa"):
+        benchmark_of("mme")
+
+
+def test_tables_name_benchmark_metric_and_chance(frame: pd.DataFrame) -> None:
+    chance = {"mmbench_mini": ("A", 25.0)}
+    ((title, table),) = score_tables(frame.assign(task="mmbench_mini"), chance)
+    assert title == "MMBench: accuracy (chance 0.250, answering “A”)"
+    assert list(table.index) == ["FullKV", "SparseMM", "SnapKV"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}', "no json"])
@@ -100,3 +135,36 @@ def test_provenance_says_how_to_make_it_again() -> None:
     assert made["command"] == "./run_eval.sh"
     assert {"torch", "transformers", "lmms-eval"} <= set(made["versions"])
     assert made["hardware"]["cpu_cores"] >= 1
+
+
+@pytest.fixture
+def masking() -> pd.DataFrame:
+    """Of one task: the whole model, and two shares in one mode with two seeds."""
+    rows = [("none", 0.0, None, 0, 0.9)]
+    for share, heads, visual, random in ((0.05, 2, 0.4, (0.8, 0.9)), (0.1, 4, 0.0, (0.5, 0.8))):
+        rows.append(("visual", share, "query", heads, visual))
+        rows.extend(("random", share, "query", heads, score) for score in random)
+    frame = pd.DataFrame(rows, columns=["silenced", "share", "mode", "heads", "score"])
+    return frame.assign(task="docvqa_mini", metric="anls")
+
+
+def test_silenced_heads_stand_beside_as_many_random_ones(masking: pd.DataFrame) -> None:
+    lines = to_markdown(silenced_table(masking, 40)).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells == [
+        ["", "none", "0 of 40", "0.900", "", "", ""],
+        ["query", "0.05", "2 of 40", "0.400", "0.850", "0.800", "0.900"],
+        ["query", "0.1", "4 of 40", "0.000", "0.650", "0.500", "0.800"],
+    ]
+
+
+@pytest.mark.parametrize("tasks", [1, 4])
+def test_score_over_silenced_heads_is_drawn(
+    masking: pd.DataFrame, tasks: int, tmp_path: Path
+) -> None:
+    """A panel a task, in both modes."""
+    both = pd.concat([masking, masking[masking["mode"].notna()].assign(mode="output")])
+    frame = pd.concat([both.assign(task=f"task{number}") for number in range(tasks)])
+    score_over_silenced(frame, 40, tmp_path / "m.png")
+    width, height = Image.open(tmp_path / "m.png").size
+    assert (width, height) == ((920, 680) if tasks == 1 else (2760, 1360))
