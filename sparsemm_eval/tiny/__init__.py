@@ -1,10 +1,10 @@
-"""The embedded default: a tiny trained model that reads, and the pages it reads."""
+"""The embedded default: tiny trained models that read, and the pages they read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["default_checkpoint"]
+__all__ = ["default_checkpoint", "embedded_checkpoints"]
 
 
 def default_checkpoint() -> Path:
@@ -15,4 +15,16 @@ def default_checkpoint() -> Path:
     pathlib.Path
         A folder for ``from_pretrained``; it holds model, processor and model card.
     """
-    return Path(__file__).resolve().parent / "qwen2vl"
+    return embedded_checkpoints()["qwen2vl"]
+
+
+def embedded_checkpoints() -> dict[str, Path]:
+    """Return the folders of all trained tiny models by name, the default first.
+
+    Returns
+    -------
+    dict of str to pathlib.Path
+        ``qwen2vl`` and ``llava_next``.
+    """
+    here = Path(__file__).resolve().parent
+    return {name: here / name for name in ("qwen2vl", "llava_next")}

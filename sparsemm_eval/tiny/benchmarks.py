@@ -1,4 +1,4 @@
-"""Public benchmarks in miniature: drawn pages in a benchmark's own schema, built on first use.
+"""Public benchmarks in miniature: drawn images in a benchmark's own schema, built on first use.
 
 A folder of this kind stands in for the download: lmms-eval's task reads the same columns from it,
 and its metric scores the same fields.
@@ -7,21 +7,44 @@ and its metric scores the same fields.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from .documents import PAGE, Layout, Split, draw_document, stream, value_question
+from . import samples as drawn
+from .documents import Split, stream
+from .samples import Row
 
 DEFAULT_SAMPLES = 200
 DEFAULT_SEED = 0
+# Numbers of a stream that a benchmark has to itself.
+MOST_SAMPLES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of a benchmark.
+
+    Attributes
+    ----------
+    config, split : str
+        Names under which ``datasets.load_dataset`` finds it; ``default`` needs no name.
+    features : datasets.Features
+        Its columns.
+    """
+
+    config: str
+    split: str
+    features: datasets.Features
 
 
 @dataclass(frozen=True)
@@ -34,83 +57,68 @@ class Benchmark:
         Its name here, also the beginning of its folder's name.
     title : str
         Its name in prose.
-    config, split : str
-        Names under which ``datasets.load_dataset`` finds it.
-    features : datasets.Features
-        Its columns.
+    place : int
+        Which part of the stream of random numbers is its own.
+    tables : tuple of Table
+        Where its rows go.
     sample : callable
-        Makes the sample of a seed and a number.
+        Makes of a generator and a number one row a table.
     version : int
         Raised whenever other samples come out of the same settings.
-    layout : Layout
-        Shape of the pages.
     """
 
     name: str
     title: str
-    config: str
-    split: str
-    features: datasets.Features
-    sample: Callable[[int, int, Layout], dict[str, Any]]
-    version: int
-    layout: Layout = PAGE
+    place: int
+    tables: tuple[Table, ...]
+    sample: Callable[[np.random.Generator, int], tuple[Row, ...]]
+    version: int = 1
 
 
-def _docvqa_sample(seed: int, number: int, layout: Layout) -> dict[str, Any]:
-    rng = stream(Split.BENCHMARK, seed, number)
-    document = draw_document(rng, layout)
-    question = value_question(document, int(rng.integers(len(document.entries))))
-    return {
-        "questionId": str(number),
-        "question": question.prompt,
-        "question_types": ["form"],
-        # Grey holds all there is, in a third of the space.
-        "image": document.image.convert("L"),
-        "docId": number,
-        "ucsf_document_id": f"drawn-{seed}-{number}",
-        "ucsf_document_page_no": "1",
-        "answers": [question.answer],
-        "data_split": "val",
-    }
-
-
-_DOCVQA = Benchmark(
-    name="docvqa",
-    title="DocVQA",
-    config="DocVQA",
-    split="validation",
-    features=datasets.Features(
-        {
-            "questionId": datasets.Value("string"),
-            "question": datasets.Value("string"),
-            "question_types": datasets.List(datasets.Value("string")),
-            "image": datasets.Image(),
-            "docId": datasets.Value("int64"),
-            "ucsf_document_id": datasets.Value("string"),
-            "ucsf_document_page_no": datasets.Value("string"),
-            "answers": datasets.List(datasets.Value("string")),
-            "data_split": datasets.Value("string"),
-        }
+_ALL = (
+    Benchmark(
+        "docvqa", "DocVQA", 0, (Table("DocVQA", "validation", drawn.DOCVQA),), drawn.docvqa, 2
     ),
-    sample=_docvqa_sample,
-    version=1,
+    Benchmark(
+        "ocrbench", "OCRBench", 1, (Table("default", "test", drawn.OCRBENCH),), drawn.ocrbench
+    ),
+    Benchmark(
+        "textvqa", "TextVQA", 2, (Table("default", "validation", drawn.TEXTVQA),), drawn.textvqa
+    ),
+    Benchmark("chartqa", "ChartQA", 3, (Table("default", "test", drawn.CHARTQA),), drawn.chartqa),
+    Benchmark(
+        "textcaps", "TextCaps", 4, (Table("default", "val", drawn.TEXTCAPS),), drawn.textcaps
+    ),
+    Benchmark("mmbench", "MMBench", 5, (Table("en", "dev", drawn.MMBENCH),), drawn.mmbench),
+    Benchmark(
+        "gqa",
+        "GQA",
+        6,
+        (
+            Table("testdev_balanced_instructions", "testdev", drawn.GQA_INSTRUCTIONS),
+            Table("testdev_balanced_images", "testdev", drawn.GQA_IMAGES),
+        ),
+        drawn.gqa,
+    ),
+    Benchmark("vqav2", "VQAv2", 7, (Table("default", "validation", drawn.VQAV2),), drawn.vqav2),
 )
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
 
-BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in (_DOCVQA,)}
-
-_CARD = """---
-configs:
-- config_name: {config}
+_CONFIG = """- config_name: {config}
   data_files:
   - split: {split}
-    path: data/{split}-*.parquet
----
+    path: {config}/{split}-*.parquet
+"""
+_CARD = """---
+configs:
+{configs}---
 
 # {title} in miniature
 
-{samples} drawn pages of `KEY:VALUE` entries, one question each, in the columns of {title}. Made by
-`sparsemm_eval.tiny.benchmarks`, version {version}, seed {seed}. The pages come from a stream of
-random numbers that no training run uses. Scores on them say nothing about {title} itself.
+{samples} drawn images, one question each, in the columns of {title}. Made by
+`sparsemm_eval.tiny.benchmarks`, version {version}, seed {seed}; hash of the content: `{content}`.
+The images come from a stream of random numbers that no training run uses. Scores on them say
+nothing about {title} itself.
 """
 
 
@@ -124,7 +132,7 @@ def settings_key(benchmark: Benchmark, samples: int, seed: int) -> str:
     samples : int
         Number of samples.
     seed : int
-        Seed of the pages.
+        Seed of the images.
 
     Returns
     -------
@@ -134,11 +142,55 @@ def settings_key(benchmark: Benchmark, samples: int, seed: int) -> str:
     settings = {
         "benchmark": benchmark.name,
         "version": benchmark.version,
-        "layout": asdict(benchmark.layout),
         "samples": samples,
         "seed": seed,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def draw(benchmark: Benchmark, seed: int, number: int) -> tuple[Row, ...]:
+    """Draw one sample.
+
+    Parameters
+    ----------
+    benchmark : Benchmark
+        Of which benchmark.
+    seed : int
+        Non-negative seed of the benchmark.
+    number : int
+        Which sample, below ``MOST_SAMPLES``.
+
+    Returns
+    -------
+    tuple of dict
+        One row a table.
+    """
+    place = benchmark.place * MOST_SAMPLES + number
+    return benchmark.sample(stream(Split.BENCHMARK, seed, place), number)
+
+
+def content_hash(samples: Iterable[tuple[Row, ...]]) -> str:
+    """Return a hash of samples: of their texts and of every pixel.
+
+    Parameters
+    ----------
+    samples : iterable of tuple of dict
+        As :func:`draw` gives them.
+
+    Returns
+    -------
+    str
+        12 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        for row in sample:
+            texts = {name: value for name, value in row.items() if name != "image"}
+            digest.update(json.dumps(texts, sort_keys=True).encode())
+            if "image" in row:
+                image: Image.Image = row["image"]
+                digest.update(f"{image.mode} {image.size} ".encode() + image.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def build(
@@ -153,9 +205,9 @@ def build(
     folder : pathlib.Path
         Folder that holds all of them, made if missing.
     samples : int
-        Number of samples, at least 1.
+        Number of samples, 1 to ``MOST_SAMPLES``.
     seed : int
-        Non-negative seed of the pages.
+        Non-negative seed of the images.
 
     Returns
     -------
@@ -169,8 +221,11 @@ def build(
     """
     if name not in BENCHMARKS:
         raise ValueError(f"no benchmark {name!r}; there is: {', '.join(BENCHMARKS)}")
-    if samples < 1 or seed < 0:
-        raise ValueError(f"samples must be positive and seed not negative: {samples}, {seed}")
+    if not 1 <= samples <= MOST_SAMPLES or seed < 0:
+        raise ValueError(
+            f"samples={samples}, seed={seed}: samples must lie between 1 and {MOST_SAMPLES},"
+            " and seed must not be negative"
+        )
     benchmark = BENCHMARKS[name]
     target = folder / f"{name}-{settings_key(benchmark, samples, seed)}"
     if target.exists():
@@ -184,21 +239,30 @@ def build(
 
 
 def _write(benchmark: Benchmark, folder: Path, samples: int, seed: int) -> None:
-    data = folder / "data"
-    data.mkdir(parents=True)
     numbers = tqdm(range(samples), desc=f"drawing {benchmark.name}", leave=False)
-    drawn = [benchmark.sample(seed, number, benchmark.layout) for number in numbers]
-    table = datasets.Dataset.from_list(drawn, features=benchmark.features)
-    table.to_parquet(data / f"{benchmark.split}-00000-of-00001.parquet")
+    rows = [draw(benchmark, seed, number) for number in numbers]
+    for table, found in zip(benchmark.tables, zip(*rows, strict=True), strict=True):
+        (folder / table.config).mkdir(parents=True)
+        data = datasets.Dataset.from_list([_encoded(row) for row in found], table.features)
+        data.to_parquet(folder / table.config / f"{table.split}-00000-of-00001.parquet")
     card = _CARD.format(
-        config=benchmark.config,
-        split=benchmark.split,
+        configs="".join(_CONFIG.format(config=t.config, split=t.split) for t in benchmark.tables),
         title=benchmark.title,
         samples=samples,
         version=benchmark.version,
         seed=seed,
+        content=content_hash(rows),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _encoded(row: Row) -> Row:
+    """The row with its image as PNG; noise hardly shrinks, so the fastest level is enough."""
+    if "image" not in row:
+        return row
+    file = io.BytesIO()
+    row["image"].save(file, "PNG", compress_level=1)
+    return {**row, "image": {"bytes": file.getvalue(), "path": None}}
 
 
 def _move(unfinished: Path, target: Path) -> None:
@@ -208,23 +272,3 @@ def _move(unfinished: Path, target: Path) -> None:
         # Another process was first, with the same content; anything else is a real failure.
         if not target.is_dir():
             raise
-
-
-def docvqa(folder: Path, samples: int = DEFAULT_SAMPLES, seed: int = DEFAULT_SEED) -> Path:
-    """Return DocVQA in miniature: pages asked for one value each; see :func:`build`.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Folder that holds the datasets.
-    samples : int
-        Number of pages.
-    seed : int
-        Seed of the pages.
-
-    Returns
-    -------
-    pathlib.Path
-        Dataset folder: ``load_dataset(path, name="DocVQA", split="validation")``.
-    """
-    return build("docvqa", folder, samples, seed)

@@ -31,10 +31,15 @@ SLOT_COLUMNS = 11
 VALUE_LENGTHS = (3, 6)
 READ_ALL = "*\n"
 
-_FONTS = ("DejaVuSansMono.ttf", "DejaVuSansMono-Bold.ttf")
-_FONT_SIZES = (13, 14, 15)
+# Proportional faces are smaller: their widest letters must stay within a cell.
+_FONTS = (
+    ("DejaVuSansMono.ttf", (13, 14, 15)),
+    ("DejaVuSansMono-Bold.ttf", (13, 14, 15)),
+    ("DejaVuSans.ttf", (11, 12, 13)),
+    ("DejaVuSerif.ttf", (10, 11, 12)),
+)
 _CONTRAST = (0.7, 1.0)
-_NOISE = 0.03
+NOISE = 0.03
 
 
 class Split(IntEnum):
@@ -85,8 +90,8 @@ class Layout:
 
     rows: int
     columns: int
-    min_entries: int
-    max_entries: int
+    min_entries: int = 1
+    max_entries: int = 1
     cell: int = 16
 
     def __post_init__(self) -> None:
@@ -146,11 +151,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its answer, and where the answer begins in the document's transcription."""
+    """A prompt, its answer, and where the answer begins in the document's transcription, if so."""
 
     prompt: str
     answer: str
-    start: int
+    start: int = -1
 
 
 @dataclass(frozen=True)
@@ -293,8 +298,26 @@ def draw_cells(
     boxes : list of Box
         Box of every glyph's ink, in the order of ``cells``; it lies within the glyph's cell.
     """
-    face = _FONTS[int(rng.integers(len(_FONTS)))]
-    size = _FONT_SIZES[int(rng.integers(len(_FONT_SIZES)))]
+    ink, boxes = draw_ink(rng, cells, layout)
+    noise = rng.standard_normal(ink.shape, dtype=np.float32)
+    grey = 255 - ink + np.float32(NOISE * 255) * noise
+    return np.clip(grey + 0.5, 0, 255).astype(np.uint8), boxes
+
+
+def draw_ink(
+    rng: np.random.Generator, cells: list[tuple[str, int, int]], layout: Layout
+) -> tuple[np.ndarray, list[Box]]:
+    """Draw characters as :func:`draw_cells` does, on nothing and without noise.
+
+    Returns
+    -------
+    ink : numpy.ndarray
+        How much darker than paper each pixel is, float32 in 0..255, shape (height, width).
+    boxes : list of Box
+        Box of every glyph's ink.
+    """
+    face, sizes = _FONTS[int(rng.integers(len(_FONTS)))]
+    size = sizes[int(rng.integers(len(sizes)))]
     contrast = rng.uniform(*_CONTRAST)
     jitter = rng.integers(-1, 2, (layout.rows, 2))
     width, height = layout.size
@@ -308,9 +331,7 @@ def draw_cells(
         x1, y1 = x0 + mask.shape[1], y0 + mask.shape[0]
         ink[y0:y1, x0:x1] = mask
         boxes.append((x0, y0, x1, y1))
-    noise = rng.standard_normal(ink.shape, dtype=np.float32)
-    grey = 255 - np.float32(contrast) * ink + np.float32(_NOISE * 255) * noise
-    return np.clip(grey + 0.5, 0, 255).astype(np.uint8), boxes
+    return np.float32(contrast) * ink, boxes
 
 
 @cache

@@ -21,6 +21,7 @@ from .documents import (
     transcript_question,
     value_question,
 )
+from .pictures import Kind, draw_pictures
 
 # Held-out documents from this number on are only ever read by the final evaluation.
 FINAL = 100_000
@@ -125,8 +126,8 @@ def evaluate(
     folder : pathlib.Path
         Exported checkpoint.
     questions : int
-        Number of value questions, five a document; a fifth as many read-on questions and a
-        tenth as many transcripts are asked too.
+        Number of value questions, five a document; a fifth as many read-on questions, a tenth as
+        many transcripts, and all questions about half as many pictures are asked too.
     seed : int
         Seed of the held-out documents.
     layout : Layout
@@ -135,31 +136,37 @@ def evaluate(
     Returns
     -------
     dict
-        For ``value``, ``onward`` and ``transcript`` the fields of :class:`Reading`.
+        For every kind of question, in lower case, the fields of :class:`Reading`.
     """
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    pairs: dict[str, list[tuple[str, str]]] = {"value": [], "onward": [], "transcript": []}
+    pairs: dict[Kind, list[tuple[str, str]]] = {kind: [] for kind in Kind}
+
+    def ask(image: Image.Image, asked: list[tuple[Kind, Question]]) -> None:
+        # Answers of one length together: no short one waits for a transcript to end.
+        for kind in sorted({kind for kind, _ in asked}):
+            chosen = [question for of_kind, question in asked if of_kind == kind]
+            said = answer(model, processor, image, chosen)
+            expected = (question.answer for question in chosen)
+            pairs[kind].extend(zip(said, expected, strict=True))
+
     for number in range(-(-questions // _QUESTIONS_A_DOCUMENT)):
         document = draw_document(stream(Split.HELD_OUT, seed, FINAL + number), layout)
-        for kind, asked in _ask(document, number, questions - len(pairs["value"])).items():
-            said = answer(model, processor, document.image, asked)
-            expected = (question.answer for question in asked)
-            pairs[kind].extend(zip(said, expected, strict=True))
-    return {kind: asdict(_score(found)) for kind, found in pairs.items()}
+        ask(document.image, _ask(document, number, questions - len(pairs[Kind.VALUE])))
+    for picture in draw_pictures(stream(Split.HELD_OUT, seed, FINAL - 1), questions // 2):
+        ask(picture.image, list(picture.questions))
+    return {kind.name.lower(): asdict(_score(found)) for kind, found in pairs.items() if found}
 
 
-def _ask(document: Document, number: int, missing: int) -> dict[str, list[Question]]:
+def _ask(document: Document, number: int, missing: int) -> list[tuple[Kind, Question]]:
     rng = stream(Split.HELD_OUT, number, FINAL)
     order = [int(index) for index in rng.permutation(len(document.entries))]
     values = order[: min(_QUESTIONS_A_DOCUMENT, missing)]
-    asked = {
-        "value": [value_question(document, index) for index in values],
-        "onward": [onward_question(document, order[0])],
-    }
+    asked = [(Kind.VALUE, value_question(document, index)) for index in values]
+    asked.append((Kind.ONWARD, onward_question(document, order[0])))
     # Transcripts are long: every second document is enough.
     if number % 2 == 0:
-        asked["transcript"] = [transcript_question(document)]
+        asked.append((Kind.TRANSCRIPT, transcript_question(document)))
     return asked
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2VLForConditionalGeneration
+from transformers import PreTrainedModel
 
-from .checkpoint import IMAGE_PAD, VOCABULARY
-from .packing import IGNORED, Batch, Kind
+from .family import Family
+from .packing import IGNORED, Batch
+from .pictures import Kind
+from .vocabulary import IMAGE_PAD, VOCABULARY
 
-LEARNING_RATE = 2e-3
 _CLIP = 1.0
 
 
@@ -31,33 +32,38 @@ class Learner:
 
     Parameters
     ----------
-    model : Qwen2VLForConditionalGeneration
+    family : Family
+        Of the model.
+    model : PreTrainedModel
         Model in float32, trained in place.
     compiled : bool
         Run the language layers through ``torch.compile``, which needs a C++ compiler.
     """
 
-    def __init__(self, model: Qwen2VLForConditionalGeneration, compiled: bool) -> None:
-        self.model = model
+    def __init__(self, family: Family, model: PreTrainedModel, compiled: bool) -> None:
+        self.family, self.model = family, model
         matrices, rest = split_parameters(model)
         self.optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(
-                matrices, lr=LEARNING_RATE, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
+                matrices, lr=family.learning_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"
             ),
-            torch.optim.AdamW(rest, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(rest, lr=family.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
         )
         self._layer: Callable = _run_layer
         if compiled:
-            # Lengths are fixed within a stage: one graph a stage, shared by the layers.
+            # Lengths are fixed within a stage: two graphs a stage, shared by the layers, and one
+            # more where nothing is learnt.
+            torch._dynamo.config.recompile_limit = 32
             self._layer = torch.compile(_run_layer, dynamic=False)
 
     def predict(self, batch: Batch) -> torch.Tensor:
         """Return the logits at the batch's labelled places, shape (places, vocabulary)."""
-        core, text = self.model.model, self.model.model.language_model
-        seen = core.visual(batch.pixel_values, batch.grid_thw).pooler_output
+        text = self.model.model.language_model
+        seen = self.family.features(self.model, batch.pixels)
         is_image = (batch.input_ids == VOCABULARY[IMAGE_PAD]).unsqueeze(-1)
         hidden = text.embed_tokens(batch.input_ids).masked_scatter(is_image, seen)
-        rotary = text.rotary_emb(hidden, batch.position_ids)
+        axes = len(batch.position_ids)
+        rotary = text.rotary_emb(hidden, batch.position_ids if axes > 1 else batch.position_ids[0])
         for layer in text.layers:
             hidden = self._layer(layer, hidden, batch.mask, rotary)
         return self.model.lm_head(text.norm(hidden[batch.labels != IGNORED]))
@@ -118,7 +124,7 @@ class Learner:
 
 
 def split_parameters(
-    model: Qwen2VLForConditionalGeneration,
+    model: PreTrainedModel,
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """Split the parameters into the layers' matrices, for Muon, and the rest, for AdamW."""
     matrices, rest = [], []
@@ -142,30 +148,26 @@ def count_right(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        Right and asked values, right and asked read-on answers, right and asked characters of
-        transcripts; shape (6,).
+        Right and asked answers of every kind, then right and asked characters of transcripts;
+        shape (kinds + 1, 2), float64.
     """
     places = batch.labels != IGNORED
     right = logits.argmax(-1) == batch.labels[places]
     blocks = batch.blocks[places]
     wrong = torch.zeros(len(batch.kinds)).index_add_(0, blocks, (~right).float())
-    is_value, is_onward = batch.kinds == Kind.VALUE, batch.kinds == Kind.ONWARD
+    counts = torch.zeros(len(Kind) + 1, 2, dtype=torch.float64)
+    exact = torch.stack([wrong == 0, torch.ones_like(wrong, dtype=torch.bool)], 1)
+    counts.index_add_(0, batch.kinds, exact.double())
     characters = right[batch.kinds[blocks] == Kind.TRANSCRIPT]
-    return torch.tensor(
-        [
-            (wrong[is_value] == 0).sum(),
-            is_value.sum(),
-            (wrong[is_onward] == 0).sum(),
-            is_onward.sum(),
-            characters.sum(),
-            len(characters),
-        ],
-        dtype=torch.float64,
-    )
+    counts[-1] = torch.tensor([characters.sum(), len(characters)])
+    return counts
 
 
 def rates(counts: torch.Tensor) -> dict[str, float]:
-    """Turn summed counts into shares: value exact, read-on exact, transcript characters."""
-    shares = (counts[0::2] / counts[1::2].clamp(min=1)).tolist()
-    names = ("value_exact", "onward_exact", "transcript_characters")
-    return dict(zip(names, shares, strict=True))
+    """Turn summed counts into shares of exact answers by kind, and of transcripts' characters."""
+    names = [*(f"{kind.name.lower()}_exact" for kind in Kind), "transcript_characters"]
+    return {
+        name: right / asked
+        for name, (right, asked) in zip(names, counts.tolist(), strict=True)
+        if asked
+    }

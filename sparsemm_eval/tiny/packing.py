@@ -9,22 +9,10 @@ training signal per image.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 import torch
 
-from .checkpoint import (
-    IM_END,
-    IMAGE_PAD,
-    MERGE,
-    PAD,
-    PATCH,
-    VISION_END,
-    VISION_START,
-    VOCABULARY,
-    encode,
-)
 from .documents import (
     Document,
     Layout,
@@ -36,19 +24,14 @@ from .documents import (
     transcript_question,
     value_question,
 )
+from .family import Family
+from .pictures import Kind, Picture, draw_pictures
+from .vocabulary import IM_END, PAD, VOCABULARY, encode
 
 IGNORED = -100
-
-
-class Kind(IntEnum):
-    """What a block asks for."""
-
-    TRANSCRIPT = 0
-    ONWARD = 1
-    VALUE = 2
-
-
-_WEIGHTS = {Kind.TRANSCRIPT: 1.0, Kind.ONWARD: 1.0, Kind.VALUE: 2.0}
+PICTURE_TOKENS = 176
+# Short answers beside long ones, and those that are hardest to learn.
+_WEIGHTS = {Kind.VALUE: 2.0, Kind.CHOICE: 3.0, Kind.RELATION: 2.0}
 
 
 @dataclass(frozen=True)
@@ -65,12 +48,16 @@ class Packing:
         Room for question blocks behind each image; values are asked for until it is full.
     onward : int
         Questions a document that read on from an entry.
+    pictures : float
+        Share of the batches that hold pictures instead of documents: twice as many, each with
+        room for ``PICTURE_TOKENS`` of questions.
     """
 
     layout: Layout
     documents: int
     tokens: int
     onward: int
+    pictures: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Batch:
     input_ids : torch.Tensor
         Shape (B, L).
     position_ids : torch.Tensor
-        Time, height and width position, shape (3, B, L).
+        Positions along each axis, shape (axes, B, L); LLaVA-NeXT has one axis, Qwen2-VL three.
     mask : torch.Tensor
         Additive attention mask, shape (B, 1, L, L).
     labels : torch.Tensor
@@ -93,10 +80,8 @@ class Batch:
         Number of the block within the batch, -1 outside, shape (B, L).
     kinds : torch.Tensor
         Kind of every block of the batch, shape (blocks,).
-    pixel_values : torch.Tensor
-        Patches, shape (B * patches, 2 * 3 * 64).
-    grid_thw : torch.Tensor
-        Patch grid of every image, shape (B, 3).
+    pixels : dict of torch.Tensor
+        What the image processor makes of the images.
     """
 
     input_ids: torch.Tensor
@@ -106,35 +91,7 @@ class Batch:
     weights: torch.Tensor
     blocks: torch.Tensor
     kinds: torch.Tensor
-    pixel_values: torch.Tensor
-    grid_thw: torch.Tensor
-
-
-def patchify(images: np.ndarray) -> torch.Tensor:
-    """Cut grey images into patches as the image processor does, without its per-image work.
-
-    Parameters
-    ----------
-    images : numpy.ndarray
-        Grey images, uint8, shape (B, height, width); sides are multiples of 16.
-
-    Returns
-    -------
-    torch.Tensor
-        float32 of shape (B * patches, 3 * 2 * 8 * 8), four patches of a cell in a row.
-    """
-    count, height, width = images.shape
-    side = PATCH * MERGE
-    cells = torch.from_numpy(images).float().div_(127.5).sub_(1)
-    cells = cells.view(count, height // side, MERGE, PATCH, width // side, MERGE, PATCH)
-    patches = cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, 1, PATCH * PATCH)
-    # Three equal channels, two equal frames.
-    return patches.expand(-1, 6, -1).reshape(-1, 6 * PATCH * PATCH)
-
-
-def patch_grid(layout: Layout, count: int) -> torch.Tensor:
-    """Return the patch grid of ``count`` images of one layout, shape (count, 3)."""
-    return torch.tensor([[1, layout.rows * MERGE, layout.columns * MERGE]]).expand(count, -1)
+    pixels: dict[str, torch.Tensor]
 
 
 def choose_questions(
@@ -162,7 +119,11 @@ def choose_questions(
         wanted.append((Kind.ONWARD, onward_question(document, int(index))))
     for index in rng.permutation(count):
         wanted.append((Kind.VALUE, value_question(document, int(index))))
-    chosen, room = [], packing.tokens
+    return _fit(wanted, packing.tokens)
+
+
+def _fit(wanted: list[tuple[Kind, Question]], room: int) -> list[tuple[Kind, Question]]:
+    chosen = []
     for kind, question in wanted:
         needed = len(question.prompt) + len(question.answer) + 1
         if needed <= room:
@@ -171,38 +132,19 @@ def choose_questions(
     return chosen
 
 
-def image_prefix(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens in front of every question and their positions.
-
-    Parameters
-    ----------
-    layout : Layout
-        Shape of the page.
-
-    Returns
-    -------
-    tokens : numpy.ndarray
-        Start, one image token a cell, end; shape (cells + 2,).
-    positions : numpy.ndarray
-        Time, height and width position, shape (3, cells + 2).
-    """
-    rows, columns = np.divmod(np.arange(layout.image_tokens), layout.columns)
-    positions = np.zeros((3, layout.image_tokens + 2), np.int64)
-    positions[:, 1:-1] = 1 + np.stack([np.zeros_like(rows), rows, columns])
-    positions[:, -1] = 1 + max(layout.rows, layout.columns)
-    tokens = np.full(layout.image_tokens + 2, VOCABULARY[IMAGE_PAD])
-    tokens[0], tokens[-1] = VOCABULARY[VISION_START], VOCABULARY[VISION_END]
-    return tokens, positions
-
-
 def pack(
-    documents: list[Document], questions: list[list[tuple[Kind, Question]]], tokens: int
+    family: Family,
+    pages: list[Document] | list[Picture],
+    questions: list[list[tuple[Kind, Question]]],
+    tokens: int,
 ) -> Batch:
-    """Lay documents and their questions out as one batch.
+    """Lay pages and their questions out as one batch.
 
     Parameters
     ----------
-    documents : list of Document
+    family : Family
+        Of the model that learns.
+    pages : list of Document or of Picture
         Pages of one layout.
     questions : list of list of (Kind, Question)
         What is asked about each.
@@ -212,14 +154,13 @@ def pack(
     Returns
     -------
     Batch
-        Its length L is image tokens + 2 + ``tokens``.
+        Its length L is that of the family's prefix + ``tokens``.
     """
-    layout = documents[0].layout
-    prefix_ids, prefix_positions = image_prefix(layout)
-    start, count = len(prefix_ids), len(documents)
+    prefix_ids, prefix_positions = family.prefix(pages[0].layout)
+    start, count = len(prefix_ids), len(pages)
     length = start + tokens
     ids = np.full((count, length), VOCABULARY[PAD])
-    positions = np.zeros((3, count, length), np.int64)
+    positions = np.zeros((len(prefix_positions), count, length), np.int64)
     labels = np.full((count, length), IGNORED)
     weights = np.zeros((count, length), np.float32)
     blocks = np.full((count, length), -1)
@@ -233,11 +174,10 @@ def pack(
             ids[row, at:stop] = block
             positions[:, row, at:stop] = prefix_positions[0, -1] + 1 + np.arange(len(block))
             labels[row, first : stop - 1] = ids[row, first + 1 : stop]
-            weights[row, first : stop - 1] = _WEIGHTS[kind]
+            weights[row, first : stop - 1] = _WEIGHTS.get(kind, 1.0)
             blocks[row, at:stop] = len(kinds)
             kinds.append(int(kind))
             at = stop
-    pixels = np.stack([np.asarray(document.image)[:, :, 0] for document in documents])
     tensors = [torch.from_numpy(array) for array in (ids, positions, labels, weights, blocks)]
     return Batch(
         input_ids=tensors[0],
@@ -247,8 +187,7 @@ def pack(
         weights=tensors[3],
         blocks=tensors[4],
         kinds=torch.tensor(kinds),
-        pixel_values=patchify(pixels),
-        grid_thw=patch_grid(layout, count),
+        pixels=family.pixels([page.image for page in pages]),
     )
 
 
@@ -261,11 +200,13 @@ def _block_mask(blocks: torch.Tensor, start: int) -> torch.Tensor:
     return mask[:, None]
 
 
-def draw_batch(packing: Packing, split: Split, seed: int, index: int) -> Batch:
+def draw_batch(family: Family, packing: Packing, split: Split, seed: int, index: int) -> Batch:
     """Draw batch number ``index`` of a stream.
 
     Parameters
     ----------
+    family : Family
+        Of the model that learns.
     packing : Packing
         Shape of the batch.
     split, seed, index
@@ -274,8 +215,20 @@ def draw_batch(packing: Packing, split: Split, seed: int, index: int) -> Batch:
     Returns
     -------
     Batch
+        Of documents, or of pictures.
     """
     rng = stream(split, seed, index)
+    if rng.random() < packing.pictures:
+        pictures = draw_pictures(rng, 2 * packing.documents)
+        asked = [_shuffled(rng, picture, PICTURE_TOKENS) for picture in pictures]
+        return pack(family, pictures, asked, PICTURE_TOKENS)
     documents = [draw_document(rng, packing.layout) for _ in range(packing.documents)]
     questions = [choose_questions(rng, document, packing) for document in documents]
-    return pack(documents, questions, packing.tokens)
+    return pack(family, documents, questions, packing.tokens)
+
+
+def _shuffled(rng: np.random.Generator, picture: Picture, room: int) -> list[tuple[Kind, Question]]:
+    questions = [picture.questions[i] for i in rng.permutation(len(picture.questions))]
+    # A choice is as long as three other questions: one is asked, and before the room is gone.
+    choices = [pair for pair in questions if pair[0] == Kind.CHOICE]
+    return _fit(choices[:1] + [pair for pair in questions if pair not in choices], room)

@@ -1,12 +1,13 @@
-"""Train the tiny model from nothing: ``python -m sparsemm_eval.tiny.train --out DIR``.
+"""Train a tiny model: ``python -m sparsemm_eval.tiny.train FAMILY --out DIR``.
 
 The output folder gets ``train_log.jsonl``, the resumable ``training.pt``, a loadable checkpoint
-``step-N/`` every few minutes and, at the end, ``qwen2vl/`` with its model card.
+``step-N/`` every few minutes and, at the end, a folder of the family's name with its model card.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -15,26 +16,38 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
-from .alignment import align_vision
-from .card import model_card
-from .checkpoint import build_model, export
+from .alignment import align_vision, seen_words
+from .card import LOG, MADE, how_made, model_card
 from .documents import PAGE, Layout, Split
 from .evaluate import evaluate
-from .learner import LEARNING_RATE, Learner, rates
+from .family import FAMILIES, Family, Qwen2VLFamily, export
+from .learner import Learner, rates
 from .packing import Packing, draw_batch
+from .pictures import Kind
 
-STAGES: tuple[Packing, ...] = (
-    Packing(Layout(2, 11, 1, 2), documents=48, tokens=72, onward=1),
-    Packing(Layout(4, 11, 2, 4), documents=32, tokens=112, onward=1),
-    Packing(Layout(6, 11, 3, 6), documents=24, tokens=160, onward=1),
-    Packing(Layout(8, 22, 6, 12), documents=12, tokens=240, onward=1),
-    Packing(PAGE, documents=8, tokens=320, onward=2),
-)
+STAGES: dict[str, tuple[Packing, ...]] = {
+    "qwen2vl": (
+        Packing(Layout(2, 11, 1, 2), documents=48, tokens=72, onward=1),
+        Packing(Layout(4, 11, 2, 4), documents=32, tokens=112, onward=1),
+        Packing(Layout(6, 11, 3, 6), documents=24, tokens=160, onward=1),
+        Packing(Layout(8, 22, 6, 12), documents=12, tokens=240, onward=1),
+        Packing(PAGE, documents=8, tokens=320, onward=2, pictures=0.6),
+    ),
+    # 22 columns from the first step: on fewer the squashed base image is legible too, and a model
+    # that has learnt to read that is lost when it no longer is.
+    "llava_next": (
+        Packing(Layout(3, 22, 2, 4), documents=24, tokens=112, onward=1),
+        Packing(Layout(5, 22, 3, 7), documents=16, tokens=160, onward=1),
+        Packing(Layout(7, 22, 4, 10), documents=12, tokens=240, onward=1, pictures=0.3),
+        Packing(Layout(11, 22, 8, 14), documents=8, tokens=320, onward=1, pictures=0.3),
+        Packing(PAGE, documents=8, tokens=320, onward=2, pictures=0.6),
+    ),
+}
 WARM_UP = 100
 DECAY = 0.3
 PASSED = 0.9
-TARGET = 0.99
 LOG_EVERY = 20
 CHECK_EVERY = 250
 CHECK_QUESTIONS = 400
@@ -49,20 +62,14 @@ class Progress:
     step : int
         Optimizer steps taken after the vision alignment.
     stage : int
-        Index into ``STAGES``.
+        Index into the family's ``STAGES``.
     seconds : float
         Time spent, earlier sessions of a resumed run included.
-    end : float
-        Share of the budget at which training ends; below 1 once the target was met early.
-    held_out : float
-        Newest exact match on held-out values.
     """
 
     step: int = 0
     stage: int = 0
     seconds: float = 0.0
-    end: float = 1.0
-    held_out: float = 0.0
 
 
 class Log:
@@ -92,10 +99,9 @@ class Budget:
         return max(progress.seconds / (60 * self.minutes), progress.step / self.steps)
 
     def learning_rate(self, progress: Progress) -> float:
-        """Return the rate: a short warm-up, a long plateau, a linear way down to the end."""
-        left = 1 - self.spent(progress) / progress.end
+        """Return the share of the full rate: a short warm-up, a plateau, a linear way down."""
         warm = min(1.0, (progress.step + 1) / WARM_UP)
-        return LEARNING_RATE * warm * min(1.0, max(0.0, left) / DECAY)
+        return warm * min(1.0, max(0.0, 1 - self.spent(progress)) / DECAY)
 
 
 def check(learner: Learner, seed: int) -> dict[str, float]:
@@ -114,9 +120,10 @@ def check(learner: Learner, seed: int) -> dict[str, float]:
         The shares of :func:`~sparsemm_eval.tiny.learner.rates`, prefixed with ``held_out_``, over
         at least 400 value questions.
     """
-    total, index = torch.zeros(6, dtype=torch.float64), 0
-    while total[1] < CHECK_QUESTIONS:
-        total += learner.test(draw_batch(STAGES[-1], Split.HELD_OUT, seed, index))
+    packing = STAGES[learner.family.name][-1]
+    total, index = torch.zeros(len(Kind) + 1, 2, dtype=torch.float64), 0
+    while total[Kind.VALUE, 1] < CHECK_QUESTIONS:
+        total += learner.test(draw_batch(learner.family, packing, Split.HELD_OUT, seed, index))
         index += 1
     return {f"held_out_{name}": share for name, share in rates(total).items()}
 
@@ -150,40 +157,75 @@ def learn(
     recent: deque[torch.Tensor] = deque(maxlen=LOG_EVERY)
     started = time.monotonic() - progress.seconds
     saves, next_save = 0, progress.seconds + 60 * save_minutes
-    while budget.spent(progress) < progress.end:
-        rate = budget.learning_rate(progress)
-        batch = draw_batch(STAGES[progress.stage], Split.TRAIN, seed, progress.step)
+    family, stages = learner.family, STAGES[learner.family.name]
+    while budget.spent(progress) < 1:
+        rate = family.learning_rate * budget.learning_rate(progress)
+        batch = draw_batch(family, stages[progress.stage], Split.TRAIN, seed, progress.step)
         loss, counts = learner.step(batch, rate)
         recent.append(counts)
         progress.step += 1
         progress.seconds = time.monotonic() - started
-        last = progress.stage == len(STAGES) - 1
+        last = progress.stage == len(stages) - 1
         if progress.step % LOG_EVERY == 0:
             shares = rates(torch.stack(tuple(recent)).sum(0))
             place = {"step": progress.step, "stage": progress.stage + 1}
             log({**place, "loss": loss, "learning_rate": rate, **shares})
-            passed = min(shares["value_exact"], shares["transcript_characters"]) >= PASSED
-            if passed and not last and len(recent) == LOG_EVERY:
+            read = (shares.get("value_exact", 0), shares.get("transcript_characters", 0))
+            if min(read) >= PASSED and not last and len(recent) == LOG_EVERY:
                 progress.stage += 1
                 recent.clear()
                 log({"step": progress.step, "stage_reached": progress.stage + 1})
         if last and progress.step % CHECK_EVERY == 0:
-            found = check(learner, seed)
-            log({"step": progress.step, **found})
-            progress.held_out = found["held_out_value_exact"]
-            if progress.held_out >= TARGET and budget.spent(progress) < 1 - DECAY:
-                # Good enough already: come down now, over the same share of the whole.
-                progress.end = min(progress.end, budget.spent(progress) / (1 - DECAY))
+            log({"step": progress.step, **check(learner, seed)})
         if progress.seconds >= next_save:
             saves, next_save = saves + 1, progress.seconds + 60 * save_minutes
             learner.save(out / "training.pt", asdict(progress))
             if saves % 2 == 0:
                 note = f"Unfinished: the model after {progress.step:,} steps.\n"
-                export(learner.model, out / f"step-{progress.step:06d}", note)
+                export(family, learner.model, out / f"step-{progress.step:06d}", note)
+
+
+def lend(lender: Path, model: PreTrainedModel) -> tuple[bool, torch.Tensor]:
+    """Give a model the weights of a trained tiny Qwen2-VL, as far as they fit.
+
+    Parameters
+    ----------
+    lender : pathlib.Path
+        Folder of the trained checkpoint.
+    model : PreTrainedModel
+        Changed in place. A LLaVA-NeXT gets the language layers alone: a KV head that several
+        query heads share is repeated for each, and biases are left out.
+
+    Returns
+    -------
+    own : bool
+        Whether the model is a Qwen2-VL too, and so got everything.
+    words : torch.Tensor
+        What the lender sees where a glyph stands, see
+        :func:`~sparsemm_eval.tiny.alignment.seen_words`.
+    """
+    given = Qwen2VLForConditionalGeneration.from_pretrained(lender, dtype=torch.float32)
+    words = seen_words(Qwen2VLFamily(), given)
+    if isinstance(model, Qwen2VLForConditionalGeneration):
+        model.load_state_dict(given.state_dict())
+        return True, words
+    lent = given.state_dict()
+    heads = given.config.text_config.num_key_value_heads
+    for name, tensor in model.state_dict().items():
+        if name not in lent or not name.startswith(("model.language_model.", "lm_head.")):
+            continue
+        found = lent[name]
+        if found.shape != tensor.shape:
+            times = len(tensor) // len(found)
+            found = found.unflatten(0, (heads, -1)).repeat_interleave(times, 0).flatten(0, 1)
+        tensor.copy_(found)
+    return False, words
 
 
 def train(
+    family_name: Annotated[str, typer.Argument(metavar="FAMILY", help=" or ".join(FAMILIES))],
     out: Annotated[Path, typer.Option(help="Output folder; a run found there is resumed.")],
+    start: Annotated[Path | None, typer.Option(help="Trained tiny Qwen2-VL to start from.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and documents.")] = 0,
     max_minutes: Annotated[float, typer.Option(min=0, help="Minutes of training.")] = 60.0,
     max_steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 1_000_000,
@@ -195,33 +237,44 @@ def train(
         bool, typer.Option("--compile/--no-compile", help="Compile the layers (needs g++).")
     ] = True,
 ) -> None:
-    """Train the tiny model, evaluate it on unseen documents and export it to OUT/qwen2vl."""
+    """Train a tiny model, evaluate it on unseen pages and export it to OUT/FAMILY."""
+    if family_name not in FAMILIES:
+        raise typer.BadParameter(f"{family_name}: it must be one of {', '.join(FAMILIES)}")
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     saved = out / "training.pt"
-    learner = Learner(build_model(seed), compiled=compile_layers)
+    family: Family = FAMILIES[family_name]()
+    learner = Learner(family, family.build_model(seed), compiled=compile_layers)
     progress = Progress()
     if saved.exists():
         progress = Progress(**learner.load(saved))
-    log = Log(out / "train_log.jsonl", time.monotonic() - progress.seconds)
+    words, own = learner.model.model.language_model.embed_tokens.weight.detach().clone(), False
+    if start and not saved.exists():
+        own, words = lend(start, learner.model)
+        # What reads already has the lessons before the last behind it.
+        progress.stage = len(STAGES[family_name]) - 1 if own else 0
+    log = Log(out / LOG, time.monotonic() - progress.seconds)
     if progress.seconds == 0:
         started = time.monotonic()
-        align_vision(learner.model, seed, align_steps, log)
+        align_vision(family, learner.model, words, seed, align_steps, log, keep=own)
         progress.seconds = time.monotonic() - started
     learn(learner, progress, Budget(max_minutes, max_steps), seed, out, log, save_minutes)
     learner.save(saved, asdict(progress))
-    folder = out / "qwen2vl"
-    export(learner.model, folder, "Not evaluated yet.\n")
-    readings = evaluate(folder, eval_questions, seed, STAGES[-1].layout)
+    folder = out / family_name
+    export(family, learner.model, folder, "Not evaluated yet.\n")
+    readings = evaluate(folder, eval_questions, seed)
     for kind, reading in readings.items():
         log({f"final_{kind}_{name}": value for name, value in reading.items()})
-    command = (
-        f"python -m sparsemm_eval.tiny.train --out {out.name} --seed {seed}"
-        f" --max-minutes {max_minutes:g} --max-steps {max_steps} --align-steps {align_steps}"
-        f" --eval-questions {eval_questions} --threads {threads}"
+    command = f"python -m sparsemm_eval.tiny.train {family_name} --out {out.name}"
+    if start:
+        command += f" --start {start.name}"
+    command += (
+        f" --seed {seed} --max-minutes {max_minutes:g} --max-steps {max_steps}"
+        f" --align-steps {align_steps} --eval-questions {eval_questions} --threads {threads}"
     )
-    card = model_card(learner.model, out / "train_log.jsonl", readings, command)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copy(out / LOG, folder / LOG)
+    (folder / MADE).write_text(json.dumps(how_made(command), indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
     typer.echo(f"exported to {folder}")
 
 
