@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,21 +27,34 @@ def main() -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for answers, tables and curve.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for answers, tables and curves.")] = Path(
         "results/demo"
     ),
-    samples: Annotated[int, typer.Option(help="Documents, 1 to 200.")] = 200,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents read together.")] = 50,
+    samples: Annotated[int, typer.Option(help="Samples of each benchmark, 1 to 200.")] = 50,
+    full: Annotated[bool, typer.Option("--full", help="All 200 samples of each.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples read together.")] = 25,
     budgets: Annotated[
         str, typer.Option(help="Mean tokens per KV head, comma-separated.")
     ] = "256,128,64,32,16,12",
+    tasks: Annotated[str, typer.Option(help="Miniature tasks, comma-separated; all.")] = "",
+    models: Annotated[str, typer.Option(help="Embedded models, comma-separated; all.")] = "",
+    masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 50,
 ) -> None:
-    """Full KV and five methods over budgets on the embedded model; offline, minutes on a laptop."""
+    """Full KV and five methods over budgets on the embedded models; offline, in minutes."""
     with one_sentence():
         _quiet()
-        from sparsemm_eval.sweep.demo import run_demo
+        from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
 
-        done = run_demo(out, samples, batch_size, _integers("budgets", budgets))
+        done = run_demo(
+            out,
+            SAMPLES if full else samples,
+            batch_size,
+            _integers("budgets", budgets),
+            _words(tasks) or TASKS,
+            _words(models),
+            masked,
+            command="./run_eval.sh demo --full" if full else "./run_eval.sh",
+        )
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
@@ -48,32 +62,150 @@ def demo(
 
 @app.command()
 def chase(
-    model: Annotated[str, typer.Option(help="Checkpoint: a folder or a hub repository.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or a hub repository; default: embedded."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Score file; default: where its runs will find it."),
     ] = None,
-    data: Annotated[str, typer.Option(help="What is read: drawn.")] = "drawn",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="What is read: drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER, or a JSONL "
+            'file of {"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]} lines.'
+        ),
+    ] = "drawn",
     count: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 200,
+    image_tokens: Annotated[
+        str, typer.Option(help="Where a box is looked for: all, or tiles only as published code.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(help="Images read together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a generated answer ends.")] = 1024,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
 ) -> None:
-    """Find the heads that look at what is being read, and write their visual scores."""
+    """Find the heads that look at what is being read, and write their visual scores.
+
+    A run that was cut off goes on from OUTPUT.pages.jsonl; so does one with more images.
+    """
     with one_sentence():
         from sparsemm_eval.heads.chase import chase as run_chase
-        from sparsemm_eval.heads.chase import drawn_pages, write_scores
+        from sparsemm_eval.heads.findings import write_scores
+        from sparsemm_eval.heads.pages import pages_for
         from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
 
-        if data != "drawn":
-            raise ValueError(f"data={data!r}: it must be drawn")
-        checkpoint = Checkpoint(model, "qwen2_vl", dtype=dtype, device_map=device)
-        found = run_chase(checkpoint, drawn_pages(count), count)
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
         path = output or checkpoint.scores_cache()
-        write_scores(found, path, checkpoint, f"{data}-{count}")
-        typer.echo(
-            f"{found.tokens} characters on {count} images, {found.accuracy:.1%} read right; "
-            f"wrote {path}"
+        found = run_chase(
+            checkpoint,
+            pages_for(checkpoint, data, count),
+            count,
+            image_tokens=image_tokens,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            records=path.with_name(f"{path.stem}.pages.jsonl"),
         )
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        write_scores(found, path, checkpoint, data, image_tokens, command)
+        typer.echo(found.summary())
+        typer.echo(f"wrote {path}")
+        for warning in found.warnings():
+            typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command()
+def draw(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="What is looked at; default: a drawn document.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about the image.")] = None,
+    box: Annotated[
+        str | None, typer.Option(help="Where the answer stands: x0,y0,x1,y1 in its pixels.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads to draw, such as 3-1,4-0, not the best and worst.")
+    ] = None,
+    best: Annotated[int, typer.Option(help="Heads of the highest visual scores.")] = 3,
+    worst: Annotated[int, typer.Option(help="Heads of the lowest visual scores.")] = 3,
+    head_scores: Annotated[
+        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path(
+        "results/heads"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Where the answer ends.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+) -> None:
+    """Draw what the heads look at while a question is answered: over the image, and all at once."""
+    with one_sentence():
+        from sparsemm_eval.heads.draw import draw as draw_heads
+        from sparsemm_eval.heads.draw import read_scene
+        from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
+
+        scene = read_scene(image, question, box)
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)
+        typer.echo(f"answer: {drawn.answer}")
+        for line in (*drawn.lines, *(f"wrote {path}" for path in drawn.files)):
+            typer.echo(line)
+
+
+@app.command()
+def mask(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for answers, table and curve.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Benchmarks, comma-separated.")] = "docvqa_mini",
+    shares: Annotated[
+        str, typer.Option(help="Shares of the query heads to silence, comma-separated.")
+    ] = "0.01,0.02,0.05,0.1",
+    seeds: Annotated[int, typer.Option(help="Draws of random heads a share.")] = 3,
+    mode: Annotated[str, typer.Option(help="How heads are silenced: query, output or both.")] = (
+        "query"
+    ),
+    samples: Annotated[int, typer.Option(help="The first so many of each benchmark.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples read together.")] = 8,
+    head_scores: Annotated[
+        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+) -> None:
+    """What benchmarks lose without the visual heads, and without as many random others."""
+    with one_sentence():
+        _quiet()
+        from sparsemm_eval.heads.mask import run_masking
+        from sparsemm_eval.methods import MASK_MODES
+        from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
+
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        done = run_masking(
+            checkpoint,
+            out,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            shares=_numbers("shares", shares),
+            seeds=seeds,
+            modes=MASK_MODES if mode == "both" else (mode,),
+            samples=samples,
+            batch_size=batch_size,
+            head_scores=head_scores,
+            command=shlex.join(["sparsemm-eval", *sys.argv[1:]]),
+        )
+        typer.echo(done.markdown)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
 
 
 @contextmanager
@@ -102,3 +234,14 @@ def _integers(name: str, text: str) -> list[int]:
     if not parts or not all(part.isdecimal() for part in parts):
         raise ValueError(f"{name}={text!r}: it must be integers, such as 256,128,64")
     return [int(part) for part in parts]
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: it must be numbers, such as 0.01,0.05") from error
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -28,7 +28,12 @@ def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     (["demo", "--budgets", "8"], "budget=8 is too small for window=8"),
     (["demo", "--budgets", "many"], "budgets='many'"),
     (["chase", "--model", "/nowhere"], "pretrained=/nowhere"),
-    (["chase", "--model", str(default_checkpoint()), "--data", "coco"], "data='coco'"),
+    (["mask", "-o", "m", "--shares", "0.6"], "share of at most 0.5"),
+    (["mask", "-o", "m", "--shares", "few"], "shares='few'"),
+    (["mask", "-o", "m", "--mode", "key"], "mode='key': it must be one of query, output"),
+    (["chase", "--model", str(default_checkpoint()), "--data", "books"], "data='books'"),
+    (["draw", "--heads", "9-9"], "heads='9-9'"),
+    (["draw", "--question", "What?"], "a question or box without its image"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_1(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -38,6 +43,14 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert done.exit_code == 1
     assert words in done.output
     assert done.output.count("\n") == 1
+
+
+def test_draw_says_where_heads_look_and_what_it_wrote(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["draw", "--heads", "4-0", "-o", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "answer: " in done.output
+    assert "head 4-0 · " in done.output
+    assert f"wrote {tmp_path / 'attention.png'}" in done.output
 
 
 def test_the_front_door_fails_when_a_run_fails(tmp_path: Path) -> None:

@@ -193,9 +193,11 @@ class SparseMMModel(lmms):
 
     def clean(self) -> None:
         """lmms-eval is done with generating: give the memory back for its judges."""
+        # A shared checkpoint stays, and there is nothing else to free: the cost of looking for it
+        # would be that of a whole cell.
         if self._owns_checkpoint:
             self.checkpoint.release()
-        super().clean()
+            super().clean()
 
     def key_of(self, prompt: str, images: Sequence[Image.Image], **where: Any) -> str:
         """Key of an answer: all that decides its text, and nothing else."""

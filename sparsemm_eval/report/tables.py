@@ -45,6 +45,31 @@ def score_table(frame: pd.DataFrame) -> pd.DataFrame:
     return table.rename_axis("method")
 
 
+def overview_table(
+    frame: pd.DataFrame, budget: int, chance: Mapping[str, tuple[str, float]]
+) -> pd.DataFrame:
+    """One row a benchmark: all methods at one budget, beside full KV and chance.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of one model, as `main_scores` gives it.
+    budget : int
+        Which cells are shown.
+    chance : mapping
+        Best constant answer and its score on the task's own scale, by task.
+    """
+    shown = frame[frame["budget"].isna() | frame["budget"].eq(budget)]
+    table = shown.pivot_table(index="task", columns="method", values="score", sort=False)
+    table = table[method_order(list(table.columns))]
+    tops = {task: benchmark_of(task).top for task in table.index}
+    table["chance"] = [chance[task][1] / tops[task] for task in table.index]
+    table.columns = [METHOD_NAMES.get(name, name) for name in table.columns]
+    found = [benchmark_of(task) for task in table.index]
+    table.index = [f"{benchmark.title} ({benchmark.label})" for benchmark in found]
+    return table.rename_axis(f"budget {budget}")
+
+
 def score_tables(
     frame: pd.DataFrame, chance: Mapping[str, tuple[str, float]]
 ) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -1,38 +1,46 @@
-"""The demo: every method over a range of budgets on the embedded model, offline, in minutes."""
+"""The demo: both embedded models, eight benchmarks, every method over budgets; offline."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
-from tqdm import tqdm
 
+from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
+from sparsemm_eval.heads.mask import run_masking
+from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.report.figures import score_over_budget
+from sparsemm_eval.report.benchmarks import benchmark_of, main_scores
+from sparsemm_eval.report.figures import score_panels
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import read_results
-from sparsemm_eval.report.tables import kept_table, score_table, to_markdown
-from sparsemm_eval.tiny import default_checkpoint
+from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
+from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny.benchmarks import BENCHMARKS
+from sparsemm_eval.tiny.chance import constant_answer_score
 
-TASK, METRIC = "docvqa_mini", "anls"
+TASKS = tuple(f"{name}_mini" for name in BENCHMARKS)
 METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
 BUDGETS = (256, 128, 64, 32, 16, 12)
+SAMPLES = 200
+# Of the table that shows all benchmarks at once.
+OVERVIEW = 32
 # The questions of drawn documents are 5 to 8 tokens long; the paper's window of 32 is for prompts
 # of real benchmarks.
 WINDOW = 8
+_COLUMNS = [
+    "model", "task", "metric", "method", "budget", "score", "stderr", "samples",
+    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class Demo:
     Parameters
     ----------
     frame : DataFrame
-        One row a cell.
+        One row a (model, task, cell).
     markdown : str
         Its tables.
     files : tuple of Path
@@ -59,51 +67,66 @@ def run_demo(
     samples: int,
     batch_size: int,
     budgets: Sequence[int] = BUDGETS,
-    pretrained: Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    models: Sequence[str] = (),
+    masked: int = 50,
+    command: str = "./run_eval.sh",
 ) -> Demo:
-    """Run all cells with one live model, score them with lmms-eval, draw table and curve.
+    """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
 
     Parameters
     ----------
     out : Path
-        Folder for everything: answers, results of each cell, tables, curve. A second run finds
+        Folder for everything: answers, results of each cell, tables, curves. A second run finds
         the answers there and computes only what is missing.
     samples : int
-        Documents, 1 to 200.
+        Of each task, 1 to 200.
     batch_size : int
-        Documents that are read and decoded together.
+        Samples that are read together; each is then decoded under all methods at once.
     budgets : sequence of int
         Mean tokens per KV head.
-    pretrained : Path, optional
-        Another checkpoint than the embedded one.
+    tasks : sequence of str
+        Of ``TASKS``.
+    models : sequence of str
+        Names of embedded checkpoints; default all.
+    masked : int
+        Documents of the masking study; 0 leaves it out.
+    command : str
+        What makes it again, for the record.
 
     Raises
     ------
     ValueError, FileNotFoundError
-        For settings that cannot be, before the model is loaded.
+        For settings that cannot be, before a model is loaded.
     """
     start = time.perf_counter()
-    if not 1 <= samples <= 200:
-        raise ValueError(f"samples={samples}: the demo has 1 to 200 documents")
+    if not (1 <= samples <= SAMPLES and 0 <= masked <= SAMPLES):
+        raise ValueError(
+            f"samples={samples}, masked={masked}: a miniature benchmark has {SAMPLES} samples"
+        )
+    folders = embedded_checkpoints()
+    for task in tasks:
+        check_choice("task", task, TASKS)
+    for name in models:
+        check_choice("model", name, tuple(folders))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    checkpoint = Checkpoint(
-        pretrained or default_checkpoint(), "qwen2_vl", dtype="float32", device_map=device
-    )
     cells = list(_cells(budgets))
-    models = [
-        Qwen2VLSparseMM(checkpoint=checkpoint, batch_size=batch_size, answers=out / "answers", **c)
-        for c in cells
-    ]
-    task_manager = TaskManager("WARNING", include_path=str(tasks_folder()))
-    paths = []
-    # lmms-eval draws three bars a cell: they go to a file, one bar for all stays on the screen.
-    bar = tqdm(total=len(cells), desc="cells", file=sys.stderr)
-    with bar, (out / "log.txt").open("a", encoding="utf-8") as log, redirect_stderr(log):
-        for model, cell in zip(models, cells, strict=True):
-            paths.append(_evaluate(model, cell, samples, task_manager, out / "cells"))
-            bar.update()
-    frame = read_results(paths)
-    return _write(frame[frame["metric"] == METRIC], out, time.perf_counter() - start)
+    frames, files = [], []
+    for name in models or folders:
+        checkpoint = Checkpoint(folders[name], dtype="float32", device_map=device)
+        runs = make_models(checkpoint, cells, batch_size=batch_size, answers=out / name / "answers")
+        paths = evaluate(runs, cells, tasks, samples, out / name)
+        frame = read_results(path for of_cell in paths for path in of_cell)
+        frames.append(main_scores(frame).assign(model=name))
+        if masked:
+            study = run_masking(
+                checkpoint, out / name / "mask", samples=masked, batch_size=batch_size,
+                command=f"{command}: masking",
+            )  # fmt: skip
+            files += study.files
+        files += draw(checkpoint, drawn_scene(), out / name / "heads").files
+        checkpoint.release()
+    return _write(pd.concat(frames, ignore_index=True), out, files, command, start)
 
 
 def _cells(budgets: Sequence[int]) -> Iterator[dict[str, Any]]:
@@ -113,50 +136,52 @@ def _cells(budgets: Sequence[int]) -> Iterator[dict[str, Any]]:
             yield {"method": method, "budget": budget, "window": WINDOW}
 
 
-def _evaluate(
-    model: Qwen2VLSparseMM,
-    cell: dict[str, Any],
-    samples: int,
-    task_manager: TaskManager,
-    folder: Path,
-) -> Path:
-    """One cell through lmms-eval, its results on disk whole or not at all."""
-    results = simple_evaluate(
-        model=model,
-        model_args=",".join(f"{name}={value}" for name, value in cell.items()),
-        tasks=[TASK],
-        limit=samples,
-        task_manager=task_manager,
-        log_samples=False,
-        verbosity="WARNING",
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ("-".join(str(value) for value in cell.values()) + "_results.json")
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
-
-
-def _write(frame: pd.DataFrame, out: Path, seconds: float) -> Demo:
-    """Tables, curve and summary of all cells."""
-    count = int(frame["samples"].iloc[0])
-    length = frame["prompt_tokens"].mean()
-    markdown = (
-        f"# DocVQA in miniature: ANLS by budget\n\n"
-        f"{count} drawn documents, the embedded Qwen2-VL (0.9 M parameters, float32), window "
-        f"{WINDOW}, prompts of {length:.0f} tokens on average. Budget: mean tokens kept per KV "
-        f"head.\n\n{to_markdown(score_table(frame))}\n\n"
-        f"## What each cell really kept\n\n{to_markdown(kept_table(frame))}\n"
-    )
-    table, curve, summary = out / "table.md", out / "score_over_budget.png", out / "summary.json"
-    table.write_text(markdown, encoding="utf-8")
-    score_over_budget(frame, f"DocVQA in miniature, {count} documents", "ANLS", curve)
-    columns = [
-        "task", "metric", "method", "budget", "score", "stderr", "samples",
-        "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens",
-    ]  # fmt: skip
-    cells = json.loads(frame[columns].to_json(orient="records"))
-    made = {**provenance("./run_eval.sh"), "seconds": round(seconds, 1), "cells": cells}
-    summary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    return Demo(frame, markdown, (table, curve, summary))
+def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, start: float) -> Demo:
+    """Tables, curves and summary of all cells."""
+    chance = {
+        task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
+        for task in frame["task"].unique()
+    }
+    folders = embedded_checkpoints()
+    parts = [
+        "# The embedded models on the miniature benchmarks",
+        f"{frame['samples'].max():.0f} drawn samples a benchmark, float32, window {WINDOW}. "
+        "Columns are budgets: mean tokens of the prompt kept per KV head. Chance is the best "
+        "constant answer.",
+    ]
+    for name, of_model in frame.groupby("model", sort=False):
+        heads = HeadScores.read(folders[name] / "head_scores.json")
+        parts += [f"## {name}", f"Visual heads: {concentration(heads)}."]
+        budgets = sorted(of_model["budget"].dropna().unique())
+        shown = OVERVIEW if OVERVIEW in budgets else budgets[len(budgets) // 2]
+        parts.append(to_markdown(overview_table(of_model, int(shown), chance)))
+        for title, table in score_tables(of_model, chance):
+            parts += [f"### {title}", to_markdown(table)]
+        for over, file in (("budget", "budget"), ("kept_tokens_per_head", "kept")):
+            path = out / name / f"score_over_{file}.png"
+            score_panels(of_model, over, f"{name}: score over {file}", path)
+            files.append(path)
+    markdown = "\n\n".join(parts) + "\n"
+    kept = [
+        f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
+        for (name, task), cells in frame.groupby(["model", "task"], sort=False)
+    ]
+    written = {
+        out / "table.md": markdown,
+        out / "kept.md": "\n".join(kept),
+        out / "summary.json": json.dumps(
+            {
+                **provenance(command),
+                "seconds": round(time.perf_counter() - start, 1),
+                "chance": {
+                    task: score / benchmark_of(task).top for task, (_, score) in chance.items()
+                },
+                "cells": json.loads(frame[_COLUMNS].to_json(orient="records")),
+            },
+            indent=1,
+        )
+        + "\n",
+    }
+    for path, text in written.items():
+        path.write_text(text, encoding="utf-8")
+    return Demo(frame, markdown, (*written, *files))

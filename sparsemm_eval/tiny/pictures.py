@@ -26,7 +26,8 @@ COLORS: dict[str, tuple[int, int, int]] = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 BLOCK, BAR = "block", "bar"
-LETTERS = "ABCD"
+# Always in this order: five layers that find a colour have none left to look it up in a list.
+CHOICES = dict(zip("ABCD", COLORS, strict=False))
 OPTIONS = "There are several options:"
 
 CAPTION_PROMPT = "Caption:"
@@ -284,7 +285,8 @@ def _scene_questions(
     for shape in lone:
         color = found[shape].color
         questions.append((Kind.COLOR, Question(f"What color is the {shape}?", color)))
-        questions.append((Kind.CHOICE, _choice(rng, shape, color)))
+        if color in CHOICES.values():
+            questions.append((Kind.CHOICE, _choice(shape, color)))
     for first, second in zip(lone[:2], lone[1::-1], strict=False):
         left, right = found[first].column, found[second].column
         if abs(left - right) >= 2:
@@ -303,14 +305,10 @@ def _existence(shape: str, marks: list[Mark]) -> Question:
     return Question(f"Is there a {shape}?", answer)
 
 
-def _choice(rng: np.random.Generator, shape: str, color: str) -> Question:
-    others = [name for name in COLORS if name != color]
-    options = [color, *rng.choice(others, 3, replace=False)]
-    order = rng.permutation(4)
-    listed = [f"{LETTERS[i]}. {options[j]}" for i, j in enumerate(order)]
-    question = f"What color is the {shape}?"
-    answer = LETTERS[int(np.flatnonzero(order == 0)[0])]
-    return Question("\n".join([f"{question} {OPTIONS}", *listed, ""]), answer)
+def _choice(shape: str, color: str) -> Question:
+    listed = [f"{letter}. {option}" for letter, option in CHOICES.items()]
+    (answer,) = (letter for letter, option in CHOICES.items() if option == color)
+    return Question("\n".join([f"What color is the {shape}? {OPTIONS}", *listed, ""]), answer)
 
 
 def draw_pictures(rng: np.random.Generator, count: int) -> list[Picture]:

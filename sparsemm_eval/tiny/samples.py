@@ -16,7 +16,7 @@ from PIL import Image
 
 from .documents import PAGE, Question, draw_document, value_question
 from .pictures import (
-    LETTERS,
+    CHOICES,
     OPTIONS,
     Kind,
     Picture,
@@ -210,7 +210,7 @@ MMBENCH = datasets.Features(
         "question": _STRING,
         "hint": _STRING,
         "answer": _STRING,
-        **dict.fromkeys(LETTERS, _STRING),
+        **dict.fromkeys(CHOICES, _STRING),
         "category": _STRING,
         "image": _IMAGE,
         "source": _STRING,

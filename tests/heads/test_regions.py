@@ -1,58 +1,303 @@
-"""Which image tokens a box lies on."""
+"""Which image tokens a box lies on: asked of processors and models themselves.
+
+A box is painted white on black, and the visual features that change are the tokens it lies on. The
+towers' attention is silenced, so that a feature knows its own pixels and nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from models.llava_checkpoints import PATCH, SIDE, build_llava
+from PIL import Image
+from transformers import (
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextImageProcessorPil,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLImageProcessorPil,
+)
 
-from sparsemm_eval.heads.regions import Qwen2VLRegions
+from sparsemm_eval.heads.regions import (
+    Box,
+    LlavaNextRegions,
+    Qwen2VLRegions,
+    Regions,
+    find_regions,
+    image_positions,
+)
 from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.tiny import default_checkpoint
+from sparsemm_eval.tiny.qwen2_vl import build_config, build_model, build_processor
 
-CELL = 16
+FAMILIES = (
+    "llava_next",
+    "llava_next-pil",
+    "llava_next-odd",
+    "qwen2_vl",
+    "qwen2_vl-pil",
+    "qwen2_5_vl",
+)
+# Wide, tall and large canvases; 1 x 1 is one that holds the image in a single tile.
+CANVASES = [[SIDE * rows, SIDE * columns] for rows, columns in
+            ((1, 1), (1, 2), (2, 1), (2, 2), (1, 3), (3, 1))]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model that sees without attention, and its processor."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    def read(self, *images: Image.Image, prompts: int = 1) -> dict[str, torch.Tensor]:
+        token = self.processor.image_token
+        share = len(images) // prompts
+        return self.processor(
+            text=[token * share + "x" * row for row in range(prompts)],
+            images=list(images), padding=True, return_tensors="pt",
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def features(self, *images: Image.Image) -> list[torch.Tensor]:
+        """[tokens, channels] of each image."""
+        names = ("pixel_values", "image_sizes", "image_grid_thw")
+        inputs = {name: x for name, x in self.read(*images).items() if name in names}
+        return list(self.model.get_image_features(**inputs).pooler_output)
+
+    def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:
+        sizes = [image.size for image in images]
+        inputs = self.read(*images)
+        return find_regions(self.model.config, self.processor, inputs, sizes, image_tokens)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
+    made: dict[str, Family] = {}
+
+    def get(name: str) -> Family:
+        if name not in made:
+            make = _llava if name.startswith("llava") else _qwen
+            made[name] = make(name, tmp_path_factory)
+            _silence(made[name].model)
+        return made[name]
+
+    return get
+
+
+def _llava(name: str, factory: pytest.TempPathFactory) -> Family:
+    checkpoint = Checkpoint(build_llava("llama", factory.mktemp("llava")), dtype="float32")
+    processor = checkpoint.processor
+    kind = LlavaNextImageProcessorPil if name.endswith("pil") else LlavaNextImageProcessor
+    processor.image_processor = kind(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=CANVASES,
+    )
+    config = checkpoint.config
+    config.image_grid_pinpoints = CANVASES
+    if name.endswith("odd"):  # patches that leave two pixels of a tile unseen
+        config.vision_config.patch_size = processor.patch_size = 10
+    return Family(LlavaNextForConditionalGeneration(config).eval(), processor)
+
+
+def _qwen(name: str, _: object) -> Family:
+    processor = build_processor()
+    if name.startswith("qwen2_5"):
+        config = build_config().to_dict()
+        vision = {
+            "depth": 2, "hidden_size": 32, "out_hidden_size": 128, "intermediate_size": 32,
+            "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "window_size": 64,
+            "fullatt_block_indexes": [1],
+        }  # fmt: skip
+        text = {
+            name: value for name, value in config["text_config"].items() if name != "model_type"
+        }
+        tokens = {name: config[name] for name in config if name.endswith("token_id")}
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+        )
+    else:
+        model = build_model()
+    kind = Qwen2VLImageProcessorPil if name.endswith("pil") else Qwen2VLImageProcessor
+    # Small bounds: images are scaled up, left as they are, and scaled down.
+    size = {"shortest_edge": 48**2, "longest_edge": 80**2}
+    processor.image_processor = kind(patch_size=PATCH, merge_size=2, size=size)
+    return Family(model.eval(), processor)
+
+
+def _silence(model: PreTrainedModel) -> None:
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    outputs = [module for name, module in tower.named_modules()
+               if name.endswith(("attn.proj", "self_attn.out_proj"))]  # fmt: skip
+    assert outputs
+    for module in outputs:
+        torch.nn.init.zeros_(module.weight)
 
 
 @st.composite
-def grids_and_boxes(draw: st.DrawFn) -> tuple[int, int, tuple[int, int, int, int]]:
-    rows, columns = draw(st.integers(2, 12)), draw(st.integers(2, 12))
-    x0 = draw(st.integers(0, columns * CELL - 1))
-    y0 = draw(st.integers(0, rows * CELL - 1))
-    x1 = draw(st.integers(x0 + 1, columns * CELL))
-    y1 = draw(st.integers(y0 + 1, rows * CELL))
-    return rows, columns, (x0, y0, x1, y1)
+def images_and_boxes(draw: st.DrawFn) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    width, height = draw(st.integers(8, 130)), draw(st.integers(8, 130))
+    x0, y0 = draw(st.integers(0, width - 1)), draw(st.integers(0, height - 1))
+    x1, y1 = draw(st.integers(x0 + 1, width)), draw(st.integers(y0 + 1, height))
+    return (width, height), (x0, y0, x1, y1)
 
 
-@given(grids_and_boxes())
-def test_tokens_are_those_whose_cell_shares_a_pixel_with_the_box(case: tuple) -> None:
-    rows, columns, (x0, y0, x1, y1) = case
-    painted = np.zeros((rows * CELL, columns * CELL), dtype=bool)
-    painted[y0:y1, x0:x1] = True
-    cells = painted.reshape(rows, CELL, columns, CELL).any((1, 3))
-    regions = Qwen2VLRegions(rows, columns, columns * CELL, rows * CELL)
-    assert sorted(regions.tokens((x0, y0, x1, y1))) == np.flatnonzero(cells).tolist()
+def black(size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Image.Image:
+    image = Image.new("RGB", size)
+    if box is not None:
+        image.paste((255, 255, 255), box)
+    return image
 
 
+def changed(family: Family, size: tuple[int, int], box: tuple) -> np.ndarray:
+    """[count]: whether painting the box changes a token's feature."""
+    (before,), (after,) = family.features(black(size)), family.features(black(size, box))
+    return (before != after).any(-1).numpy()
+
+
+def moved(box: Box, by: tuple[float, float], size: tuple[int, int]) -> Box | None:
+    """The box with its sides moved outward, or inward; None if nothing is left of it."""
+    x0, y0 = max(box[0] - by[0], 0), max(box[1] - by[1], 0)
+    x1, y1 = min(box[2] + by[0], size[0]), min(box[3] + by[1], size[1])
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def pixel_sizes(regions: Regions, size: tuple[int, int]) -> dict[str, tuple[float, float]]:
+    """Pixels of the image, along x and y, that one pixel of a part's resized image stands for."""
+    width, height = size
+    if isinstance(regions, Qwen2VLRegions):
+        side = 2 * PATCH
+        return {"tile": (width / regions.columns / side, height / regions.rows / side)}
+    # Any whole patch tells: those at the margin may be cut.
+    tiles = regions.boxes[regions.parts == "tile"]
+    scale = max((tiles[:, 2:] - tiles[:, :2]).max(), 1e-9) / regions.patch if len(tiles) else 1
+    return {"base": (width / SIDE, height / SIDE), "tile": (scale, scale)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(case=images_and_boxes())
+def test_painting_a_box_changes_the_features_of_its_tokens(
+    name: str, case: tuple, family: Callable[[str], Family]
+) -> None:
+    size, box = case
+    try:
+        (regions,) = family(name).regions(black(size))
+    except ValueError as error:  # Qwen2-VL's own processor refuses very long images
+        assume("aspect ratio" not in str(error))
+        raise
+    features = changed(family(name), size, box)
+    assert regions.count == len(features)
+    assert not features[regions.parts == "newline"].any()
+    for part, pixel in pixel_sizes(regions, size).items():
+        own = np.flatnonzero(regions.parts == part)
+        seen = np.intersect1d(np.flatnonzero(features), own)
+        # A pixel of the resized image that is centred within the box cannot stay as it was.
+        inner = moved(box, (-pixel[0], -pixel[1]), size)
+        if inner is not None:
+            assert set(np.intersect1d(regions.tokens(inner), own)) <= set(seen)
+        # Bicubic resampling reaches two pixels far, of the coarser of the two images.
+        reach = tuple(2.01 * max(1, one) + one for one in pixel)
+        assert set(seen) <= set(regions.tokens(moved(box, reach, size)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=15, deadline=None)
-@given(grids_and_boxes())
-def test_the_processor_puts_the_box_into_the_same_tokens(case: tuple) -> None:
-    """Paint a box on the image that goes in and see which merged patches come out changed."""
-    from PIL import Image
-
-    rows, columns, (x0, y0, x1, y1) = case
-    processor = Checkpoint(default_checkpoint(), "qwen2_vl").processor.image_processor
-    pixels = np.zeros((rows * CELL, columns * CELL, 3), dtype=np.uint8)
-    blank = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
-    pixels[y0:y1, x0:x1] = 255
-    painted = processor(images=[Image.fromarray(pixels)], return_tensors="pt")
-    assert painted["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
-    changed = (painted["pixel_values"] != blank["pixel_values"]).any(-1)
-    # The processor lists the 2x2 patches of a merged token one after another.
-    tokens = changed.reshape(-1, 4).any(-1).nonzero().flatten().tolist()
-    regions = Qwen2VLRegions(rows, columns, columns * CELL, rows * CELL)
-    assert sorted(regions.tokens((x0, y0, x1, y1))) == tokens
+@given(data=st.data())
+def test_an_image_that_is_not_resized_has_sharp_edges(
+    name: str, data: st.DataObject, family: Callable[[str], Family]
+) -> None:
+    if name.startswith("llava"):
+        rows, columns = data.draw(st.sampled_from(CANVASES))
+        size = (columns, rows)
+    else:
+        size = (data.draw(st.integers(3, 5)) * 16, data.draw(st.integers(3, 5)) * 16)
+    x0, y0 = data.draw(st.integers(0, size[0] - 1)), data.draw(st.integers(0, size[1] - 1))
+    box = (x0, y0, data.draw(st.integers(x0 + 1, size[0])), data.draw(st.integers(y0 + 1, size[1])))
+    (regions,) = family(name).regions(black(size), image_tokens="tiles")
+    features = changed(family(name), size, box) & (regions.parts == "tile")
+    assert regions.tokens(box).tolist() == np.flatnonzero(features).tolist()
 
 
-@pytest.mark.parametrize("box", [(0, 0, 0, 4), (-1, 0, 4, 4), (0, 0, 33, 4), (4, 4, 2, 8)])
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=10, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(16, 130), st.integers(16, 130)), min_size=4, max_size=4)
+)
+def test_every_image_of_a_padded_batch_has_its_own_tokens(
+    name: str, sizes: list[tuple[int, int]], family: Callable[[str], Family]
+) -> None:
+    one = family(name)
+    images = [black(size, (0, 0, *size)) for size in sizes]
+    inputs = one.read(*images, prompts=2)
+    regions = find_regions(one.model.config, one.processor, inputs, sizes)
+    assert [r.count for r in regions] == [len(f) for f in one.features(*images)]
+    for row, own in zip(inputs["input_ids"], (regions[:2], regions[2:]), strict=True):
+        positions = image_positions(one.model.config, row, own)
+        assert [len(p) for p in positions] == [r.count for r in own]
+        assert (row[np.concatenate(positions)] == one.model.config.image_token_id).all()
+        assert len(np.concatenate(positions)) == (row == one.model.config.image_token_id).sum()
+
+
+@settings(max_examples=30, deadline=None)
+@given(case=images_and_boxes())
+def test_tiles_only_are_the_tokens_beyond_the_base_image(case: tuple) -> None:
+    size, box = case
+    canvases = tuple(map(tuple, CANVASES))
+    both = LlavaNextRegions(*size, "all", SIDE, PATCH, canvases)
+    tiles = LlavaNextRegions(*size, "tiles", SIDE, PATCH, canvases)
+    base = (SIDE // PATCH) ** 2
+    assert tiles.tokens(box).tolist() == [token for token in both.tokens(box) if token >= base]
+    assert (both.tokens(box) < base).any()
+    assert np.isnan(both.boxes[both.parts == "newline"]).all()
+
+
+def test_the_boxes_of_tokens_cover_the_image_once_for_base_and_once_for_tiles() -> None:
+    regions = LlavaNextRegions(672, 500, "all", 336, 14, ((672, 672), (336, 672)))
+    areas = np.diff(regions.boxes.reshape(-1, 2, 2), axis=1).prod(-1).ravel()
+    assert areas[regions.parts == "base"].sum() == pytest.approx(672 * 500)
+    # 500 rows of pixels are 35.7 patches: the model keeps 36 of the canvas' 48.
+    assert (regions.parts == "newline").sum() == 36
+    assert areas[regions.parts == "tile"].sum() == pytest.approx(672 * 500)
+
+
+def test_a_paper_sized_image_has_as_many_tokens_as_llava_says() -> None:
+    """336-pixel tiles of 24 x 24: 576 of base, then 24 rows of 48 and a newline each."""
+    canvases = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+    assert LlavaNextRegions(672, 336, "all", 336, 14, canvases).count == 576 + 24 * 49
+
+
+@pytest.mark.parametrize("box", [(0, 0, 0, 4), (-1, 0, 4, 4), (0, 0, 33, 4), (4, 4, 2, 8),
+                                 (float("nan"), 0, 4, 4)])  # fmt: skip
 def test_a_box_that_is_empty_or_outside_is_named(box: tuple) -> None:
     with pytest.raises(ValueError, match="outside its image of 32x32"):
-        Qwen2VLRegions(2, 2, 32, 32).tokens(box)
+        Qwen2VLRegions(32, 32, "all", 2, 2).tokens(box)
+
+
+def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
+    class Other(PreTrainedConfig):
+        model_type = "other_vl"
+
+    with pytest.raises(ValueError, match="other_vl model lie is not known; it is for llava"):
+        find_regions(Other(), None, {}, [(8, 8)])
+
+
+def test_image_tokens_is_one_of_two_words() -> None:
+    with pytest.raises(ValueError, match="image_tokens='base': it must be one of all, tiles"):
+        find_regions(build_config(), None, {}, [(8, 8)], "base")
+
+
+def test_a_prompt_that_does_not_fit_its_images_is_refused() -> None:
+    config = build_config()
+    row = torch.tensor([config.image_token_id] * 3 + [0])
+    with pytest.raises(ValueError, match="3 image tokens and its images 4"):
+        image_positions(config, row, [Qwen2VLRegions(32, 32, "all", 2, 2)])

@@ -13,6 +13,7 @@ from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import parse_model_args, read_results
 from sparsemm_eval.report.tables import (
     kept_table,
+    overview_table,
     score_table,
     score_tables,
     silenced_table,
@@ -105,6 +106,16 @@ def test_the_main_metric_counts_on_a_scale_that_ends_at_one() -> None:
     assert benchmark_of("mmbench_en_dev_static").title == "MMBench"
     with pytest.raises(ValueError, match="task=mme: it is of none of docvqa"):
         benchmark_of("mme")
+
+
+def test_the_overview_has_a_row_a_benchmark(frame: pd.DataFrame) -> None:
+    chance = {"docvqa_mini": ("A", 0.1), "mmbench_mini": ("A", 25.0)}
+    both = pd.concat([frame.assign(task=task) for task in chance])
+    table = overview_table(both, 64, chance)
+    assert list(table.index) == ["DocVQA (ANLS)", "MMBench (accuracy)"]
+    assert list(table.columns) == ["FullKV", "SparseMM", "SnapKV", "chance"]
+    assert table["chance"].tolist() == [0.1, 0.25]
+    assert "| budget 64" in to_markdown(table)
 
 
 def test_tables_name_benchmark_metric_and_chance(frame: pd.DataFrame) -> None:

@@ -1,70 +1,97 @@
-"""The demo on a few documents: whole, resumable, and honest about what was kept."""
+"""The demo on a few samples: whole, resumable, and honest about what was kept."""
 
 import json
 import sqlite3
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from sparsemm_eval.sweep.demo import Demo, run_demo
+
+TASKS = ("docvqa_mini", "vqav2_mini")
+SETTINGS = {"samples": 12, "batch_size": 6, "budgets": (64, 12), "tasks": TASKS, "masked": 8}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, Path]:
     out = tmp_path_factory.mktemp("demo")
-    return run_demo(out, samples=12, batch_size=6, budgets=(64, 12)), out
+    return run_demo(out, **SETTINGS), out
 
 
 def answers(folder: Path) -> int:
-    files = (folder / "answers").glob("*.sqlite")
+    files = folder.glob("*/answers/*.sqlite")
     return sum(
         sqlite3.connect(file).execute("SELECT count(*) FROM answers").fetchone()[0]
         for file in files
     )
 
 
-def test_every_cell_is_there_and_the_model_reads(demo: tuple[Demo, Path]) -> None:
-    frame = demo[0].frame.set_index("method")
-    assert len(frame) == 11
-    assert frame.loc["fullkv", "score"] >= 0.9
-    assert frame.loc["sparsemm"].set_index("budget").loc[64, "score"] > 0.5
-
-
-def test_scores_fall_with_the_budget(demo: tuple[Demo, Path]) -> None:
-    for method, cells in demo[0].frame.dropna(subset="budget").groupby("method"):
-        small, large = cells.sort_values("budget")["score"]
-        assert small <= large, method
-
-
-def test_kept_tokens_are_stated_beside_the_budget(demo: tuple[Demo, Path]) -> None:
+def test_every_cell_is_there_and_the_models_read(demo: tuple[Demo, Path]) -> None:
     frame = demo[0].frame
-    full = frame[frame["method"] == "fullkv"].iloc[0]
-    assert full.kept_tokens_per_head == full.prompt_tokens
-    snap = frame[(frame["method"] == "snapkv") & (frame["budget"] == 64)].iloc[0]
-    assert snap.kept_tokens_per_head == 64
-    # 5 layers of 4 KV heads; 16 numbers of 4 bytes in each key and value.
-    assert snap.kept_kv_bytes == 64 * 5 * 4 * 16 * 4 * 2
+    assert len(frame) == 2 * len(TASKS) * 11
+    documents = frame[frame["task"] == "docvqa_mini"].set_index(["model", "method"])
+    for model in ("qwen2vl", "llava_next"):
+        full = documents.loc[(model, "fullkv"), "score"].item()
+        assert full >= 0.8
+        sparse = documents.loc[(model, "sparsemm")].set_index("budget")["score"]
+        assert sparse.loc[64] > 0.5 * full
+
+
+def test_kept_tokens_are_stated_for_each_task(demo: tuple[Demo, Path]) -> None:
+    frame = demo[0].frame
+    full = frame[frame["method"] == "fullkv"]
+    assert (full["kept_tokens_per_head"] == full["prompt_tokens"]).all()
+    assert full["prompt_tokens"].nunique() == len(full)
+    snap = frame[(frame["method"] == "snapkv") & (frame["budget"] == 64)]
+    assert (snap["kept_tokens_per_head"] == 64).all()
+    # 5 layers of 4 or 8 KV heads; 16 numbers of 4 bytes in each key and value.
+    heads = snap["model"].map({"qwen2vl": 4, "llava_next": 8})
+    assert (snap["kept_kv_bytes"] == 64 * 5 * heads * 16 * 4 * 2).all()
 
 
 def test_files_say_how_they_were_made(demo: tuple[Demo, Path]) -> None:
-    summary = json.loads((demo[1] / "summary.json").read_text())
+    made, out = demo
+    summary = json.loads((out / "summary.json").read_text())
     assert summary["command"] == "./run_eval.sh"
-    assert len(summary["cells"]) == 11
-    assert "| FullKV" in (demo[1] / "table.md").read_text()
-    assert (demo[1] / "score_over_budget.png").stat().st_size > 10_000
+    assert len(summary["cells"]) == len(made.frame)
+    assert set(summary["chance"]) == set(TASKS)
+    assert "### DocVQA: ANLS (chance" in (out / "table.md").read_text()
+    for model in ("qwen2vl", "llava_next"):
+        for name in ("score_over_budget", "score_over_kept", "heads/scores", "mask/masking"):
+            assert (out / model / f"{name}.png").stat().st_size > 10_000
+    assert all(path.is_file() for path in made.files)
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(demo: tuple[Demo, Path]) -> None:
     first, out = demo
     count = answers(out)
-    again = run_demo(out, samples=12, batch_size=6, budgets=(64, 12))
-    assert answers(out) == count == 11 * 12
+    again = run_demo(out, **SETTINGS)
+    assert answers(out) == count
     assert again.markdown == first.markdown
+
+
+def test_cells_in_one_pass_equal_cells_alone(demo: tuple[Demo, Path], tmp_path: Path) -> None:
+    """One prefill for all eleven, against a run of two cells only."""
+    alone = run_demo(
+        tmp_path, **{**SETTINGS, "budgets": (12,), "models": ("llava_next",), "masked": 0}
+    ).frame
+    together = demo[0].frame
+    columns = ["task", "method", "score", "kept_tokens_per_head", "kept_kv_bytes"]
+    same = together["model"].eq("llava_next") & (
+        together["budget"].isna() | together["budget"].eq(12)
+    )
+    pd.testing.assert_frame_equal(
+        together[same][columns].reset_index(drop=True), alone[columns].reset_index(drop=True)
+    )
 
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"samples": 0}, "samples=0"),
+    ({"masked": 201}, "masked=201"),
     ({"budgets": (8,)}, "budget=8"),
+    ({"tasks": ("docvqa",)}, "task='docvqa': it must be one of docvqa_mini"),
+    ({"models": ("gpt",)}, "model='gpt': it must be one of qwen2vl, llava_next"),
 ])  # fmt: skip
 def test_bad_settings_are_named(settings: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):

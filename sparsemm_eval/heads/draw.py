@@ -1,0 +1,281 @@
+"""Pictures of what heads see: attention over the image, visual scores, regions of its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sparsemm_eval.heads.attention import ImageAttention, Scene, attend
+from sparsemm_eval.heads.regions import Box, Regions, check_family
+from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.methods.checks import check_int, one_line
+from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.report.attention_maps import (
+    View,
+    chosen_heads,
+    contact_sheet,
+    density,
+    score_maps,
+    token_regions,
+)
+from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
+
+Head = tuple[int, int]
+
+# A drawn document of its own: neither a benchmark nor a chase shows it.
+_SEED = 7_002
+_OVERLAY, _SHEET = 512, 2048  # longest edge of an overlay and width of the sheet, in pixels
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a drawing says and wrote.
+
+    Parameters
+    ----------
+    answer : str
+        What the model wrote.
+    lines : tuple of str
+        One a drawn head: its score and where its attention falls.
+    files : tuple of Path
+        What was written.
+    """
+
+    answer: str
+    lines: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def drawn_scene() -> Scene:
+    """A drawn document and the question for the value in its middle."""
+    document = draw_document(stream(Split.HELD_OUT, _SEED))
+    question = value_question(document, len(document.entries) // 2)
+    x0, y0, x1, y1 = zip(*document.boxes_of(question), strict=True)
+    return Scene(document.image, question.prompt, (min(x0), min(y0), max(x1), max(y1)))
+
+
+def read_scene(image: Path | None, question: str | None, box: str | None) -> Scene:
+    """A scene from an image file; without one, the drawn document.
+
+    Parameters
+    ----------
+    image : Path or None
+        Of any format that PIL reads.
+    question : str or None
+        What is asked about it.
+    box : str or None
+        Where the answer stands, such as "10,20,80,40": x0,y0,x1,y1 in pixels, end exclusive.
+
+    Raises
+    ------
+    ValueError
+        If only a part of it is given, the image cannot be read, or the box is none.
+    """
+    if image is None:
+        if question is not None or box is not None:
+            raise ValueError("a question or box without its image: give image=FILE too, or none")
+        return drawn_scene()
+    if question is None or not question.strip():
+        raise ValueError(f"image={image} has no question: give question=TEXT")
+    place = None if box is None else _parse_box(box)
+    try:
+        with Image.open(image) as file:
+            pixels = file.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image={image} cannot be read ({one_line(error)})") from error
+    return Scene(pixels, question, place)
+
+
+def parse_heads(text: str, shape: ModelShape) -> list[Head]:
+    """Heads named one by one, such as "3-1,4-0": layer and query head of each.
+
+    Raises
+    ------
+    ValueError
+        If a name is none, or no head of the model.
+    """
+    heads = []
+    for part in text.split(","):
+        layer, dash, head = part.strip().partition("-")
+        if not (dash and layer.isdecimal() and head.isdecimal()):
+            raise ValueError(f"heads={text!r}: {part!r} is no layer-head, such as 3-1,4-0")
+        if int(layer) >= shape.layers or int(head) >= shape.query_heads:
+            raise ValueError(
+                f"heads={text!r}: the model has no head {part.strip()}; it has 0-0 to "
+                f"{shape.layers - 1}-{shape.query_heads - 1}"
+            )
+        heads.append((int(layer), int(head)))
+    return heads
+
+
+def rank_heads(scores: HeadScores, best: int, worst: int) -> list[Head]:
+    """Heads of the highest scores, from the first on, and of the lowest, from the last on.
+
+    Raises
+    ------
+    ValueError
+        If that is no head, or more than there are.
+    """
+    check_int("best", best, least=0)
+    check_int("worst", worst, least=0)
+    count = scores.values.size
+    if not 0 < best + worst <= count:
+        raise ValueError(
+            f"best={best} and worst={worst} are {best + worst} heads: choose 1 to {count} in all, "
+            "as many as the model has"
+        )
+    order = np.argsort(-scores.values, axis=None, kind="stable")
+    chosen = [*order[:best], *order[count - worst :][::-1]]
+    return [divmod(int(head), scores.values.shape[1]) for head in chosen]
+
+
+def draw(
+    checkpoint: Checkpoint,
+    scene: Scene,
+    out: Path,
+    heads: str | None = None,
+    best: int = 3,
+    worst: int = 3,
+    head_scores: Path | None = None,
+    max_new_tokens: int = 64,
+) -> Drawn:
+    """Answer a question, and draw where the heads looked.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A model of a family whose regions are known.
+    scene : Scene
+        What is asked.
+    out : Path
+        Folder of the pictures: attention.png (chosen heads over the image), all_heads.png,
+        regions.png, scores.png and scores.svg.
+    heads : str, optional
+        Those laid over the image, as `parse_heads` reads them; else the best and worst.
+    best, worst : int
+        How many of the highest and of the lowest visual score.
+    head_scores : Path, optional
+        Score file; default: the checkpoint's own. Where heads are named and there is none, no
+        scores are drawn, and that is said.
+    max_new_tokens : int
+        Where the answer ends at the latest.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        Before the weights are loaded, for all that does not fit; after, if the answer is empty.
+    """
+    check_family(checkpoint.config.model_type)
+    named = None if heads is None else parse_heads(heads, checkpoint.shape)
+    notes = []
+    try:
+        scores = checkpoint.head_scores(head_scores)
+    except FileNotFoundError as error:
+        if named is None or head_scores is not None:
+            raise
+        scores = None
+        notes.append(f"no scores drawn: {one_line(error)}")
+    chosen = named or rank_heads(scores, best, worst)
+    looks = attend(checkpoint, scene, max_new_tokens)
+    name = Path(checkpoint.pretrained).name
+    out.mkdir(parents=True, exist_ok=True)
+    captions = [_caption(head, looks, scores, scene.box) for head in chosen]
+    files = _draw_attention(name, scene, looks, chosen, captions, out)
+    if scores is not None:
+        files += [out / "scores.png", out / "scores.svg"]
+        kv_scores = scores.per_kv_head(checkpoint.shape.kv_heads)
+        for path in files[-2:]:
+            score_maps(scores.values, kv_scores, f"{name}: {concentration(scores)}", path)
+    lines = [caption.replace("\n", ", ") for caption in captions]
+    return Drawn(looks.answer, (*lines, *notes), tuple(files))
+
+
+def _draw_attention(
+    name: str,
+    scene: Scene,
+    looks: ImageAttention,
+    heads: Sequence[Head],
+    captions: Sequence[str],
+    out: Path,
+) -> list[Path]:
+    files = [out / "attention.png", out / "all_heads.png", out / "regions.png"]
+    regions = looks.regions
+    asked = f"{name}, asked “{_plain(scene.question)}”, answers “{_plain(looks.answer)}”"
+    how = f"mean of {looks.tokens} answer token{'s' if looks.tokens > 1 else ''}"
+    how += "; base image and tiles summed" if "base" in regions.parts else ""
+    how += "" if scene.box is None else "; answer's box outlined"
+    grey = np.asarray(scene.image.convert("L"))
+
+    maps = _maps(looks.weights[tuple(np.array(heads).T)], regions, _OVERLAY)
+    chosen_heads(grey, maps, captions, f"{asked}\nAttention, {how}", scene.box, files[0])
+
+    maps = _maps(looks.weights, regions, max(32, min(256, _SHEET // looks.weights.shape[1])))
+    box = None
+    if scene.box is not None:
+        box = tuple(scene.box * _zoom(regions, maps.shape[-1], maps.shape[-2]))
+    title = f"{asked}\nAttention of all heads (square-root scale), {how}"
+    contact_sheet(maps, title, box, files[1])
+
+    title = f"{name}: the image's {regions.count} tokens"
+    token_regions(grey, _views(regions, scene.box), title, scene.box, files[2])
+    return files
+
+
+def _maps(weights: np.ndarray, regions: Regions, edge: int) -> np.ndarray:
+    """Weights [..., tokens] as maps of the image whose longest edge is `edge` pixels."""
+    scale = edge / max(regions.width, regions.height)
+    width, height = (max(1, round(side * scale)) for side in (regions.width, regions.height))
+    return density(weights, regions.boxes * _zoom(regions, width, height), width, height)
+
+
+def _zoom(regions: Regions, width: int, height: int) -> np.ndarray:
+    """What a box is multiplied by, from the image to a map."""
+    return np.array([width / regions.width, height / regions.height] * 2)
+
+
+def _views(regions: Regions, box: Box | None) -> list[View]:
+    filled = np.zeros(regions.count, dtype=bool)
+    if box is not None:
+        filled[regions.tokens(box)] = True
+    parts = {"tile": "the image"}
+    if "base" in regions.parts:
+        parts = {"base": "base image", "tile": "tiles"}
+    places = {name: regions.parts == part for part, name in parts.items()}
+    return [View(name, regions.boxes[place], filled[place]) for name, place in places.items()]
+
+
+def _caption(head: Head, looks: ImageAttention, scores: HeadScores | None, box: Box | None) -> str:
+    words = f"head {head[0]}-{head[1]}"
+    if scores is not None:
+        rank = 1 + int((scores.values > scores.values[head]).sum())
+        words += f" · #{rank} · score {scores.values[head]:.3g}"
+    words += f"\n{looks.on_image[head]:.0%} on image"
+    if box is not None:
+        words += f", {looks.on_box(box)[head]:.0%} on box"
+    parts = looks.on_parts()
+    if len(parts) > 1:
+        words += "\n" + ", ".join(f"{part} {share[head]:.0%}" for part, share in parts.items())
+    return words
+
+
+def concentration(scores: HeadScores) -> str:
+    """How few heads hold most of the score."""
+    held = np.cumsum(np.sort(scores.values, axis=None)[::-1]) / scores.values.sum()
+    few = [str(1 + int((held < share - 1e-9).sum())) for share in (0.5, 0.8, 0.95)]
+    return f"{', '.join(few)} of {held.size} query heads hold 50, 80, 95% of the visual score"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _parse_box(text: str) -> Box:
+    try:
+        x0, y0, x1, y1 = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"box={text!r}: it must be x0,y0,x1,y1 in pixels of the image") from error
+    return x0, y0, x1, y1

@@ -1,0 +1,164 @@
+"""Pictures of what heads see: what is chosen, what is written, what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models.fixtures import change_config, photo, sentence
+from models.llava_checkpoints import build_llava
+from PIL import Image
+
+from sparsemm_eval.heads.attention import Scene
+from sparsemm_eval.heads.draw import draw, drawn_scene, parse_heads, rank_heads, read_scene
+from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.models import checkpoint as checkpoint_module
+from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.tiny import default_checkpoint
+
+SHAPE = ModelShape(layers=3, query_heads=4, kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def reader() -> Checkpoint:
+    return Checkpoint(default_checkpoint(), dtype="float32")
+
+
+@pytest.fixture
+def llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
+    """With random weights and no head scores anywhere."""
+    monkeypatch.setattr(checkpoint_module, "cache_folder", lambda: tmp_path / "user-cache")
+    return Checkpoint(build_llava("mistral", tmp_path / "llava"), dtype="float32")
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights is an error."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(checkpoint_module.AutoModelForImageTextToText, "from_pretrained", fail)
+
+
+def check_pictures(files: tuple[Path, ...]) -> None:
+    """Each is a picture of column width or more, and shows something."""
+    for path in files:
+        if path.suffix == ".svg":
+            assert "<svg" in path.read_text(encoding="utf-8")
+            continue
+        with Image.open(path) as image:
+            assert 1200 < image.width < 1500, path
+            assert 300 < image.height < 3000, path
+            assert len(np.unique(np.asarray(image.convert("L")))) > 20, path
+
+
+def test_all_pictures_of_the_embedded_model(reader: Checkpoint, tmp_path: Path) -> None:
+    drawn = draw(reader, drawn_scene(), tmp_path / "new" / "folder", best=2, worst=2)
+    names = ["attention.png", "all_heads.png", "regions.png", "scores.png", "scores.svg"]
+    assert [path.name for path in drawn.files] == names
+    check_pictures(drawn.files)
+    scores = reader.head_scores().values
+    best = "-".join(map(str, np.unravel_index(scores.argmax(), scores.shape)))
+    assert drawn.lines[0].startswith(f"head {best} · #1 · score {scores.max():.3g}, ")
+    assert len(drawn.lines) == 4
+    assert all(re.search(r"\d+% on image, \d+% on box$", line) for line in drawn.lines)
+
+
+def test_llava_shows_base_image_and_tiles(llava: Checkpoint, tmp_path: Path) -> None:
+    scores = np.random.default_rng(0).random((3, 4))
+    HeadScores(scores).write(tmp_path / "scores.json")
+    scene = Scene(photo(57, 40), "Is it $5 or $6?", (5, 5, 20, 20))
+    drawn = draw(llava, scene, tmp_path, head_scores=tmp_path / "scores.json", max_new_tokens=4)
+    check_pictures(drawn.files)
+    assert len(drawn.files) == 5
+    assert len(drawn.lines) == 6
+    assert all(re.search(r", base \d+%, tile \d+%, newline \d+%$", line) for line in drawn.lines)
+
+
+def test_named_heads_need_no_scores_and_it_is_said(llava: Checkpoint, tmp_path: Path) -> None:
+    scene = Scene(photo(300, 41), "What?")
+    drawn = draw(llava, scene, tmp_path, heads="2-3, 0-1", max_new_tokens=4)
+    assert [path.name for path in drawn.files] == ["attention.png", "all_heads.png", "regions.png"]
+    assert drawn.lines[0].startswith("head 2-3, ")
+    assert drawn.lines[1].startswith("head 0-1, ")
+    assert drawn.lines[2].startswith("no scores drawn: no head scores for")
+    with pytest.raises(FileNotFoundError, match="sparsemm-eval chase --model"):
+        draw(llava, scene, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere.json: there is no such file"):
+        draw(llava, scene, tmp_path, heads="2-3", head_scores=tmp_path / "nowhere.json")
+
+
+def test_best_heads_come_first_and_worst_last_from_the_end() -> None:
+    values = np.arange(12.0).reshape(3, 4)
+    assert rank_heads(HeadScores(values), 2, 1) == [(2, 3), (2, 2), (0, 0)]
+    assert rank_heads(HeadScores(values), 0, 2) == [(0, 0), (0, 1)]
+    assert len(set(rank_heads(HeadScores(values), 7, 5))) == 12
+
+
+@pytest.mark.parametrize(("best", "worst"), [(0, 0), (10, 3), (-1, 3)])
+def test_numbers_of_heads_that_do_not_fit_are_named(best: int, worst: int) -> None:
+    with pytest.raises(ValueError, match=f"best={best}") as caught:
+        rank_heads(HeadScores(np.ones((3, 4))), best, worst)
+    sentence(caught)
+
+
+@pytest.mark.parametrize("text", ["3-0", "0-4", "1", "", "1-1,", "a-b", "1--1", "0-0;1-1"])
+def test_a_head_that_is_none_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"heads={text!r}")) as caught:
+        parse_heads(text, SHAPE)
+    sentence(caught)
+
+
+def test_a_scene_is_read_from_a_file(tmp_path: Path) -> None:
+    Image.new("L", (40, 30), 7).save(tmp_path / "grey.png")
+    scene = read_scene(tmp_path / "grey.png", "What?", "1,2,3.5,4")
+    assert (scene.image.mode, scene.image.size) == ("RGB", (40, 30))
+    assert (scene.question, scene.box) == ("What?", (1, 2, 3.5, 4))
+    assert read_scene(tmp_path / "grey.png", "What?", None).box is None
+
+
+def test_a_scene_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no image")
+    whole = tmp_path / "whole.png"
+    photo(40, 30).save(whole)
+    (tmp_path / "cut.png").write_bytes(whole.read_bytes()[:-60])
+    for image, question, box, words in [
+        (None, "What?", None, "without its image"),
+        (None, None, "1,1,2,2", "without its image"),
+        (whole, None, None, "has no question"),
+        (whole, " ", None, "has no question"),
+        (whole, "What?", "1,2,3", "box='1,2,3': it must be x0,y0,x1,y1"),
+        (tmp_path / "nowhere.png", "What?", None, "nowhere.png cannot be read"),
+        (tmp_path / "text.png", "What?", None, "text.png cannot be read"),
+        (tmp_path / "cut.png", "What?", None, "cut.png cannot be read"),
+        (tmp_path, "What?", None, "cannot be read"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(words)) as caught:
+            read_scene(image, question, box)
+        sentence(caught)
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize("box", [(0, 0, 65, 48), (9, 9, 9, 20), (0, float("nan"), 5, 5)])
+def test_a_box_outside_is_refused_before_weights_load(box: tuple, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(default_checkpoint(), dtype="float32")
+    scene = Scene(Image.new("RGB", (64, 48)), "What?", box)
+    with pytest.raises(ValueError, match="outside its image of 64x48") as caught:
+        draw(checkpoint, scene, tmp_path / "out")
+    sentence(caught)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_model_whose_regions_are_unknown_is_refused_before_weights_load(
+    llava: Checkpoint, tmp_path: Path
+) -> None:
+    config = json.loads((llava.folder / "config.json").read_text())
+    assert config["model_type"] == "llava_next"
+    change_config(llava.folder, model_type="llava")
+    with pytest.raises(ValueError, match="llava_next, ") as caught:
+        draw(Checkpoint(llava.folder), drawn_scene(), tmp_path, heads="0-0")
+    assert "llava model" in sentence(caught)

@@ -1,0 +1,99 @@
+"""The masking study on the embedded model: whole, resumable, and refused early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsemm_eval.heads.mask import Masking, run_masking
+from sparsemm_eval.models import checkpoint as checkpoints
+from sparsemm_eval.models.answers import AnswerStore
+from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.tiny import default_checkpoint
+
+SAMPLES, SEEDS = 8, 2
+STUDY = {"shares": (0.1,), "seeds": SEEDS, "samples": SAMPLES}
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return Checkpoint(default_checkpoint(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def study(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Masking, Path]:
+    out = tmp_path_factory.mktemp("masking")
+    return run_masking(checkpoint, out, **STUDY), out
+
+
+def test_reading_breaks_without_visual_heads_and_goes_on_without_others(
+    study: tuple[Masking, Path],
+) -> None:
+    scores = study[0].frame.groupby("silenced")["score"]
+    assert scores.max()["visual"] < 0.2
+    assert scores.min()["random"] > scores.max()["visual"]
+    assert scores.mean()["none"] >= scores.mean()["random"] > scores.mean()["visual"] + 0.3
+
+
+def test_as_many_others_are_silenced(study: tuple[Masking, Path], checkpoint: Checkpoint) -> None:
+    frame = study[0].frame
+    shape = checkpoint.shape
+    count = round(0.1 * shape.layers * shape.query_heads)
+    assert frame["heads"].tolist() == [0, *[count] * (1 + SEEDS)]
+    visual, *random = (set(names.split("+")) for names in frame["names"][1:])
+    assert len(random) == SEEDS
+    assert all(not visual & other for other in random)
+    assert random[0] != random[1]
+
+
+def test_files_say_what_was_silenced_and_how(study: tuple[Masking, Path]) -> None:
+    made = json.loads((study[1] / "masking.json").read_text())
+    assert made["command"] == "sparsemm-eval mask"
+    assert [cell["silenced"] for cell in made["cells"]] == ["none", "visual", *["random"] * SEEDS]
+    assert all(cell["samples"] == SAMPLES for cell in made["cells"])
+    assert "## docvqa_mini: anls" in (study[1] / "table.md").read_text()
+    assert (study[1] / "masking.png").stat().st_size > 10_000
+
+
+def test_a_second_run_computes_nothing_and_says_the_same(
+    study: tuple[Masking, Path], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    first, out = study
+    count = AnswerStore(out / "answers").count()
+    again = run_masking(checkpoint, out, **STUDY)
+    assert AnswerStore(out / "answers").count() == count == SAMPLES * (2 + SEEDS)
+    assert again.markdown == first.markdown
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"shares": (0.6,)}, "share of at most 0.5"),
+    ({"shares": (0.1, 1.0)}, "mask_heads='visual:1'"),
+    ({"shares": ()}, "shares is empty"),
+    ({"tasks": ()}, "tasks is empty"),
+    ({"tasks": ("docvqa_mimi",)}, "there is no task docvqa_mimi"),
+    ({"seeds": 0}, "seeds=0"),
+    ({"samples": 0}, "samples=0"),
+    ({"modes": ("key",)}, "mode='key': it must be one of query, output"),
+    ({"head_scores": Path("no.json")}, "head_scores=no.json: there is no such file"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_weights_load(
+    settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(checkpoints.AutoModelForImageTextToText, "from_pretrained", fail)
+    fresh = Checkpoint(default_checkpoint())
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        run_masking(fresh, tmp_path, **STUDY | settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_family_is_named(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    other = Checkpoint(default_checkpoint())
+    other.config.model_type = "other_vl"
+    with pytest.raises(ValueError, match="a other_vl checkpoint; it must be one of llava_next"):
+        run_masking(other, tmp_path, **STUDY)
