@@ -38,7 +38,8 @@ def demo(
     ] = "256,128,64,32,16,12",
     tasks: Annotated[str, typer.Option(help="Miniature tasks, comma-separated; all.")] = "",
     models: Annotated[str, typer.Option(help="Embedded models, comma-separated; all.")] = "",
-    masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 50,
+    masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 40,
+    allocation: Annotated[str, typer.Option(help="paper or exact.")] = "paper",
 ) -> None:
     """Full KV and five methods over budgets on the embedded models; offline, in minutes."""
     with one_sentence():
@@ -53,7 +54,8 @@ def demo(
             _words(tasks) or TASKS,
             _words(models),
             masked,
-            command="./run_eval.sh demo --full" if full else "./run_eval.sh",
+            allocation,
+            command=_demo_command(),
         )
         typer.echo(done.markdown)
         for path in done.files:
@@ -241,6 +243,11 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise ValueError(f"{name}={text!r}: it must be numbers, such as 0.01,0.05") from error
+
+
+def _demo_command() -> str:
+    """As it was given, through the front door."""
+    return shlex.join(["./run_eval.sh", *sys.argv[1:]]) if sys.argv[2:] else "./run_eval.sh"
 
 
 def _words(text: str) -> list[str]:

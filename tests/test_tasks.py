@@ -27,10 +27,10 @@ from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.models.samples import read_chat
 from sparsemm_eval.models.wrapper import SparseMMModel
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.tiny import benchmarks, chance, default_checkpoint
+from sparsemm_eval.tiny import benchmarks, chance, embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
-from sparsemm_eval.tiny.family import FAMILIES, export
+from sparsemm_eval.tiny.family import FAMILIES
 from sparsemm_eval.tiny.packing import pack
 from sparsemm_eval.tiny.pictures import Kind, draw_chart, draw_scene, draw_signs, draw_word
 
@@ -89,16 +89,10 @@ def tasks(_few_samples: None) -> dict[str, ConfigurableTask]:
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
-def checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoint:
-    """The embedded Qwen2-VL, and a LLaVA-NeXT of random weights."""
-    if request.param == "qwen2vl":
-        return Checkpoint(default_checkpoint(), "qwen2_vl", dtype="float32")
-    family = FAMILIES[request.param]()
-    folder = tmp_path_factory.mktemp("untrained") / family.name
-    export(family, family.build_model(seed=3), folder, "# Untrained\n")
-    return Checkpoint(folder, WRAPPERS[family.name].model_type, dtype="float32")
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    """An embedded model: answers of random weights would be empty, and equal for nothing."""
+    folder = embedded_checkpoints()[request.param]
+    return Checkpoint(folder, WRAPPERS[request.param].model_type, dtype="float32")
 
 
 # --- what the files say -------------------------------------------------------------------------

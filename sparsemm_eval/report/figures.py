@@ -51,10 +51,12 @@ def score_panels(frame: pd.DataFrame, over: str, title: str, path: Path) -> None
     for axes in grid[len(tasks) :]:
         axes.set_visible(False)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8.5, frameon=False)
-    what = "budget" if over == "budget" else "really kept"
-    figure.supxlabel(f"{what}: mean tokens kept per KV head (log scale)", fontsize=9.5)
-    figure.suptitle(title, fontsize=11)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=6 if columns > 2 else 3,
+        fontsize=8.5, frameon=False,
+    )  # fmt: skip
+    what = "budget" if over == "budget" else "what was really kept"
+    figure.suptitle(f"{title}\nover {what}: tokens per KV head, log scale", fontsize=10.5)
     figure.savefig(path, dpi=160)
 
 

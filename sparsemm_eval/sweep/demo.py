@@ -14,7 +14,7 @@ import torch
 
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
 from sparsemm_eval.heads.mask import run_masking
-from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.methods import MASK_MODES, HeadScores
 from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
@@ -32,6 +32,7 @@ TASKS = tuple(f"{name}_mini" for name in BENCHMARKS)
 METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
 BUDGETS = (256, 128, 64, 32, 16, 12)
 SAMPLES = 200
+MASKING_SEEDS = 5
 # Of the table that shows all benchmarks at once.
 OVERVIEW = 32
 # The questions of drawn documents are 5 to 8 tokens long; the paper's window of 32 is for prompts
@@ -69,7 +70,8 @@ def run_demo(
     budgets: Sequence[int] = BUDGETS,
     tasks: Sequence[str] = TASKS,
     models: Sequence[str] = (),
-    masked: int = 50,
+    masked: int = 40,
+    allocation: str = "paper",
     command: str = "./run_eval.sh",
 ) -> Demo:
     """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
@@ -91,6 +93,8 @@ def run_demo(
         Names of embedded checkpoints; default all.
     masked : int
         Documents of the masking study; 0 leaves it out.
+    allocation : {"paper", "exact"}
+        How budgets are spent: as published, or to the token.
     command : str
         What makes it again, for the record.
 
@@ -110,7 +114,7 @@ def run_demo(
     for name in models:
         check_choice("model", name, tuple(folders))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    cells = list(_cells(budgets))
+    cells = list(_cells(budgets, allocation))
     frames, files = [], []
     for name in models or folders:
         checkpoint = Checkpoint(folders[name], dtype="float32", device_map=device)
@@ -120,20 +124,27 @@ def run_demo(
         frames.append(main_scores(frame).assign(model=name))
         if masked:
             study = run_masking(
-                checkpoint, out / name / "mask", samples=masked, batch_size=batch_size,
-                command=f"{command}: masking",
-            )  # fmt: skip
+                checkpoint,
+                out / name / "mask",
+                modes=MASK_MODES,
+                seeds=MASKING_SEEDS,
+                samples=masked,
+                batch_size=batch_size,
+                command=command,
+            )
             files += study.files
         files += draw(checkpoint, drawn_scene(), out / name / "heads").files
         checkpoint.release()
     return _write(pd.concat(frames, ignore_index=True), out, files, command, start)
 
 
-def _cells(budgets: Sequence[int]) -> Iterator[dict[str, Any]]:
+def _cells(budgets: Sequence[int], allocation: str) -> Iterator[dict[str, Any]]:
+    # What is the default is left to be it: such a cell is named as a plain run names it.
+    more = {} if allocation == "paper" else {"allocation": allocation}
     yield {"method": "fullkv"}
     for method in METHODS:
         for budget in budgets:
-            yield {"method": method, "budget": budget, "window": WINDOW}
+            yield {"method": method, "budget": budget, "window": WINDOW, **more}
 
 
 def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, start: float) -> Demo:
@@ -159,7 +170,7 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
             parts += [f"### {title}", to_markdown(table)]
         for over, file in (("budget", "budget"), ("kept_tokens_per_head", "kept")):
             path = out / name / f"score_over_{file}.png"
-            score_panels(of_model, over, f"{name}: score over {file}", path)
+            score_panels(of_model, over, f"{name}, miniature benchmarks: score", path)
             files.append(path)
     markdown = "\n\n".join(parts) + "\n"
     kept = [
