@@ -89,7 +89,7 @@ _ALL = (
     Benchmark(
         "textcaps", "TextCaps", 4, (Table("default", "val", drawn.TEXTCAPS),), drawn.textcaps
     ),
-    Benchmark("mmbench", "MMBench", 5, (Table("en", "dev", drawn.MMBENCH),), drawn.mmbench),
+    Benchmark("mmbench", "MMBench", 5, (Table("en", "dev", drawn.MMBENCH),), drawn.mmbench, 2),
     Benchmark(
         "gqa",
         "GQA",
@@ -99,8 +99,9 @@ _ALL = (
             Table("testdev_balanced_images", "testdev", drawn.GQA_IMAGES),
         ),
         drawn.gqa,
+        2,
     ),
-    Benchmark("vqav2", "VQAv2", 7, (Table("default", "validation", drawn.VQAV2),), drawn.vqav2),
+    Benchmark("vqav2", "VQAv2", 7, (Table("default", "validation", drawn.VQAV2),), drawn.vqav2, 2),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
 

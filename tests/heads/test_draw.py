@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from models.fixtures import change_config, photo, sentence
 from models.llava_checkpoints import build_llava
-from PIL import Image
+from PIL import Image, ImageFile
 
 from sparsemm_eval.heads.attention import Scene
 from sparsemm_eval.heads.draw import draw, drawn_scene, parse_heads, rank_heads, read_scene
@@ -120,7 +120,11 @@ def test_a_scene_is_read_from_a_file(tmp_path: Path) -> None:
     assert read_scene(tmp_path / "grey.png", "What?", None).box is None
 
 
-def test_a_scene_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_scene_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut-off images too, as in `sparsemm-eval draw`: importing lmms-eval has PIL fill them in."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
     (tmp_path / "text.png").write_text("no image")
     whole = tmp_path / "whole.png"
     photo(40, 30).save(whole)

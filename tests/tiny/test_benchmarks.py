@@ -42,9 +42,9 @@ CONTENT = {
     ("textvqa", 1): "a5a825538e65",
     ("chartqa", 1): "712cde97f3cc",
     ("textcaps", 1): "c33737190879",
-    ("mmbench", 1): "09dd097ddb75",
-    ("gqa", 1): "4859b576b7f5",
-    ("vqav2", 1): "21c57a2e627f",
+    ("mmbench", 2): "09dd097ddb75",
+    ("gqa", 2): "4859b576b7f5",
+    ("vqav2", 2): "21c57a2e627f",
 }
 
 
