@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+bench_app = typer.Typer(help="Measure how fast it is.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 
 @app.callback()
@@ -208,6 +212,76 @@ def mask(
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
+
+
+@app.command()
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile the attention op now, not on first use.")
+    ] = False,
+    arches: Annotated[
+        str, typer.Option(help="With --build: GPU architectures, such as 8.0,9.0; default: found.")
+    ] = "",
+) -> None:
+    """What this machine has, which backends work on it, and what would mend the rest."""
+    with one_sentence():
+        from sparsemm_eval import doctor as doctors
+
+        if arches and not build:
+            raise ValueError(f"arches={arches!r}: it needs --build, which it is for")
+        built = doctors.build_libraries(_words(arches)) if build else ()
+        broken = False
+        for finding in chain(built, doctors.examine()):
+            typer.echo(f"{finding.subject:24} {finding.found}")
+            if finding.remedy:
+                typer.echo(f"{'':24} {finding.remedy}")
+            broken |= finding.broken
+    raise typer.Exit(int(broken))
+
+
+@bench_app.command()
+def kernels(
+    shapes: Annotated[str, typer.Option(help="Layers, comma-separated.")] = (
+        "vicuna,mistral,qwen2vl"
+    ),
+    means: Annotated[str, typer.Option(help="Mean tokens per KV head, comma-separated.")] = (
+        "64,256,1024,4096"
+    ),
+    distributions: Annotated[str, typer.Option(help="How heads differ in length.")] = (
+        "heavy,uniform"
+    ),
+    rows: Annotated[str, typer.Option(help="Samples decoded together, comma-separated.")] = (
+        "1,4,31"
+    ),
+    entries: Annotated[str, typer.Option(help="What is timed, comma-separated.")] = (
+        "cuda_ext,concatenate,padded_sdpa,torch,varlen,flashinfer"
+    ),
+    dtype: Annotated[
+        str, typer.Option(help="Comma-separated; default: float16 on CUDA, float32 on the CPU.")
+    ] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where it is.")] = "",
+    threads: Annotated[int, typer.Option(help="On the CPU; 0: torch's choice.")] = 0,
+    repeats: Annotated[int, typer.Option(help="Measurements of each entry.")] = 30,
+    seconds: Annotated[float, typer.Option(help="At most about so long an entry and case.")] = 1.0,
+    memory: Annotated[float, typer.Option(help="GiB for caches; 0: 70% of what is free.")] = 0.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Every line, in seconds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for JSON, table and figure.")] = Path(
+        "results/kernels"
+    ),
+) -> None:
+    """Append and attend in one layer: this project's op beside other ways, and the bound."""
+    given = dict(locals())
+    with one_sentence():
+        from sparsemm_eval.bench.kernels import run_kernels
+        from sparsemm_eval.bench.options import Options
+
+        done = run_kernels(Options(**given), shlex.join(["sparsemm-eval", *sys.argv[1:]]))
+        typer.echo(done.markdown)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+        for line in done.failures:
+            typer.echo(f"sparsemm-eval: {line}", err=True)
+    raise typer.Exit(1 if done.failures else 0)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -19,6 +17,8 @@ def cuda_ext_folder() -> Path:
 
 def cache_folder() -> Path:
     """This user's cache: drawn benchmarks and chased head scores."""
+    from platformdirs import user_cache_path  # not on machines that only run kernels
+
     return user_cache_path("sparsemm-eval")
 
 

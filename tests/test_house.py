@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sparsemm_eval"
 # A room may import from rooms of a lower floor, and from itself.
 FLOORS = {
     "paths": 0, "methods": 0, "report": 0, "tiny": 0,
-    "cache": 1, "models": 2, "heads": 3, "sweep": 4, "cli": 5,
+    "cache": 1, "doctor": 2, "models": 2, "heads": 3, "bench": 3, "sweep": 4, "cli": 5,
 }  # fmt: skip
 STDLIB = set(sys.stdlib_module_names) | {"__future__"}
 TENSORS = {"torch", "transformers", "numpy", "pandas", "matplotlib", "flash_attn"}
@@ -20,6 +20,7 @@ ALLOWED = {
     "methods": {"torch", "numpy"},
     "cache": TENSORS,
     "models/decode.py": TENSORS,
+    "bench": TENSORS | {"flashinfer"},
     "report": {"pandas", "matplotlib", "numpy", "scipy"},
 }
 

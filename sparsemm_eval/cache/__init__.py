@@ -1,7 +1,7 @@
 """Where tokens live: a head-budgeted KV cache for transformers models."""
 
 from sparsemm_eval.cache.attention import ATTENTION, use_head_budget_attention
-from sparsemm_eval.cache.kernels import BACKENDS
+from sparsemm_eval.cache.kernels import BACKENDS, check_backend
 from sparsemm_eval.cache.layer import AttendingLayer, HeadBudgetCache
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
 
@@ -12,5 +12,6 @@ __all__ = [
     "CacheBytes",
     "HeadBudgetCache",
     "RaggedKV",
+    "check_backend",
     "use_head_budget_attention",
 ]

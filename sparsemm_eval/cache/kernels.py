@@ -1,12 +1,15 @@
-"""Attention of one new token over ragged KV, by what the machine has.
+"""Append one new token and attend over ragged KV, by what the machine has.
 
-Every backend has one face: ``attend(query [S, G, D], kv, scale) -> [S, G, D]``, where sequence s
-(a row's KV head) sees its own ``kv`` slots only. Softmax is float32 or better.
+Every backend has one face: ``append_attend(query [S, G, D], key [S, D], value [S, D], kv, scale) ->
+[S, G, D]``, where sequence s (a row's KV head) gets one token more and sees its own ``kv`` slots
+only. Softmax is float32 or better.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -14,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparsemm_eval.cache.extension import ExtensionError, load_extension
 from sparsemm_eval.methods.checks import check_choice
 
-BACKENDS = ("auto", "varlen", "torch")
+BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class Slots(Protocol):
@@ -31,16 +36,52 @@ class Slots(Protocol):
     def host_lengths(self) -> list[int]:
         """`lengths`, known without asking the device."""
 
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Write one token a sequence, key and value [S, D]."""
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    def count_token(self) -> None:
+        """Note on the host that every sequence on the device is one token longer."""
+
+
+def check_backend(name: str, device: str) -> None:
+    """Refuse early what cannot run on a kind of device, and build what is missing.
+
+    Parameters
+    ----------
+    name : {"auto", "cuda_ext", "varlen", "torch"}
+        As set by the user.
+    device : {"cpu", "cuda"}
+        Where the model will run.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or one that cannot run here whatever the model.
+    """
+    check_choice("backend", name, BACKENDS)
+    if name == "varlen" and device != "cuda":
+        raise ValueError(
+            "backend=varlen needs a CUDA device, and there is none: use auto, cuda_ext or torch"
+        )
+    if name == "cuda_ext":
+        _load(device)
+    elif name == "auto":
+        _loads(device)
+
+
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, group: int
+) -> str:
     """Name the backend that will run.
 
     Parameters
     ----------
-    name : {"auto", "varlen", "torch"}
+    name : {"auto", "cuda_ext", "varlen", "torch"}
         As set by the user; auto takes the fastest that can run.
     device, dtype, head_dim
         Of keys and values.
+    group : int
+        Query heads a KV head.
 
     Raises
     ------
@@ -48,24 +89,74 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, head_di
         For an unknown name, or one that cannot run here.
     """
     check_choice("backend", name, BACKENDS)
-    half = dtype in (torch.float16, torch.bfloat16)
-    fits = device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= 256
-    if name == "varlen" and not fits:
+    here = f"{dtype} with head size {head_dim} and {group} query heads a KV head on {device.type}"
+    compiled = _fits_compiled(device.type, dtype, head_dim, group)
+    varlen = device.type == "cuda" and dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
+    if name == "cuda_ext":
+        if not compiled:
+            raise ValueError(
+                f"backend=cuda_ext cannot run {here}: on CUDA it takes float16 and bfloat16, head "
+                "sizes 64, 96 and 128 and up to 8 query heads a KV head, on the CPU float32, "
+                "float16 and bfloat16; use backend=auto or torch"
+            )
+        _load(device.type)
+    if name == "varlen" and not varlen:
         raise ValueError(
-            f"backend=varlen cannot run {dtype} with head size {head_dim} on {device.type}: it "
-            "needs a CUDA device, float16 or bfloat16 and a head size that is a multiple of 8 up "
-            "to 256; use backend=auto or torch"
+            f"backend=varlen cannot run {here}: it needs a CUDA device, float16 or bfloat16 and a "
+            "head size that is a multiple of 8 up to 256; use backend=auto or torch"
         )
-    return "torch" if name == "torch" or not fits else "varlen"
+    if name != "auto":
+        return name
+    if compiled and _loads(device.type):
+        return "cuda_ext"
+    return "varlen" if varlen else "torch"
 
 
-def attend(backend: str, query: Tensor, kv: Slots, scale: float) -> Tensor:
-    """Attend with a resolved backend; query [S, G, D] to output [S, G, D]."""
-    return _ATTEND[backend](query, kv, scale)
+def append_attend(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
+) -> Tensor:
+    """Append and attend with a resolved backend; query [S, G, D] to output [S, G, D]."""
+    return _APPEND_ATTEND[backend](query, key, value, kv, scale)
 
 
-def _attend_torch(query: Tensor, kv: Slots, scale: float) -> Tensor:
+def _fits_compiled(device: str, dtype: torch.dtype, head_dim: int, group: int) -> bool:
+    if device == "cuda":
+        return dtype in _HALF and head_dim in (64, 96, 128) and group <= 8
+    return device == "cpu" and dtype in (torch.float32, *_HALF)
+
+
+def _load(device: str) -> None:
+    try:
+        load_extension(device)
+    except ExtensionError as error:
+        raise ValueError(f"backend=cuda_ext cannot run here: {error}") from error
+
+
+@cache
+def _loads(device: str) -> bool:
+    """Whether the compiled op runs on a device; says so once if it does not."""
+    try:
+        load_extension(device)
+    except ExtensionError as error:
+        warnings.warn(f"attention over the ragged cache is slow here: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _append_attend_compiled(
+    query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
+) -> Tensor:
+    kv.count_token()
+    return torch.ops.sparsemm.append_attend(
+        query, key, value, kv.keys, kv.values, kv.offsets, kv.lengths, scale
+    )
+
+
+def _append_attend_torch(
+    query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
+) -> Tensor:
     """One SDPA call a sequence, or one for all where their lengths are equal; no KV is copied."""
+    kv.append(key, value)
     lengths = kv.host_lengths()
     if len(set(lengths)) == 1:
         shape = (len(lengths), -1, query.shape[-1])
@@ -80,8 +171,11 @@ def _attend_torch(query: Tensor, kv: Slots, scale: float) -> Tensor:
     return out
 
 
-def _attend_varlen(query: Tensor, kv: Slots, scale: float) -> Tensor:
+def _append_attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
+) -> Tensor:
     """Varlen flash attention with each sequence as a batch entry; reads the slots in place."""
+    kv.append(key, value)
     sequences = query.shape[0]
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=query.device)
     longest = max(kv.host_lengths())
@@ -100,7 +194,8 @@ def _attend_varlen(query: Tensor, kv: Slots, scale: float) -> Tensor:
     )[0]  # fmt: skip
 
 
-_ATTEND: dict[str, Callable[[Tensor, Slots, float], Tensor]] = {
-    "torch": _attend_torch,
-    "varlen": _attend_varlen,
+_APPEND_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Slots, float], Tensor]] = {
+    "cuda_ext": _append_attend_compiled,
+    "varlen": _append_attend_varlen,
+    "torch": _append_attend_torch,
 }

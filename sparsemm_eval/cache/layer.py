@@ -30,7 +30,7 @@ class HeadBudgetCache(Cache):
     methods : Method or sequence of Method
         With M methods a batch of B samples becomes B * M rows, sample by sample, once the prompt
         is read: row ``b * M + m`` is sample b under method m.
-    backend : {"auto", "varlen", "torch"}
+    backend : {"auto", "cuda_ext", "varlen", "torch"}
         What attends over the ragged rows.
     mask : HeadMask, optional
         Query heads that are silenced in every row.
@@ -80,9 +80,13 @@ class HeadBudgetCache(Cache):
         """Tokens of each row's prompt, padding excluded."""
         return list(self._prompt.rows)
 
-    def bytes(self, rows: range | None = None) -> CacheBytes:
-        """Bytes really held by all rows, or some: keys, values, slack and metadata, all layers."""
-        return sum((layer.filled().bytes(rows) for layer in self.layers), CacheBytes())
+    def bytes(self) -> CacheBytes:
+        """Bytes really held: keys, values, slack and metadata, all layers."""
+        return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
+
+    def row_bytes(self) -> Tensor:
+        """Bytes that each row really holds, in all layers: [rows] int64 on the CPU."""
+        return sum(layer.filled().row_bytes() for layer in self.layers)
 
     def backend(self) -> str:
         """What attends over the ragged rows, once a prompt was read."""
@@ -248,7 +252,9 @@ class RaggedLayer(AttendingLayer):
                 f"a layer of this model has {query.shape[1]} query heads and {heads} KV heads, "
                 f"but the methods are made for {shape}"
             )
-        self.resolved = resolve_backend(self.requested, key.device, key.dtype, dim)
+        self.resolved = resolve_backend(
+            self.requested, key.device, key.dtype, dim, query.shape[1] // heads
+        )
         if self.index == 0:
             self.prompt.lengths = _prompt_lengths(mask, samples, n)
             self.prompt.rows = [length for length in self.prompt.lengths for _ in self.methods]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsemm_eval.cache.kernels import attend
+from sparsemm_eval.cache.kernels import append_attend
 
 LEAST_SLACK = 16
 MOST_SLACK = 256
@@ -114,13 +114,18 @@ class RaggedKV:
         return (self.kept.flatten() + self.steps).tolist()
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        """Write one token a sequence in place: key and value [R, H, 1, D]."""
-        if self.slack == 0:
-            self._grow()
+        """Write one token a sequence in place, [S, D] each; a free slot is there.
+
+        `append_attend` makes room first and is the way in; this is for backends that have no op of
+        their own for it.
+        """
         slots = self.offsets[:-1] + self.lengths
-        self.keys[slots] = key.reshape(-1, key.shape[-1])
-        self.values[slots] = value.reshape(-1, value.shape[-1])
+        self.keys[slots], self.values[slots] = key, value
         self.lengths += 1
+        self.count_token()
+
+    def count_token(self) -> None:
+        """Note on the host that every sequence on the device is one token longer."""
         self.steps += 1
         self.slack -= 1
 
@@ -145,10 +150,19 @@ class RaggedKV:
         Tensor
             [R, 1, Hq, D].
         """
-        self.append(key, value)
+        if self.slack == 0:
+            self._grow()
         rows, query_heads, _, dim = query.shape
-        grouped = query.reshape(rows * self.kv_heads, query_heads // self.kv_heads, dim)
-        return attend(backend, grouped, self, scale).reshape(rows, 1, query_heads, dim)
+        sequences = rows * self.kv_heads
+        out = append_attend(
+            backend,
+            query.reshape(sequences, query_heads // self.kv_heads, dim),
+            key.reshape(sequences, dim),
+            value.reshape(sequences, dim),
+            self,
+            scale,
+        )
+        return out.reshape(rows, 1, query_heads, dim)
 
     def select_rows(self, rows: Tensor) -> RaggedKV:
         """These rows, in this order and as often as named: [R'] indices."""
@@ -156,16 +170,19 @@ class RaggedKV:
         heads = torch.arange(self.kv_heads)
         return self._gather((rows[:, None] * self.kv_heads + heads).flatten(), self.kept[rows])
 
-    def bytes(self, rows: range | None = None) -> CacheBytes:
-        """Bytes held by this layer, or by some rows of it."""
-        kept = self.kept if rows is None else self.kept[list(rows)]
+    def bytes(self) -> CacheBytes:
+        """Bytes held by this layer."""
         slot = self.keys.shape[-1] * self.keys.element_size()
-        filled = (int(kept.sum()) + kept.numel() * self.steps) * slot
-        slack = 2 * kept.numel() * self.slack * slot
-        metadata = 2 * kept.numel() * self.lengths.element_size()
-        if rows is None:
-            metadata += self.offsets.element_size()  # the end of the last sequence
+        filled = (int(self.kept.sum()) + self.kept.numel() * self.steps) * slot
+        slack = 2 * self.kept.numel() * self.slack * slot
+        metadata = (self.offsets.numel() + self.lengths.numel()) * self.lengths.element_size()
         return CacheBytes(filled, filled, slack, metadata)
+
+    def row_bytes(self) -> Tensor:
+        """Bytes each row holds of this layer, slack and metadata included: [rows] int64, CPU."""
+        slot = self.keys.shape[-1] * self.keys.element_size()
+        slots = self.kept.sum(1) + self.kv_heads * (self.steps + self.slack)
+        return 2 * slots * slot + 2 * self.kv_heads * self.lengths.element_size()
 
     def _grow(self) -> None:
         everything = torch.arange(self.rows * self.kv_heads)

@@ -92,10 +92,11 @@ def generate_budgeted(
     model: PreTrainedModel,
     inputs: dict[str, Tensor],
     methods: Method | Sequence[Method],
+    backend: str = "auto",
     **options: Any,
 ) -> tuple[GenerateOutput, HeadBudgetCache]:
     """Generate on the cache under test."""
-    cache = HeadBudgetCache(methods)
+    cache = HeadBudgetCache(methods, backend)
     return run(model, inputs, past_key_values=cache, **options), cache
 
 

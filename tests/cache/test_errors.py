@@ -202,11 +202,26 @@ def test_varlen_needs_a_gpu(dtype: torch.dtype) -> None:
         feed(cache, 0, [x.to(dtype) for x in draw(1, (4, 2), 30, 8)])
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_what_runs_on_a_cpu(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "runs"),
+    [
+        ("auto", torch.float32, "cuda_ext"),
+        ("auto", torch.bfloat16, "cuda_ext"),
+        ("auto", torch.float64, "torch"),
+        ("cuda_ext", torch.float32, "cuda_ext"),
+        ("torch", torch.float32, "torch"),
+    ],
+)
+def test_what_runs_on_a_cpu(name: str, dtype: torch.dtype, runs: str) -> None:
     cache = small_cache(name)
-    feed(cache, 0, draw(1, (4, 2), 30, 8))
-    assert cache.backend() == "torch"
+    feed(cache, 0, [x.to(dtype) for x in draw(1, (4, 2), 30, 8)])
+    assert cache.backend() == runs
+
+
+def test_the_compiled_op_has_no_double_precision() -> None:
+    cache = small_cache("cuda_ext")
+    with pytest.raises(ValueError, match=r"backend=cuda_ext cannot run torch.float64.* on cpu"):
+        feed(cache, 0, [x.double() for x in draw(1, (4, 2), 30, 8)])
 
 
 # --- the cache ----------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class Case:
     tokens: int
     dim: int
     steps: int
+    backend: str
     dtype: torch.dtype
     shares: tuple[float, ...]
     seed: int
@@ -73,7 +74,10 @@ class Case:
 @st.composite
 def cases(draw_one: st.DrawFn) -> Case:
     """Draw a small case; some have every sequence equally long, which is a path of its own."""
+    backend = draw_one(st.sampled_from(["cuda_ext", "torch"]))
+    dtypes = [x for x in TOLERANCE if backend == "torch" or x != torch.float64]
     return Case(
+        backend=backend,
         samples=draw_one(st.integers(1, 3)),
         copies=draw_one(st.integers(1, 3)),
         kv_heads=draw_one(st.integers(1, 3)),
@@ -81,7 +85,7 @@ def cases(draw_one: st.DrawFn) -> Case:
         tokens=draw_one(st.integers(1, 60)),
         dim=draw_one(st.sampled_from([8, 16, 64, 80, 96, 128])),
         steps=draw_one(st.integers(1, 40)),
-        dtype=draw_one(st.sampled_from(sorted(TOLERANCE, key=str))),
+        dtype=draw_one(st.sampled_from(dtypes)),
         shares=draw_one(st.sampled_from([SHARES, SHARES[:2], (0.0,), (1.0,)])),
         seed=draw_one(st.integers(0, 2**31)),
     )
@@ -103,7 +107,7 @@ def test_attends_to_what_is_kept_and_what_came_since(case: Case) -> None:
     for step in range(case.steps):
         query, new_key, new_value = case.token(step)
         poison(kv)
-        out = kv.append_attend(query, new_key, new_value, scale, "torch")
+        out = kv.append_attend(query, new_key, new_value, scale, case.backend)
         assert out.shape == (case.rows, 1, case.kv_heads * case.group, case.dim)
         assert out.dtype == case.dtype
         assert_books_agree(kv)
@@ -135,16 +139,17 @@ def test_selected_rows_are_packed_anew(case: Case, data: st.DataObject) -> None:
     fresh = RaggedKV.pack(key[samples], value[samples], mask[rows])
     half = case.steps // 2
     for step in range(half):
-        _, new_key, new_value = case.token(step)
-        kv.append(new_key, new_value)
-        fresh.append(new_key[rows], new_value[rows])
+        query, new_key, new_value = case.token(step)
+        kv.append_attend(query, new_key, new_value, 0.2, case.backend)
+        token = (query[rows], new_key[rows], new_value[rows])
+        fresh.append_attend(*token, 0.2, case.backend)
     before = [(k.clone(), v.clone()) for k, v in sequences(kv)]
     selected = kv.select_rows(rows)
     for step in range(half, case.steps):
         query, new_key, new_value = (x[rows] for x in case.token(step))
         poison(selected)
-        out = selected.append_attend(query, new_key, new_value, 0.2, "torch")
-        again = fresh.append_attend(query, new_key, new_value, 0.2, "torch")
+        out = selected.append_attend(query, new_key, new_value, 0.2, case.backend)
+        again = fresh.append_attend(query, new_key, new_value, 0.2, case.backend)
         torch.testing.assert_close(out, again)
     assert_books_agree(selected)
     assert_same_sequences(selected, fresh)
@@ -158,7 +163,7 @@ def test_free_slots_are_zero() -> None:
     key = torch.full((2, 2, 9, 8), 3.0)
     kv = RaggedKV.pack(key, key, torch.rand(2, 2, 9) < 0.5)
     for _ in range(20):
-        kv.append(key[:, :, :1], key[:, :, :1])
+        kv.append_attend(key[:, :, :1], key[:, :, :1], key[:, :, :1], 1.0, "torch")
         assert kv.keys.sum() == kv.values.sum() == 3 * 8 * sum(kv.host_lengths())
 
 

@@ -1,6 +1,7 @@
 """What a model answers: what transformers alone answers, whatever stands beside it in a batch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -195,8 +196,22 @@ def test_kept_tokens_and_bytes_are_those_of_the_method(
         assert row.record["cache_bytes"] >= row.record["kept_bytes"]
         assert row.record["batch_size"] == 3
         assert row.record["device"] == "cpu"
-        assert row.record["backend"] == "torch"
+        assert row.record["backend"] == "cuda_ext"
         assert 0 < row.record["seconds"] < 60
+
+
+@pytest.mark.parametrize("method", ["fullkv", "sparsemm", "pyramidkv", "adakv"])
+def test_backends_give_the_same_texts(qwen: MakeQwen, tmp_path: Path, method: str) -> None:
+    """In folders apart: an answer is found again whatever backend it came from."""
+    budget = {} if method == "fullkv" else {"budget": 24, "window": 8}
+    texts, backends = [], set()
+    for backend in ("cuda_ext", "torch"):
+        folder = tmp_path / backend
+        model = qwen(method=method, backend=backend, batch_size=4, answers=str(folder), **budget)
+        texts.append(ask(model, pages(8)))
+        backends |= {row.record["backend"] for row in rows(folder)}
+    assert texts[0] == texts[1]
+    assert backends == {"cuda_ext", "torch"}
 
 
 # --- generation settings ------------------------------------------------------------------------

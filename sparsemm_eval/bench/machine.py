@@ -1,0 +1,87 @@
+"""The device that is measured: its name, its caches, its memory."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsemm_eval.methods.checks import check_choice
+
+UNKNOWN_CACHE = 64 << 20
+UNKNOWN_MEMORY = 4 << 30
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name, "" being CUDA where there is one."""
+    check_choice("device", name, ("", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: there is no CUDA device here")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Name, kind, threads and size of the last cache."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "name": name,
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(device),
+    }
+
+
+def slug(about: dict[str, Any]) -> str:
+    """A device's name as a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", about["name"].lower()).strip("-") or about["kind"]
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory; 64 MiB where nothing says it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [
+        int(text[:-1]) << {"K": 10, "M": 20}[text[-1]]
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        if re.fullmatch(r"\d+[KM]", text := path.read_text().strip())
+    ]
+    return max(sizes, default=UNKNOWN_CACHE)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free, after what nobody holds any more is given back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    found = _look_up("/proc/meminfo", r"^MemAvailable:\s*(\d+) kB$")
+    return int(found) << 10 if found else UNKNOWN_MEMORY
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads for a while; 0: as many as it did."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cpu_name() -> str:
+    found = _look_up("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
+    return found or platform.processor() or platform.machine()
+
+
+def _look_up(path: str, pattern: str) -> str:
+    file = Path(path)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1].strip() if found else ""

@@ -1,0 +1,183 @@
+"""Clocks for the host and for a GPU: cold caches, entries in turn, medians."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparsemm_eval.bench.entries import Entry
+
+LEAST_ROUNDS = 3
+# Times a second that a core is taken: 30 to 50 on an idle machine, over 150 where one other process
+# wants a core of two.
+DISTURBED = 90
+
+
+@dataclass
+class Samples:
+    """Times in microseconds.
+
+    Parameters
+    ----------
+    us : list of float
+        One a measurement.
+    spent : float
+        Seconds they took, all told.
+    """
+
+    us: list[float] = field(default_factory=list)
+    spent: float = 0.0
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """First quartile, median, third quartile."""
+        if len(self.us) == 1:
+            return (self.us[0],) * 3
+        first, median, third = statistics.quantiles(self.us, n=4, method="inclusive")
+        return first, median, third
+
+
+Measure = Callable[[], list[float]]
+
+
+def in_turn(measures: dict[str, Measure], repeats: int, seconds: float) -> dict[str, Samples]:
+    """Take measures round by round, each once a round, so that noise hits all alike.
+
+    Parameters
+    ----------
+    measures : mapping
+        Each gives one or more times in microseconds.
+    repeats : int
+        Times wanted of each.
+    seconds : float
+        After which a measure is left alone, three rounds being the least.
+    """
+    samples = {name: Samples() for name in measures}
+    least = min(LEAST_ROUNDS, repeats)
+    open_ones, rounds = list(measures), 0
+    while open_ones:
+        rounds += 1
+        for name in open_ones:
+            began = time.perf_counter()
+            samples[name].us += measures[name]()
+            samples[name].spent += time.perf_counter() - began
+        open_ones = [
+            name
+            for name in open_ones
+            if rounds < least or (len(samples[name].us) < repeats and samples[name].spent < seconds)
+        ]
+    return samples
+
+
+class Disturbance:
+    """Counts how often other processes took the cores from this one."""
+
+    def __init__(self) -> None:
+        self._count, self._began = self._preempted(), time.perf_counter()
+
+    def per_second(self) -> float:
+        """Involuntary switches a second since it was made."""
+        seconds = time.perf_counter() - self._began
+        return (self._preempted() - self._count) / max(seconds, 1e-9)
+
+    @staticmethod
+    def _preempted() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+class HostClock:
+    """Times each call; an entry goes through all its layers before the next one's turn.
+
+    Parameters
+    ----------
+    copied : int
+        Bytes of the buffer that is copied to measure bandwidth.
+    """
+
+    def __init__(self, copied: int) -> None:
+        self.buffers = _pair(copied, torch.device("cpu"))
+
+    def copy(self) -> list[float]:
+        """Times of one large copy."""
+        began = time.perf_counter_ns()
+        self.buffers[1].copy_(self.buffers[0])
+        return [(time.perf_counter_ns() - began) / 1e3]
+
+    def sweep(self, entry: Entry) -> list[float]:
+        """Times of one step in each layer."""
+        entry.layers.rewind()
+        times = []
+        for layer in range(entry.count):
+            began = time.perf_counter_ns()
+            entry.step(layer)
+            times.append((time.perf_counter_ns() - began) / 1e3)
+        return times
+
+
+class DeviceClock:
+    """Times all layers of an entry between two events, and gives the mean a layer.
+
+    Before each, a buffer of several times the L2 cache is read: the cache then holds none of the
+    layers, and the host is done launching before the device begins.
+
+    Parameters
+    ----------
+    copied : int
+        Bytes of the buffer that is copied to measure bandwidth; read as said, too.
+    """
+
+    def __init__(self, copied: int) -> None:
+        self.buffers = _pair(copied, torch.device("cuda"))
+
+    def copy(self) -> list[float]:
+        """Times of one large copy."""
+        return [self._timed(lambda: self.buffers[1].copy_(self.buffers[0]))]
+
+    def sweep(self, entry: Entry) -> list[float]:
+        """Time of a step, the host launching each."""
+        entry.layers.rewind()
+        return [self._timed(lambda: _steps(entry)) / entry.count]
+
+    def replay(self, entry: Entry, graph: torch.cuda.CUDAGraph) -> list[float]:
+        """Time of a step, out of a graph of all layers."""
+        entry.layers.rewind()
+        return [self._timed(graph.replay) / entry.count]
+
+    def _timed(self, work: Callable[[], object]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.buffers[0].sum()
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3
+
+
+def capture(entry: Entry) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """One step in each layer as a graph, and the first layer's output."""
+    entry.layers.rewind()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        entry.step(0)  # handles and workspaces are made outside the graph
+    torch.cuda.current_stream().wait_stream(stream)
+    entry.layers.rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = _steps(entry)
+    entry.layers.rewind()
+    return graph, outs[0]
+
+
+def _steps(entry: Entry) -> Sequence[Tensor]:
+    return [entry.step(layer) for layer in range(entry.count)]
+
+
+def _pair(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    source = torch.randn(size // 4, device=device)
+    return source, torch.empty_like(source).copy_(source)

@@ -1,0 +1,56 @@
+"""What is measured: lengths as promised, and the bytes that must move."""
+
+import pytest
+
+from sparsemm_eval.bench.shapes import (
+    SHAPES,
+    Case,
+    LayerShape,
+    bytes_moved,
+    draw_lengths,
+    top_sequences,
+)
+
+ROWS = (1, 4, 31)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("mean", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heavy_heads_have_the_mean_and_the_tail(shape: str, mean: int, rows: int) -> None:
+    lengths = Case(shape, mean, "heavy", rows, "float32").lengths()
+    assert len(lengths) == rows * SHAPES[shape].kv_heads
+    assert sum(lengths) == mean * len(lengths)
+    top = top_sequences(len(lengths))
+    longest = sorted(lengths, reverse=True)
+    assert sum(longest[:top]) == pytest.approx(0.55 * sum(lengths), abs=1)
+    if len(lengths) >= 8:
+        assert longest[top - 1] > longest[top]
+    assert longest[-1] >= 0.2 * mean * 0.45
+    assert lengths != longest  # not in order
+
+
+@pytest.mark.parametrize(("sequences", "top"), [(4, 1), (8, 1), (32, 2), (128, 6), (992, 50)])
+def test_top_heads_are_a_twentieth_and_at_least_one(sequences: int, top: int) -> None:
+    assert top_sequences(sequences) == top
+
+
+def test_lengths_are_the_same_every_time() -> None:
+    case = Case("vicuna", 256, "heavy", 4, "float16")
+    assert case.lengths() == case.lengths()
+
+
+def test_uniform_heads_are_alike() -> None:
+    assert Case("qwen2vl", 64, "uniform", 1, "float16").lengths() == [64] * 4
+
+
+def test_a_lone_sequence_has_all() -> None:
+    assert draw_lengths("heavy", 1, 100) == [100]
+
+
+def test_bytes_by_hand() -> None:
+    """Two sequences of 3 and 5 tokens, 2 query heads each, head size 4, 2 bytes a number."""
+    read = 2 * (4 + 6)  # keys and values of what is there then, the new token included
+    written = 2 * 2  # its key and value in both
+    queries = outputs = 2 * 2
+    assert bytes_moved([3, 5], LayerShape(2, 2, 4), 2) == (read + written + queries + outputs) * 8
