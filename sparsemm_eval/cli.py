@@ -67,6 +67,66 @@ def demo(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[str, typer.Argument(help="A grid of tasks/grids/, or a YAML file's path.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Its folder; default: results/sweeps/GRID.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show cells, jobs and an estimate, and end.")
+    ] = False,
+    job: Annotated[
+        str | None, typer.Option(help="Only this job's answers, by its name; no scores.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another sweep on the folder.")
+    ] = False,
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Leave out tasks whose metrics cannot run here."),
+    ] = False,
+) -> None:
+    """Run a grid: models x tasks x methods x budgets, each prompt read once for all cells.
+
+    A sweep that was stopped goes on where it was; `sparsemm-eval status FOLDER` shows how far.
+    """
+    with one_sentence():
+        _quiet()
+        from sparsemm_eval.sweep.grid import read_grid
+
+        chosen = read_grid(grid)
+        if dry_run:
+            from sparsemm_eval.sweep.estimate import describe
+
+            typer.echo(describe(chosen, out))
+            return
+        from sparsemm_eval.sweep.run import run_sweep
+
+        folder = out or Path("results/sweeps") / chosen.name
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        done = run_sweep(chosen, folder, command, job, wait, skip_missing)
+        typer.echo(done.markdown)
+        typer.echo(done.status)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+        for lost in done.left_out:
+            typer.echo(f"left out: {lost.cause}")
+        failures = done.status.failures + done.failures
+        for line in failures:
+            typer.echo(f"sparsemm-eval: {line}", err=True)
+    raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def status(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
+    """How far a sweep is, by job and by cell, from its files alone."""
+    with one_sentence():
+        from sparsemm_eval.sweep.status import status as read_status
+
+        typer.echo(read_status(folder))
+
+
+@app.command()
 def chase(
     model: Annotated[
         str | None,
@@ -282,6 +342,38 @@ def kernels(
         for line in done.failures:
             typer.echo(f"sparsemm-eval: {line}", err=True)
     raise typer.Exit(1 if done.failures else 0)
+
+
+@bench_app.command("shared-prefill")
+def shared_prefill(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="qwen2vl or llava_next (embedded); vicuna, mistral or qwen2vl-7b (random weights)."
+        ),
+    ] = "qwen2vl",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where it is.")] = "",
+    samples: Annotated[int, typer.Option(help="Prompts in all.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Prompts read together.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Of each way, in turn.")] = 3,
+    threads: Annotated[int, typer.Option(help="On the CPU; 0: torch's choice.")] = 0,
+    out: Annotated[Path, typer.Option(help="The file.")] = Path(
+        "results/sweep/shared_prefill.json"
+    ),
+) -> None:
+    """A grid of 31 cells in one pass, the same cells one by one, and full KV alone."""
+    with one_sentence():
+        from sparsemm_eval.bench.shared_prefill import run_shared_prefill
+
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        found = run_shared_prefill(
+            out, model, device, samples, batch_size, repeats, threads, command
+        )
+        for name in ("seconds", "grid_over_one_full", "one_by_one_over_grid", "answers_unlike"):
+            typer.echo(f"{name}: {found[name]}")
+        if "byte_bound" in found:
+            typer.echo(f"byte bound: {found['byte_bound']}")
+        typer.echo(f"wrote {out}")
 
 
 @contextmanager

@@ -158,6 +158,7 @@ class Adaptive(LayerAllocation):
 
     def __post_init__(self) -> None:
         check_share("floor", self.floor)
+        object.__setattr__(self, "floor", float(self.floor))  # 1 and 1.0 are one cell
 
     def _best(self, prompt: Prompt, scores: Tensor) -> Tensor:
         """How many of the layer's best scores lie in each head, [H] float64."""
@@ -196,6 +197,7 @@ class ByHeadScore(Allocation):
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
+        object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are one cell
         if not isinstance(self.head_scores, HeadScores):
             kind = type(self.head_scores).__name__
             raise ValueError(
@@ -233,6 +235,7 @@ class ByRandomScore(Allocation):
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
+        object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are one cell
         check_int("seed", self.seed, least=0)
 
     def _scored(self, shape: ModelShape) -> ByHeadScore:

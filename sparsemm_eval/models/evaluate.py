@@ -1,4 +1,4 @@
-"""Models through lmms-eval's own evaluation, with one results file each."""
+"""Models through lmms-eval's own tasks: answers alone, or scored, with one results file each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.task import Task
 from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.tasks import TaskManager
+from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.utils import handle_non_serializable, sanitize_list
 from tqdm import tqdm
 
+from sparsemm_eval.methods.checks import check_int
+from sparsemm_eval.models.answers import SampleFailures
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.llava import LlavaSparseMM
 from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.models.requirements import check_tasks
+from sparsemm_eval.models.samples import Memo
 from sparsemm_eval.models.wrapper import SparseMMModel
 from sparsemm_eval.paths import tasks_folder
 
@@ -54,9 +61,86 @@ def make_models(
         )
     family = _FAMILIES[model_type]
     models = [family(checkpoint=checkpoint, **settings, **cell) for cell in cells]
+    memo = Memo()
     for model in models:
+        model.memo = memo
         model.fellows = tuple(m for m in models if m is not model and m.reads_as(model))
     return models
+
+
+def answer(
+    models: Sequence[SparseMMModel],
+    task: str,
+    samples: int | None = None,
+    shard: int = 0,
+    shards: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Answer samples of a task under all models, each prompt read once; nothing is scored.
+
+    Ranks that run together (torchrun) take each their own part of the shard.
+
+    Parameters
+    ----------
+    models : sequence of SparseMMModel
+        Of `make_models`.
+    task : str
+        Known to lmms-eval, or in `tasks/`.
+    samples : int, optional
+        The first so many of the task; default all.
+    shard, shards : int
+        Of these samples, those at ``shard``, ``shard + shards``, ….
+    progress : callable, optional
+        Called whenever answers were computed and are on disk, with how many, those of all models
+        counted; answers that were there before are not. It takes the place of the bars.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, or one that cannot run here, before any model is loaded.
+    SampleFailures
+        After all others are answered and safe, if samples failed.
+    """
+    if samples is not None:
+        check_int("samples", samples, least=1)
+    check_int("shard", shard, least=0)
+    check_int("shards", shards, least=shard + 1)
+    manager = task_manager([task])
+    check_tasks([task])
+    part, parts = shard + shards * models[0].rank, shards * models[0].world_size
+    failures: list[SampleFailures] = []
+    for name, loaded in _leaves(get_task_dict([task], manager, "chat")):
+        requests = _requests(loaded, samples, part, parts)
+        for model in models:
+            model.task_dict[name] = loaded.dataset
+            model.progress = progress
+            try:
+                model.generate_until(requests)
+            except SampleFailures as error:
+                failures.append(error)
+            finally:
+                model.progress = None
+    if failures:
+        raise failures[0]
+
+
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Task]]:
+    """Tasks by name, out of the groups they are in."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _leaves(task)
+        else:
+            yield name, task
+
+
+def _requests(task: Task, samples: int | None, part: int, parts: int) -> list[Instance]:
+    """Requests for the documents part, part + parts, …, as often as the task repeats them."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=samples, rank=part, world_size=parts)
+    # An empty part is given another's document to keep ranks in step; that is not its own.
+    own = [request for request in task.instances if "__padding_only__" not in request.metadata]
+    return [request for request in own for _ in range(request.repeats)]
 
 
 def evaluate(
@@ -65,6 +149,7 @@ def evaluate(
     tasks: Sequence[str],
     samples: int | None,
     out: Path,
+    log_samples: bool = False,
 ) -> list[list[Path]]:
     """Score models on tasks, one after the other.
 
@@ -80,6 +165,9 @@ def evaluate(
         The first so many of each task; None takes all.
     out : Path
         Results go to its ``cells/``, what lmms-eval says on the way to its ``log.txt``.
+    log_samples : bool
+        Whether a file of all answers and their scores is to lie beside each results file, in
+        lmms-eval's own form: ``<results>_samples_<task>.jsonl``.
 
     Returns
     -------
@@ -91,7 +179,7 @@ def evaluate(
     ValueError
         For an unknown task, or one that cannot run here, before any model is loaded.
     """
-    manager = _task_manager(tasks)
+    manager = task_manager(tasks)
     check_tasks(tasks)
     out.mkdir(parents=True, exist_ok=True)
     paths: list[list[Path]] = [[] for _ in models]
@@ -101,12 +189,12 @@ def evaluate(
         # One task at a time: what is kept is then stated for each.
         for task in tasks:
             for model, cell, files in zip(models, cells, paths, strict=True):
-                files.append(_evaluate(model, cell, task, samples, manager, out / "cells"))
+                files.append(score(model, cell, task, samples, manager, out / "cells", log_samples))
                 bar.update()
     return paths
 
 
-def _task_manager(tasks: Sequence[str]) -> TaskManager:
+def task_manager(tasks: Sequence[str]) -> TaskManager:
     """Of our own tasks if they are enough: lmms-eval's thousands take many seconds to read."""
     for include_defaults in (False, True):
         manager = TaskManager(
@@ -121,28 +209,86 @@ def _task_manager(tasks: Sequence[str]) -> TaskManager:
     )
 
 
-def _evaluate(
+def results_path(folder: Path, task: str, cell: Mapping[str, Any]) -> Path:
+    """Where in a folder the results file of a cell on a task lies."""
+    name = re.sub(r"[^\w.+-]", "_", "-".join([task, *map(str, cell.values())]))
+    return folder / f"{name}_results.json"
+
+
+def score(
     model: SparseMMModel,
     cell: Mapping[str, Any],
     task: str,
     samples: int | None,
     manager: TaskManager,
     folder: Path,
+    log_samples: bool,
 ) -> Path:
-    """One model on one task through lmms-eval, its results on disk whole or not at all."""
+    """Score one model on one task through lmms-eval, files on disk whole or not at all.
+
+    Parameters
+    ----------
+    model, cell, task, samples, log_samples
+        As for `evaluate`.
+    manager : TaskManager
+        Of `task_manager`; it knows the task.
+    folder : Path
+        Of results and samples file, made if it is not there.
+
+    Returns
+    -------
+    Path
+        The results file, named by `results_path`.
+
+    Raises
+    ------
+    SampleFailures
+        If a sample has no answer: then there is no score.
+    """
+    path = results_path(folder, task, cell)
+    name = path.name.removesuffix("_results.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Tasks are loaded anew for each model: what a metric counts in its module starts from zero.
     results = simple_evaluate(
         model=model,
         model_args=",".join(f"{name}={value}" for name, value in cell.items()),
         tasks=[task],
         limit=samples,
         task_manager=manager,
-        log_samples=False,
+        log_samples=log_samples,
         verbosity="WARNING",
+        # As on its command line: metrics see documents without images, which would be decoded
+        # again for every cell, and what they write goes where results go.
+        cli_args=Namespace(process_with_media=False, output_path=str(folder / name)),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^\w.+-]", "_", "-".join([task, *map(str, cell.values())]))
-    path = folder / f"{name}_results.json"
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=1, default=str), encoding="utf-8")
-    os.replace(unfinished, path)
+    if results is None:  # the results of several ranks are with the first
+        return path
+    for of_task, lines in results.pop("samples", {}).items():
+        _write(folder / f"{name}_samples_{of_task}.jsonl", map(_sample_line, lines))
+    _write(path, [json.dumps(results, indent=1, default=str)])
     return path
+
+
+def _sample_line(sample: Mapping[str, Any]) -> str:
+    """One answer as lmms-eval's samples files have it: no document, nothing of an image."""
+    left_out = ("doc", "arguments", "input_media", "resps")
+    line = {name: value for name, value in sample.items() if name not in left_out}
+    said, filtered = (sanitize_list(sample[name]) for name in ("resps", "filtered_resps"))
+    # Lists of a request's answers are told apart only where a document has several requests.
+    said, filtered = (part[0] if len(part) == 1 else part for part in (said, filtered))
+    line |= {
+        "target": str(sample["target"]),
+        "filtered_resps": filtered,
+        "input": sample["arguments"][0],
+    }
+    if said not in (filtered, [filtered]):
+        line["resps"] = said
+    return json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def _write(path: Path, texts: Iterable[str]) -> None:
+    """Put a file there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(texts)
+    os.replace(unfinished, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ SAMPLE_ERRORS = (
     ArithmeticError,
     Image.DecompressionBombError,
     LookupError,
+    MemoryError,
     OSError,
     RuntimeError,
     SyntaxError,  # PIL's word for a broken PNG
@@ -60,6 +62,45 @@ class Sample:
     until: tuple[str, ...]
     key: str
     parts: Mapping[str, Any]
+
+
+class Memo:
+    """What answers are keyed by, sample by sample, so that models that share it read each once.
+
+    Kept for data sets that state by a fingerprint what is in them, as those of ``datasets`` do; a
+    set that was loaded anew is known again by it.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+
+    def find(
+        self, documents: Any, document: str, task: str, gen_kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any] | None:
+        """Parts of a sample that was read before, or None."""
+        return self._parts.get(_place(documents, document, task, gen_kwargs))
+
+    def keep(
+        self,
+        documents: Any,
+        document: str,
+        task: str,
+        gen_kwargs: Mapping[str, Any],
+        parts: Mapping[str, Any],
+    ) -> None:
+        """Remember a sample's parts."""
+        place = _place(documents, document, task, gen_kwargs)
+        if place is not None:
+            self._parts[place] = parts
+
+
+def _place(
+    documents: Any, document: str, task: str, gen_kwargs: Mapping[str, Any]
+) -> tuple[str, ...] | None:
+    mark = getattr(documents, "_fingerprint", None)
+    if mark is None:
+        return None
+    return mark, document, task, json.dumps(gen_kwargs, sort_keys=True, default=str)
 
 
 def read_chat(

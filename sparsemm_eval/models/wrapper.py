@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from transformers import BatchFeature, ProcessorMixin
 
 from sparsemm_eval import __version__
-from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.cache import BACKENDS, check_backend
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadMask,
@@ -29,20 +28,13 @@ from sparsemm_eval.methods import (
     method_settings,
     read_head_mask,
 )
-from sparsemm_eval.methods.checks import check_choice, one_line
+from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
+from sparsemm_eval.models.batches import Run
 from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.decode import Decoded, generate, generate_rows, shares_prompt
+from sparsemm_eval.models.decode import Decoded, generate, generate_rows
 from sparsemm_eval.models.requirements import check_tasks
-from sparsemm_eval.models.samples import (
-    SAMPLE_ERRORS,
-    Sample,
-    cut,
-    generation_options,
-    image_hash,
-    positive_int,
-    read_chat,
-)
+from sparsemm_eval.models.samples import Memo, Sample, image_hash, positive_int
 
 DEFAULT_ANSWERS = "results/answers"
 _CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
@@ -102,19 +94,19 @@ class SparseMMModel(lmms):
         self.batch_size = positive_int("batch_size", batch_size)
         self.backend = settings.get("backend", "auto")
         check_choice("backend", self.backend, BACKENDS)
-        if self.backend == "varlen" and not torch.cuda.is_available():
-            raise ValueError(
-                "backend=varlen needs a CUDA device, and there is none: use auto or torch"
-            )
         chosen = canonical_settings(
             method, {name: value for name, value in settings.items() if name not in self._own()}
         )
         self.accelerator = Accelerator()
-        self._rank = self.accelerator.process_index
-        self._world_size = self.accelerator.num_processes
+        # Not as accelerate counts: under torchrun on CPUs it starts a group and sees one process.
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._rank = torch.distributed.get_rank()
+            self._world_size = torch.distributed.get_world_size()
         # Of several processes each has its own GPU, whatever --device says to all of them.
         if device is None or self._world_size > 1:
             device = str(self.accelerator.device)
+        on_cpu = "cpu" in (device, settings.get("device_map")) or not torch.cuda.is_available()
+        check_backend(self.backend, "cpu" if on_cpu else "cuda")
         self._owns_checkpoint = checkpoint is None
         self.checkpoint = checkpoint or Checkpoint(
             pretrained,
@@ -131,6 +123,10 @@ class SparseMMModel(lmms):
         self.store = AnswerStore(settings.get("answers", DEFAULT_ANSWERS))
         # Other cells that read prompts as this one does: a batch is answered for them too.
         self.fellows: tuple[SparseMMModel, ...] = ()
+        # What was read of samples; models of one checkpoint may share it.
+        self.memo = Memo()
+        # Told how many answers, of fellows too, were computed, each time some are on disk.
+        self.progress: Callable[[int], None] | None = None
         logger.info(f"{self.model_id}: {self.cell} on {self.checkpoint.pretrained}")
 
     @classmethod
@@ -163,8 +159,9 @@ class SparseMMModel(lmms):
             After all others are answered and safe, if samples failed: no score is made of them.
         """
         check_tasks(request.args[4] for request in requests)
-        run = _Run(self)
-        for request in tqdm(requests, desc=self.cell, disable=self.rank != 0):
+        run = Run(self)
+        silent = self.rank != 0 or self.progress is not None
+        for request in tqdm(requests, desc=self.cell, disable=silent):
             run.add(request)
         answers = run.finish()
         # By key: lmms-eval may ask for a sample more than once.
@@ -229,27 +226,33 @@ class SparseMMModel(lmms):
             and self.store.folder == other.store.folder
         )
 
-    def run_batch(self, samples: Sequence[Sample], methods: Sequence[Method]) -> list[Decoded]:
-        """Read samples of equal options together, and decode them under each method."""
+    def read_batch(self, samples: Sequence[Sample]) -> BatchFeature:
+        """Samples through the processor, padded on the left, where the model lies."""
         prompts = [sample.prompt for sample in samples]
         images = [image for sample in samples for image in sample.images]
         bos = self.processor.tokenizer.bos_token
         model = self.checkpoint.model
-        inputs: BatchFeature = self.processor(
+        return self.processor(
             text=prompts,
             images=images or None,
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (bos and prompts[0].startswith(bos)),
         ).to(model.device, model.dtype)
+
+    def decode_batch(
+        self, samples: Sequence[Sample], inputs: BatchFeature, methods: Sequence[Method]
+    ) -> list[Decoded]:
+        """Decode samples of equal options under each method, from one reading of the prompts."""
         pad = self.processor.tokenizer.pad_token_id
         options = {"pad_token_id": pad} if pad is not None else {}
         options |= dict(samples[0].options)
+        model = self.checkpoint.model
         if len(methods) == 1:
             return [generate(model, inputs, methods[0], options, self.backend, self.mask)]
         return generate_rows(model, inputs, methods, options, self.backend, self.mask)
 
-    def _report(self, answers: Sequence[Answer], run: _Run) -> None:
+    def _report(self, answers: Sequence[Answer], run: Run) -> None:
         """State what was kept, and whether anything was compressed at all."""
         if not answers:
             return
@@ -324,162 +327,3 @@ class SparseMMModel(lmms):
                 f"{name}={settings[name]!r}: {self.model_id} has no such setting; it knows "
                 f"{', '.join(sorted(known))}"
             )
-
-
-class _Run:
-    """One generate_until: finds, batches and computes answers."""
-
-    def __init__(self, model: SparseMMModel) -> None:
-        self.model = model
-        self.answers: dict[str, Answer] = {}
-        self.computed: set[str] = set()
-        self.order: list[str] = []
-        self.cells: dict[str, str] = {}
-        self.repeats: Counter[str] = Counter()
-        self.waiting: dict[tuple, list[Sample]] = defaultdict(list)
-        self.queued: set[str] = set()
-        # Keys of the answers that fellows have, by (fellow's place, task).
-        self.theirs: dict[tuple[int, str], set[str]] = {}
-
-    def add(self, request: Instance) -> None:
-        """Take a request; a full batch is computed at once, so that few images are held."""
-        _, doc_to_messages, gen_kwargs, doc_id, task, split = request.args
-        self._open_cell(task)
-        try:
-            document = self.model.task_dict[task][split][doc_id]
-            prompt, images = read_chat(self.model.processor, doc_to_messages(document))
-            sample = self._sample(prompt, images, gen_kwargs, f"{split} {doc_id}", task)
-        except SAMPLE_ERRORS as error:
-            key = answer_key({"failed": [task, split, doc_id], "cell": self.cells[task]})
-            self.order.append(key)
-            self._fail(key, task, f"{split} {doc_id}", error)
-            return
-        self.order.append(sample.key)
-        if sample.key in self.answers or sample.key in self.queued:
-            return
-        batch = self.waiting[sample.options]
-        batch.append(sample)
-        self.queued.add(sample.key)
-        if len(batch) == self.model.batch_size:
-            self._compute(self.waiting.pop(sample.options))
-
-    def finish(self) -> list[Answer]:
-        """Compute what waits; the answers in the order of their requests."""
-        for batch in self.waiting.values():
-            self._compute(batch)
-        self.model.store.close()
-        return [self.answers[key] for key in self.order]
-
-    def _open_cell(self, task: str) -> None:
-        if task in self.cells:
-            return
-        self.cells[task] = self.model.cell_of(task)
-        found = self.model.store.read(self.cells[task])
-        self.answers.update(found)
-        if found and self.model.rank == 0:
-            logger.info(
-                f"{task}: {len(found)} answers of this cell are in {self.model.store.folder}; "
-                "those that fit are used and not computed again"
-            )
-
-    def _sample(
-        self,
-        prompt: str,
-        images: tuple[Image.Image, ...],
-        gen_kwargs: Mapping[str, Any],
-        doc_id: str,
-        task: str,
-    ) -> Sample:
-        options, until = generation_options(gen_kwargs)
-        parts = {
-            "prompt": prompt,
-            "images": [image_hash(image) for image in images],
-            "repeat": 0,
-            "task": task,
-            "document": doc_id,
-            "generation": [list(option) for option in options],
-            "until": until,
-        }
-        key = self.model.key_of_parts(parts)
-        if dict(options)["do_sample"]:
-            # The same request again asks for another draw, not for the same one.
-            self.repeats[key] += 1
-            parts["repeat"] = self.repeats[key]
-            key = self.model.key_of_parts(parts)
-        return Sample(task, doc_id, prompt, images, options, until, key, parts)
-
-    def _compute(self, samples: list[Sample]) -> None:
-        """Answer a batch; one that fails is halved until the sample at fault stands alone."""
-        # Outside the try: weights that cannot be loaded are no sample's fault.
-        self.model.checkpoint.load()
-        models = [self.model, *self._lacking(samples)]
-        try:
-            decoded = self.model.run_batch(samples, [model.method for model in models])
-        except SAMPLE_ERRORS as error:
-            if len(samples) == 1:
-                self._fail(samples[0].key, samples[0].task, samples[0].doc_id, error)
-                return
-            logger.warning(f"a batch of {len(samples)} failed ({one_line(error)}); trying halves")
-            half = len(samples) // 2
-            self._compute(samples[:half])
-            self._compute(samples[half:])
-            return
-        answers = [
-            self._answer(model, sample, found, row)
-            for model, found in zip(models, decoded, strict=True)
-            for row, sample in enumerate(samples)
-        ]
-        self._store(answers, own=len(samples))
-
-    def _lacking(self, samples: Sequence[Sample]) -> list[SparseMMModel]:
-        """Fellows that have not answered all of these samples yet."""
-        if not shares_prompt(dict(samples[0].options)):
-            return []
-        return [
-            fellow
-            for place, fellow in enumerate(self.model.fellows)
-            if not all(
-                fellow.key_of_parts(sample.parts) in self._found(place, sample.task)
-                for sample in samples
-            )
-        ]
-
-    def _found(self, place: int, task: str) -> set[str]:
-        """Keys of what a fellow had answered when it was first asked for here."""
-        if (place, task) not in self.theirs:
-            fellow = self.model.fellows[place]
-            self.theirs[place, task] = set(fellow.store.read(fellow.cell_of(task)))
-        return self.theirs[place, task]
-
-    def _answer(self, model: SparseMMModel, sample: Sample, decoded: Decoded, row: int) -> Answer:
-        text = model.processor.tokenizer.decode(decoded.tokens[row], skip_special_tokens=True)
-        rows = len(decoded.tokens)
-        record = {
-            "prompt_tokens": decoded.prompt_tokens[row],
-            "new_tokens": len(decoded.tokens[row]),
-            "kept_per_head": decoded.kept[row].double().mean().item(),
-            "kept_bytes": decoded.kept_bytes[row],
-            "cache_bytes": decoded.cache_bytes // rows,
-            "seconds": decoded.seconds / rows,
-            "backend": decoded.backend,
-            "batch_size": rows,
-            "device": str(model.checkpoint.model.device),
-        }
-        if model.mask is not None:
-            record["masked_heads"] = model.mask.settings
-        text = cut(text, sample.until).strip()
-        key = sample.key if model is self.model else model.key_of_parts(sample.parts)
-        return Answer(
-            key, model.cell_of(sample.task), sample.task, sample.doc_id, text, None, record
-        )
-
-    def _fail(self, key: str, task: str, doc_id: str, error: Exception) -> None:
-        cause = f"{type(error).__name__}: {one_line(error)}"
-        logger.error(f"{task} {doc_id} failed: {cause}")
-        self._store([Answer(key, self.cells[task], task, doc_id, None, cause)])
-
-    def _store(self, answers: list[Answer], own: int = 1) -> None:
-        """Keep answers, the first ``own`` of which are of this run's model."""
-        self.model.store.write(answers)
-        self.answers.update((answer.key, answer) for answer in answers[:own])
-        self.computed.update(answer.key for answer in answers[:own])

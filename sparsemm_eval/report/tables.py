@@ -80,7 +80,7 @@ def score_tables(
     frame : DataFrame
         Of one model, as `main_scores` gives it.
     chance : mapping
-        Best constant answer and its score on the task's own scale, by task.
+        Best constant answer and its score on the task's own scale, by task, where it is known.
 
     Yields
     ------
@@ -89,17 +89,16 @@ def score_tables(
     """
     for task, cells in frame.groupby("task", sort=False):
         benchmark = benchmark_of(task)
-        answer, score = chance[task]
-        title = f"{benchmark.title}: {benchmark.label} (chance {score / benchmark.top:.3f}"
-        yield f"{title}, answering “{answer}”)", score_table(cells)
+        title = f"{benchmark.title}: {benchmark.label}"
+        if task in chance:
+            answer, score = chance[task]
+            title += f" (chance {score / benchmark.top:.3f}, answering “{answer}”)"
+        yield title, score_table(cells)
 
 
 def kept_table(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a cell: nominal budget, what was really kept, and the score."""
-    order = {name: place for place, name in enumerate(method_order(list(set(frame["method"]))))}
-    ordered = frame.assign(place=frame["method"].map(order)).sort_values(
-        ["place", "budget"], ascending=[True, False]
-    )
+    ordered = _ordered(frame)
     return pd.DataFrame(
         {
             "method": [METHOD_NAMES.get(name, name) for name in ordered["method"]],
@@ -108,6 +107,32 @@ def kept_table(frame: pd.DataFrame) -> pd.DataFrame:
             "KV KiB/sample": (ordered["kept_kv_bytes"] / 1024).map("{:.1f}".format).to_list(),
             "score": ordered["score"].map("{:.4f}".format).to_list(),
             "n": ordered["samples"].map("{:.0f}".format).to_list(),
+        }
+    )
+
+
+def fidelity_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a compressed cell: how near its answers are to full KV's.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Of one model and task: method, budget, compared, same_answer, first_difference, kl_full.
+    """
+    ordered = _ordered(frame[frame["budget"].notna()])
+    columns = {"same_answer": ".3f", "first_difference": ".1f", "kl_full": ".2e"}
+    shown = {
+        name: ["" if pd.isna(value) else f"{value:{form}}" for value in ordered[name]]
+        for name, form in columns.items()
+    }
+    return pd.DataFrame(
+        {
+            "method": [METHOD_NAMES.get(name, name) for name in ordered["method"]],
+            "budget": [str(int(budget)) for budget in ordered["budget"]],
+            "same answer": shown["same_answer"],
+            "first token that differs": shown["first_difference"],
+            "KL (nats)": shown["kl_full"],
+            "n": ordered["compared"].map("{:.0f}".format).to_list(),
         }
     )
 
@@ -142,6 +167,14 @@ def silenced_table(frame: pd.DataFrame, total: int) -> pd.DataFrame:
     for name in ("visual", "random, mean", "lowest", "highest"):
         table[name] = ["" if pd.isna(score) else f"{score:.3f}" for score in table[name]]
     return table
+
+
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """Methods in the paper's order, largest budget first."""
+    order = {name: place for place, name in enumerate(method_order(list(set(frame["method"]))))}
+    return frame.assign(place=frame["method"].map(order)).sort_values(
+        ["place", "budget"], ascending=[True, False]
+    )
 
 
 def to_markdown(table: pd.DataFrame, digits: int = 3) -> str:

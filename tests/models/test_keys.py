@@ -295,6 +295,17 @@ def test_settings_named_and_left_to_their_defaults(
     )
 
 
+def test_a_whole_number_and_the_same_with_a_point(
+    qwen: MakeQwen, answers: Path, document: dict[str, Any]
+) -> None:
+    """A command line says ratio=1, a grid says 1.0."""
+    assert_found(
+        answers,
+        lambda: ask(qwen(**SPARSEMM, ratio=1), [document]),
+        lambda: ask(qwen(**SPARSEMM, ratio=1.0), [document]),
+    )
+
+
 def test_full_kv_has_no_settings(qwen: MakeQwen, answers: Path, document: dict[str, Any]) -> None:
     assert_found(
         answers,

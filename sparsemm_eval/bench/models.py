@@ -1,0 +1,164 @@
+"""Whole models to measure: the embedded ones, and shapes of large ones with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2VLConfig,
+)
+
+from sparsemm_eval.cache import use_head_budget_attention
+from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
+
+LARGE = ("vicuna", "mistral", "qwen2vl-7b")
+_CHARACTERS = 8  # new tokens that are enough for any value on a drawn page
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with batches of prompts for it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On `sparsemm_eval.cache.use_head_budget_attention`.
+    batches : list of mapping
+        Inputs of ``generate``.
+    shape : ModelShape
+        For methods.
+    heads : HeadScores
+        Visual scores: chased ones, or drawn with a heavy tail where weights are random.
+    new_tokens : int
+        Decoded at most.
+    """
+
+    model: PreTrainedModel
+    batches: list[Mapping[str, Tensor]]
+    shape: ModelShape
+    heads: HeadScores
+    new_tokens: int
+
+
+def subject(
+    name: str,
+    device: torch.device,
+    samples: int,
+    batch_size: int,
+    prompt_tokens: int = 2000,
+    new_tokens: int = 32,
+) -> Subject:
+    """Make a model and prompts.
+
+    Parameters
+    ----------
+    name : str
+        An embedded model, which reads drawn pages and answers as long as it likes; or one of
+        `LARGE`: the shape of a 7B model with random weights in half precision, which is given so
+        many random tokens and never ends by itself.
+    device : torch.device
+        Where it lies.
+    samples, batch_size : int
+        Prompts in all, and read together.
+    prompt_tokens, new_tokens : int
+        Of the large shapes.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    check_choice("model", name, (*embedded_checkpoints(), *LARGE))
+    if name in LARGE:
+        return _large(name, device, samples, batch_size, prompt_tokens, new_tokens)
+    folder = embedded_checkpoints()[name]
+    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device)
+    pages = [draw_document(stream(Split.HELD_OUT, 0, number)) for number in range(samples)]
+    texts = [_chat(processor, value_question(page, 0).prompt) for page in pages]
+    batches = []
+    for start in range(0, samples, batch_size):
+        part = slice(start, start + batch_size)
+        images = [page.image for page in pages[part]]
+        batches.append(
+            processor(text=texts[part], images=images, padding=True, return_tensors="pt").to(device)
+        )
+    heads = HeadScores.read(folder / "head_scores.json")
+    return _subject(model, batches, heads, _CHARACTERS)
+
+
+def _large(
+    name: str, device: torch.device, samples: int, batch_size: int, tokens: int, new: int
+) -> Subject:
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(_config(name), dtype=torch.float16)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    text = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 30_000, (samples, tokens), generator=generator).to(device)
+    batches = [
+        {"input_ids": part, "attention_mask": torch.ones_like(part)}
+        for part in ids.split(batch_size)
+    ]
+    # 5% of the heads hold about half of all scores, as chased ones do.
+    drawn = torch.rand(text.num_hidden_layers, text.num_attention_heads, generator=generator)
+    return _subject(model, batches, HeadScores((drawn**20 + 0.01).double().numpy()), new)
+
+
+def _subject(
+    model: PreTrainedModel, batches: list[Mapping[str, Tensor]], heads: HeadScores, new: int
+) -> Subject:
+    use_head_budget_attention(model.eval())
+    text = model.config.get_text_config()
+    shape = ModelShape(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    return Subject(model, batches, shape, heads, new)
+
+
+def _chat(processor: object, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+
+
+def _config(name: str) -> LlavaNextConfig | Qwen2VLConfig:
+    """A 7B model's language layers; its vision tower, which text prompts leave alone, is tiny."""
+    if name == "qwen2vl-7b":
+        return Qwen2VLConfig(
+            text_config={
+                "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+                "rope_parameters": {
+                    "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
+                },
+            },
+            vision_config={"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 3584},
+        )  # fmt: skip
+    kind, kv_heads, inner = {
+        "vicuna": (LlamaConfig, 32, 11008), "mistral": (MistralConfig, 8, 14336)
+    }[name]  # fmt: skip
+    text = kind(
+        hidden_size=4096, intermediate_size=inner, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=kv_heads, vocab_size=32_064, max_position_embeddings=65_536,
+    )  # fmt: skip
+    if kind is MistralConfig:
+        text.sliding_window = None
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        image_size=336, patch_size=14, projection_dim=64,
+    )  # fmt: skip
+    return LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=32_000)

@@ -1,0 +1,189 @@
+"""What a sweep needs, found before any model is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import PartialState
+from datasets import load_dataset_builder
+from huggingface_hub import constants as hub
+from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
+from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.utils import load_yaml_config
+from tenacity import RetryError
+
+from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.models.requirements import check_tasks
+from sparsemm_eval.report.benchmarks import benchmark_of
+from sparsemm_eval.sweep.grid import ModelSpec
+
+# An answer's row, its index entries and its line in a samples file; generous.
+BYTES_AN_ANSWER = 6_000
+_OF_CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
+# Data sets that a task's code loads by itself.
+_MORE_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A task that cannot run here, and why."""
+
+    task: str
+    cause: str
+
+
+def check_space(out: Path, answers: int) -> None:
+    """Refuse if the disk is too small for so many more answers and their results.
+
+    Raises
+    ------
+    ValueError
+        Naming both sizes.
+    """
+    folder = out.resolve()
+    while not folder.is_dir():
+        folder = folder.parent
+    needed, free = answers * BYTES_AN_ANSWER, shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"{out}: {answers:,} answers and their results need about {_size(needed)}, and "
+            f"{_size(free)} are free there: make room, or choose another folder"
+        )
+
+
+def runnable(tasks: Sequence[str], skip: bool) -> tuple[list[str], list[LeftOut]]:
+    """Tasks whose metrics can run here, and those that are left out.
+
+    Parameters
+    ----------
+    tasks : sequence of str
+        lmms-eval tasks of the paper's benchmarks.
+    skip : bool
+        Leave out those that cannot, instead of refusing all.
+
+    Raises
+    ------
+    ValueError
+        If one cannot and is not to be skipped, or if none is left, or for other benchmarks.
+    """
+    left: list[LeftOut] = []
+    for task in tasks:
+        benchmark_of(task)
+    if not skip:
+        check_tasks(tasks)
+        return list(tasks), left
+    for task in tasks:
+        try:
+            check_tasks([task])
+        except ValueError as error:
+            left.append(LeftOut(task, str(error)))
+    rest = [task for task in tasks if task not in {lost.task for lost in left}]
+    if not rest:
+        raise ValueError(left[0].cause)
+    return rest, left
+
+
+def check_data(manager: TaskManager, tasks: Iterable[str]) -> None:
+    """Refuse tasks whose data is not here, where nothing may be downloaded.
+
+    Raises
+    ------
+    ValueError
+        Naming tasks, the cache's folder and the command that fills it.
+    """
+    if not (datasets.config.HF_DATASETS_OFFLINE or hub.HF_HUB_OFFLINE):
+        return
+    missing = {
+        (path, name): task
+        for task in tasks
+        for path, name in _data_of(manager, task)
+        if not _is_cached(path, name)
+    }
+    if missing:
+        loads = "; ".join(
+            f"load_dataset({path!r})" if name is None else f"load_dataset({path!r}, {name!r})"
+            for path, name in missing
+        )
+        raise ValueError(
+            f"the data of {', '.join(dict.fromkeys(missing.values()))} is not in HF_HOME="
+            f"{hub.HF_HOME}, and the hub is off (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE): point "
+            "HF_HOME to the cache that holds it, or download it where there is a network: "
+            f'python -c "from datasets import load_dataset; {loads}"'
+        )
+
+
+def check_models(models: Sequence[ModelSpec]) -> dict[str, Checkpoint]:
+    """Find every model's checkpoint, and read all of it but the weights.
+
+    Raises
+    ------
+    ValueError
+        Naming the model, and where nothing may be downloaded the cache's folder and the command.
+    """
+    return {model.name: _checkpoint(model) for model in models}
+
+
+def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | None) -> dict:
+    """How many documents of each task a sweep is to answer; loads their data.
+
+    Raises
+    ------
+    ValueError
+        Naming a task whose data cannot be loaded.
+    """
+    counts = {}
+    for task in tasks:
+        try:
+            count = len(get_task_dict([task], manager)[task].eval_docs)
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise ValueError(f"{task}: its data cannot be loaded ({one_line(cause)})") from error
+        counts[task] = count if samples is None else min(count, samples)
+    return counts
+
+
+def _checkpoint(model: ModelSpec) -> Checkpoint:
+    place = PartialState().local_process_index  # of several ranks each has its own GPU
+    device = f"cuda:{place}" if torch.cuda.is_available() else "cpu"
+    chosen = {name: model.settings[name] for name in _OF_CHECKPOINT if name in model.settings}
+    try:
+        return Checkpoint(model.source, **{"device_map": device} | chosen)
+    except ValueError as error:
+        words = f"model {model.name}: {error}"
+        if hub.HF_HUB_OFFLINE and not Path(model.source).exists():
+            words += (
+                f"; the hub is off (HF_HUB_OFFLINE) and HF_HOME={hub.HF_HOME} does not hold it: "
+                f"`hf download {model.source}` downloads it where there is a network"
+            )
+        raise ValueError(words) from error
+
+
+def _data_of(manager: TaskManager, task: str) -> list[tuple[str, str | None]]:
+    """Data sets of a task on the hub or on disk; one that a function makes is none."""
+    config = load_yaml_config(manager.task_index[task]["yaml_path"])
+    path = config.get("dataset_path")
+    if not isinstance(path, str) or (config.get("dataset_kwargs") or {}).get("load_from_disk"):
+        return []
+    return [(path, config.get("dataset_name")), *_MORE_DATA.get(task, ())]
+
+
+def _is_cached(path: str, name: str | None) -> bool:
+    try:
+        load_dataset_builder(path, name, cache_dir=_resolve_hf_datasets_cache_dir())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

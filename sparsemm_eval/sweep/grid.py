@@ -1,0 +1,496 @@
+"""A grid: models x tasks x cells, from a YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.methods import (
+    MASK_MODES,
+    HeadScores,
+    Method,
+    ModelShape,
+    make_method,
+    method_names,
+    method_settings,
+)
+from sparsemm_eval.methods.checks import check_choice, check_int, one_line
+from sparsemm_eval.models.checkpoint import DTYPES
+from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.tiny import embedded_checkpoints
+
+MODEL_SETTINGS = (
+    "revision", "dtype", "device_map", "attn_implementation", "backend", "head_scores",
+    "mask_heads", "mask_mode", "min_pixels", "max_pixels",
+)  # fmt: skip
+_EMBEDDED = "embedded:"
+# A grid's key of each setting of a cell, in the order in which a cell states them.
+_KEYS = {
+    "budget": "budgets", "window": "window", "kernel_size": "kernel_size", "pooling": "pooling",
+    "group_reduction": "group_reduction", "ratio": "ratio", "floor": "floor",
+    "allocation": "allocation", "seed": "seeds", "sinks": "sinks",
+}  # fmt: skip
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
+
+
+class _Misplaced(ValueError):
+    """A value that cannot be, and where in the grid it stands."""
+
+    def __init__(self, words: str, *place: str | int) -> None:
+        super().__init__(words)
+        self.place = place
+
+
+def _check_name(value: Any) -> Any:
+    if isinstance(value, str) and not _NAME.fullmatch(value):
+        raise ValueError(f"{value!r} names files: it must be letters, digits and any of . _ + -")
+    return value
+
+
+def _check_each(shards: Any) -> Any:
+    """A number for all tasks, or one a task."""
+    if isinstance(shards, Mapping):
+        for task, number in shards.items():
+            _at((task,), check_int, f"shards of {task}", number, 1)
+    else:
+        check_int("shards", shards, least=1)
+    return shards
+
+
+_Name = Annotated[str, BeforeValidator(_check_name)]
+_STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSpec(BaseModel):
+    """A model of a grid.
+
+    Parameters
+    ----------
+    name : str
+        Shown in tables, and the name of its folder.
+    pretrained : str
+        A folder, a hub repository, or ``embedded:qwen2vl``, ``embedded:llava_next``.
+    settings : dict
+        Model-side settings of ``--model_args``: those in `MODEL_SETTINGS`.
+    """
+
+    model_config = _STRICT
+
+    name: _Name
+    pretrained: str = Field(min_length=1)
+    settings: dict[str, Any] = {}
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.pretrained))
+
+    @property
+    def source(self) -> str:
+        """Folder or hub repository."""
+        name = self.pretrained.removeprefix(_EMBEDDED)
+        return self.pretrained if name == self.pretrained else str(embedded_checkpoints()[name])
+
+    @field_validator("pretrained")
+    @classmethod
+    def _embedded(cls, pretrained: str) -> str:
+        if pretrained.startswith(_EMBEDDED):
+            known = [f"{_EMBEDDED}{name}" for name in embedded_checkpoints()]
+            check_choice("pretrained", pretrained, known)
+        return pretrained
+
+    @field_validator("settings")
+    @classmethod
+    def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, value in settings.items():
+            _at((name,), check_choice, "setting", name, MODEL_SETTINGS)
+            if not isinstance(value, str | int | float):
+                raise _Misplaced(f"{_short(value)}: it must be text or a number", name)
+        choices = {"dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES}
+        for name, value in settings.items():
+            if name in choices:
+                _at((name,), check_choice, name, value, choices[name])
+            if name in ("min_pixels", "max_pixels"):
+                _at((name,), check_int, name, value, 1)
+        return settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """All cells of one model on one task, or on one shard of its samples.
+
+    Parameters
+    ----------
+    model : ModelSpec
+        The model.
+    task : str
+        An lmms-eval task.
+    shard, shards : int
+        Documents shard, shard + shards, … of the task.
+    """
+
+    model: ModelSpec
+    task: str
+    shard: int = 0
+    shards: int = 1
+
+    @property
+    def name(self) -> str:
+        """One word, fit for a file name: no two jobs of a grid share it."""
+        part = f"@{self.shard + 1}of{self.shards}" if self.shards > 1 else ""
+        return f"{self.model.name}@{self.task}{part}"
+
+
+class Grid(BaseModel):
+    """Models, tasks, and the cells that all of them are measured in.
+
+    Made by `read_grid`; every combination of methods, budgets, ratio, allocation and seeds that a
+    method can tell apart is a cell.
+
+    Parameters
+    ----------
+    name : str
+        The file's name without its suffix, unless the file says another.
+    models : list of ModelSpec
+        Their names differ.
+    tasks : list of str
+        lmms-eval tasks, not groups.
+    methods : list of str
+        Of `sparsemm_eval.methods.method_names`.
+    budgets : list of int
+        Mean tokens per KV head, window included.
+    window, kernel_size, pooling, group_reduction, floor, sinks
+        Of all cells, as in ``--model_args``.
+    ratio, allocation, seeds : list
+        As in ``--model_args``, one cell each.
+    samples : int or None
+        The first so many of each task; None takes all.
+    batch_size : int
+        Samples read together; each is then decoded under all cells at once.
+    shards : int or dict of str to int
+        Into how many jobs a task's samples are split; by task, those not named into one.
+    notes : list of str
+        In what the runs differ from the paper's; ``--dry-run`` shows them.
+    """
+
+    model_config = _STRICT
+
+    name: _Name
+    models: list[ModelSpec] = Field(min_length=1)
+    tasks: list[_Name] = Field(min_length=1)
+    methods: list[str] = Field(min_length=1)
+    budgets: list[int] = Field(default=[], min_length=1)
+    window: int = 32
+    kernel_size: int = 5
+    pooling: str = "avg"
+    group_reduction: str = "mean"
+    ratio: list[float] = Field(default=[0.1], min_length=1)
+    floor: float = 0.2
+    allocation: list[str] = Field(default=["paper"], min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1)
+    sinks: int = 4
+    samples: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=1, ge=1)
+    shards: Annotated[int | dict, BeforeValidator(_check_each)] = 1
+    notes: list[str] = []
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Settings of each cell of a model, method first.
+
+        What a method does not read and what is its default anyway is left out, so that a cell is
+        named as a plain run names it; cells that are equal appear once; fullkv comes first.
+        """
+        found: dict[tuple, dict[str, Any]] = {}
+        for name, settings in self._combinations():
+            made = _make(name, settings).settings
+            defaults = _defaults(name)
+            cell = {
+                key: value
+                for key, value in settings.items()
+                if key in made and (key == "budget" or value != defaults[key])
+            }
+            found.setdefault((name, *made.items()), {"method": name, **cell})
+        return list(found.values())
+
+    def jobs(self) -> list[Job]:
+        """Every model on every shard of every task."""
+        return [
+            Job(model, task, shard, self.shards_of(task))
+            for model in self.models
+            for task in self.tasks
+            for shard in range(self.shards_of(task))
+        ]
+
+    def shards_of(self, task: str) -> int:
+        """Into how many jobs a task's samples are split."""
+        return self.shards.get(task, 1) if isinstance(self.shards, dict) else self.shards
+
+    def resolved(self) -> str:
+        """YAML with every value filled in; `parse_grid` reads an equal grid from it."""
+        unread = {_KEYS[setting] for setting in _KEYS if not self._readers(setting)}
+        values = self.model_dump(exclude=unread)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+    @model_validator(mode="after")
+    def _check(self) -> Grid:
+        for name in self.methods:
+            _at(("methods", self.methods.index(name)), check_choice, "method", name, method_names())
+        names = [model.name for model in self.models]
+        self._check_twice("models", names)
+        for key in ("tasks", "methods", "budgets", "ratio", "allocation", "seeds"):
+            self._check_twice(key, getattr(self, key))
+        self._check_same_models()
+        for setting, key in _KEYS.items():
+            if key in self.model_fields_set and not self._readers(setting):
+                can = [name for name in method_names() if setting in method_settings(name)]
+                raise _Misplaced(
+                    f"none of the methods here reads {setting} ({', '.join(self.methods)}); leave "
+                    f"it out or add one that does: {', '.join(can)}",
+                    key,
+                )
+        if self._readers("budget") and not self.budgets:
+            raise _Misplaced(
+                f"budgets is missing: {self._readers('budget')[0]} needs mean tokens per KV head, "
+                "such as [256, 128]"
+            )
+        if isinstance(self.shards, dict):
+            for task in self.shards:
+                _at(("shards", task), check_choice, "shards of task", task, self.tasks)
+        self._check_cells()
+        return self
+
+    def _check_twice(self, key: str, values: list) -> None:
+        for value, count in Counter(values).items():
+            if count > 1:
+                second = values.index(value, values.index(value) + 1)
+                raise _Misplaced(f"{value} stands there twice: name it once", key, second)
+
+    def _check_same_models(self) -> None:
+        for place, model in enumerate(self.models):
+            for earlier in self.models[:place]:
+                same = (earlier.pretrained, earlier.settings) == (model.pretrained, model.settings)
+                if same:
+                    raise _Misplaced(
+                        f"{model.name} is {earlier.name} again, the same checkpoint with the same "
+                        "settings: leave one out, or set them apart",
+                        "models",
+                        place,
+                    )
+
+    def _check_cells(self) -> None:
+        """Make every cell's method, of which each checks its own settings."""
+        for name, settings in self._combinations():
+            try:
+                _make(name, settings)
+            except ValueError as error:
+                named = re.match(r"\w+", str(error))
+                setting = named.group() if named else ""
+                if setting not in settings:
+                    raise
+                values = getattr(self, _KEYS[setting])
+                where = [values.index(settings[setting])] if isinstance(values, list) else []
+                raise _Misplaced(str(error), _KEYS[setting], *where) from error
+
+    def _combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Methods with all values of the settings that they read, fullkv first."""
+        for name in sorted(self.methods, key=lambda name: name != "fullkv"):
+            reads = [setting for setting in _KEYS if setting in method_settings(name)]
+            axes = [getattr(self, _KEYS[setting]) for setting in reads]
+            axes = [axis if isinstance(axis, list) else [axis] for axis in axes]
+            for values in product(*axes):
+                yield name, dict(zip(reads, values, strict=True))
+
+    def _readers(self, setting: str) -> list[str]:
+        return [name for name in self.methods if setting in method_settings(name)]
+
+
+def read_grid(name_or_path: str | Path) -> Grid:
+    """Read a grid of `tasks/grids/` by its name, or any other by its path.
+
+    Raises
+    ------
+    ValueError
+        In one sentence that names file, line, key and value, if it cannot be.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = grids_folder() / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in grids_folder().glob("*.yaml")))
+        raise ValueError(
+            f"grid {name_or_path}: there is no such file and no grid of that name; give the path "
+            f"of a YAML file, or one of {known}"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is no UTF-8 text ({error.reason})") from error
+    return parse_grid(text, path)
+
+
+def parse_grid(text: str, path: Path) -> Grid:
+    """Read a grid from YAML; ``path`` is named in errors and gives the grid its name.
+
+    Raises
+    ------
+    ValueError
+        As `read_grid`.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        twice = _repeated_key(root)
+        values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: it is no YAML ({one_line(error.problem)})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: it is no YAML ({one_line(error)})") from error
+    if twice is not None:
+        line = twice.start_mark.line + 1
+        raise ValueError(f"{path}, line {line}: {twice.value} stands there twice: name it once")
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: it must be a mapping with keys such as models, tasks and methods"
+        )
+    try:
+        return Grid.model_validate({"name": path.stem, **values})
+    except ValidationError as error:
+        raise ValueError(_sentence(error, path, root)) from None
+
+
+def grids_folder() -> Path:
+    """Where the grids lie that have a name."""
+    return tasks_folder() / "grids"
+
+
+# One KV head, one layer: no setting of a method depends on a model's shape.
+_TINY = ModelShape(1, 1, 1)
+
+
+def _make(name: str, settings: Mapping[str, Any]) -> Method:
+    reads_scores = "head_scores" in method_settings(name)
+    scores = {"head_scores": HeadScores(np.ones((1, 1)))} if reads_scores else {}
+    return make_method(name, _TINY, **settings, **scores)
+
+
+@lru_cache
+def _defaults(name: str) -> Mapping[str, Any]:
+    budget = {"budget": 1 << 40} if "budget" in method_settings(name) else {}
+    return _make(name, budget).settings
+
+
+def _at(place: tuple[str | int, ...], check: Any, *arguments: Any) -> None:
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise _Misplaced(str(error), *place) from error
+
+
+def _repeated_key(root: yaml.Node | None) -> yaml.Node | None:
+    """The first key that stands twice in one mapping: YAML would take the last without a word."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            names = set()
+            for key, value in node.value:
+                if key.value in names and isinstance(key, yaml.ScalarNode):
+                    return key
+                names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+                todo += [key, value]
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+    return None
+
+
+_NEEDED = {
+    "models": "models with name and pretrained", "tasks": "lmms-eval tasks",
+    "methods": "methods, such as [fullkv, sparsemm]", "name": "it a name for tables",
+    "pretrained": "a folder, a hub repository or embedded:qwen2vl",
+}  # fmt: skip
+_KINDS = {
+    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
+    "string_type": "text", "list_type": "a list", "dict_type": "a mapping",
+    "model_type": "a mapping with name, pretrained and settings", "finite_number": "a number",
+}  # fmt: skip
+
+
+def _sentence(error: ValidationError, path: Path, root: yaml.Node) -> str:
+    """One of pydantic's errors: file, line, key, value, what is allowed."""
+    # A key that is misspelt is missing too: the former says more.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    cause = first.get("ctx", {}).get("error")
+    place = (*first["loc"], *getattr(cause, "place", ()))
+    kind, value = first["type"], first["input"]
+    if kind == "missing":
+        words = f"{_spell(place)} is missing; give {_NEEDED[place[-1]]}"
+    elif kind == "extra_forbidden":
+        known = ModelSpec if place[0] == "models" else Grid
+        owner = "a model" if place[0] == "models" else "a grid"
+        keys = ", ".join(known.model_fields)
+        words = f"{_spell(place)}: {owner} has no such key; it knows {keys}"
+    elif cause is not None:
+        stated = str(cause).startswith(f"{place[-1]}=") if place else True
+        words = _spell(place[:-1]) + "." * (len(place) > 1) if stated else f"{_spell(place)}: "
+        words += str(cause)
+    else:
+        if kind == "too_short":
+            needed = "it is empty; give at least one"
+        elif kind == "greater_than_equal":
+            needed = f"it must be at least {first['ctx']['ge']}"
+        elif kind in _KINDS:
+            needed = f"it must be {_KINDS[kind]}"
+        else:
+            needed = one_line(first["msg"])
+        words = f"{_spell(place)}={_short(value)}: {needed}"
+    more = error.error_count() - 1
+    rest = f" (and {more} more)" if more else ""
+    return f"{path}, line {_line(root, place)}: {words}{rest}"
+
+
+def _spell(place: tuple[str | int, ...]) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    return "".join(parts).removeprefix(".")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _line(node: yaml.Node, place: tuple[str | int, ...]) -> int:
+    """Line of a key or an item, or of the last thing on the way to it that is there."""
+    line = node.start_mark.line + 1
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            found = [(item, item) for item in node.value[part : part + 1]]
+        else:
+            found = []
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return line

@@ -1,0 +1,106 @@
+"""What a sweep's folder is to hold: its jobs and cells, known before the first answer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """Samples shard, shard + shards, … of one task, for all cells of one model."""
+
+    name: str
+    model: str
+    task: str
+    shard: int
+    shards: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One model under one method on one task.
+
+    Parameters
+    ----------
+    model, task : str
+        Names in the grid.
+    words : str
+        The cell as its answers name it.
+    key : str
+        Of all that decides its answers on the model's side: weights, head scores, settings.
+    settings : mapping
+        Of the method, as the grid gives them.
+    samples : int
+        Documents it is to answer.
+    results : str
+        Its results file, from the sweep's folder.
+    """
+
+    model: str
+    task: str
+    words: str
+    key: str
+    settings: Mapping[str, Any]
+    samples: int
+    results: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All jobs and cells of a sweep."""
+
+    jobs: tuple[PlannedJob, ...]
+    cells: tuple[PlannedCell, ...]
+
+    @classmethod
+    def read(cls, out: Path) -> Plan | None:
+        """Of a sweep's folder; None if no sweep has got so far there.
+
+        Raises
+        ------
+        ValueError
+            If the file is broken.
+        """
+        path = out / "plan.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return cls(
+                tuple(PlannedJob(**job) for job in stored["jobs"]),
+                tuple(PlannedCell(**cell) for cell in stored["cells"]),
+            )
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}: not a readable plan of a sweep ({error!r}); move it away and run the "
+                "sweep again, its answers stay"
+            ) from error
+
+    def write(self, out: Path) -> None:
+        """Put it into a sweep's folder, whole or not at all."""
+        write_whole(out / "plan.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
+
+
+def answers_folder(out: Path, model: str) -> Path:
+    """Where a model's answers lie. One a model: two of a family have cells of equal names."""
+    return out / "answers" / model
+
+
+def lock_file(out: Path, name: str) -> Path:
+    """Of a job, or of ``scoring``."""
+    return out / "locks" / f"{name}.lock"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that no reader, and no kill, ever finds half of it."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,92 @@
+"""Results files that say which answers they were made of, and show when they were changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from sparsemm_eval.models.answers import Answer
+from sparsemm_eval.sweep.plan import write_whole
+
+# The one entry of a results file that is not lmms-eval's.
+_SEAL = "sparsemm_eval"
+
+
+class Broken(ValueError):
+    """A results or samples file that is not as it was written."""
+
+
+def answers_hash(answers: Mapping[str, Answer]) -> str:
+    """SHA-256 of a cell's answers: their keys and texts."""
+    pairs = sorted((key, answer.text) for key, answer in answers.items())
+    return _hash(json.dumps(pairs).encode())
+
+
+def seal(results: Path, samples: Path, answers: str) -> None:
+    """Add to a results file which answers and samples file belong to it.
+
+    Parameters
+    ----------
+    results, samples : Path
+        As lmms-eval makes them.
+    answers : str
+        Of `answers_hash`.
+    """
+    content = json.loads(results.read_text(encoding="utf-8"))
+    content[_SEAL] = {
+        "answers": answers,
+        "samples": _hash(samples.read_bytes()),
+        "results": _content_hash(content),
+    }
+    write_whole(results, json.dumps(content, indent=1))
+
+
+def sealed_answers(results: Path, samples: Path) -> str | None:
+    """The hash of the answers a results file was made of; None if it was never finished.
+
+    Raises
+    ------
+    Broken
+        If it, or its samples file, is not as it was sealed.
+    """
+    if not results.is_file():
+        return None
+    try:
+        content = json.loads(results.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Broken(f"{results}: not a readable results file ({error})") from error
+    if not isinstance(content, dict):
+        raise Broken(f"{results}: not a results file")
+    found = content.get(_SEAL)
+    if found is None:
+        return None  # its process was killed before it was sealed
+    if not isinstance(found, dict) or found.get("results") != _content_hash(content):
+        raise Broken(f"{results}: this results file was changed")
+    if not samples.is_file():
+        return None
+    if found.get("samples") != _hash(samples.read_bytes()):
+        raise Broken(f"{samples}: this samples file was cut off or changed")
+    return found.get("answers")
+
+
+def set_aside(results: Path, samples: Path, error: Broken) -> None:
+    """Rename a broken results file and its samples file."""
+    for path in (results, samples):
+        if path.exists():
+            os.replace(path, path.with_name(f"{path.name}.broken"))
+    logger.warning(f"{error}; set aside as *.broken, the cell is scored again")
+
+
+def _content_hash(content: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in content.items() if name != _SEAL}
+    return _hash(json.dumps(rest, sort_keys=True).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,215 @@
+"""How far a sweep is, from the files in its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sparsemm_eval.models.answers import Tally, tally
+from sparsemm_eval.sweep.lock import holder
+from sparsemm_eval.sweep.plan import (
+    Plan,
+    PlannedCell,
+    PlannedJob,
+    answers_folder,
+    lock_file,
+)
+from sparsemm_eval.sweep.seal import Broken, sealed_answers
+
+SCORING = "scoring"
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job: answers done, failed and expected, over all its cells; who is on it."""
+
+    job: PlannedJob
+    done: int
+    failed: int
+    expected: int
+    holder: str | None
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """A cell on one task: answers done, failed and expected; whether it is scored."""
+
+    cell: PlannedCell
+    done: int
+    failed: int
+    scored: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether every answer is there."""
+        return self.done == self.cell.samples
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a sweep is.
+
+    Parameters
+    ----------
+    jobs : tuple of JobStatus
+    cells : tuple of CellStatus
+    scoring : str or None
+        Who computes scores now.
+    failures : tuple of str
+        A line a task and model of which samples failed, with the first cause.
+    broken : tuple of str
+        A line a file that is broken; the next run sets it aside.
+    """
+
+    jobs: tuple[JobStatus, ...]
+    cells: tuple[CellStatus, ...]
+    scoring: str | None
+    failures: tuple[str, ...]
+    broken: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every answer is there and every cell scored."""
+        return all(cell.complete and cell.scored for cell in self.cells)
+
+    def __str__(self) -> str:
+        done = sum(cell.done for cell in self.cells)
+        expected = sum(cell.cell.samples for cell in self.cells)
+        scored = sum(cell.scored for cell in self.cells)
+        running = sorted(
+            {f"{job.job.name}: {job.holder}" for job in self.jobs if job.holder}
+            | ({f"{SCORING}: {self.scoring}"} if self.scoring else set())
+        )
+        lines = [
+            f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
+            + (f"running, {'; '.join(running)}" if running else "not running"),
+            "",
+            _jobs_table(self.jobs),
+            "",
+            _cells_table(self.cells),
+        ]
+        for title, said in (("failed", self.failures), ("broken", self.broken)):
+            if said:
+                lines += ["", *(f"{title}: {line}" for line in said)]
+        return "\n".join(lines)
+
+
+def status(out: Path) -> Status:
+    """Read how far a sweep is; nothing is changed, no model and no benchmark is loaded.
+
+    Parameters
+    ----------
+    out : Path
+        The sweep's folder.
+
+    Raises
+    ------
+    ValueError
+        If no sweep was begun there.
+    """
+    plan = Plan.read(out)
+    if plan is None:
+        raise ValueError(
+            f"{out}: no sweep was begun here, or it was stopped before it knew its cells; "
+            "`sparsemm-eval sweep GRID --out FOLDER` begins one"
+        )
+    tallies: dict[str, Mapping[str, Tally]] = {}
+    broken: list[str] = []
+    for model in dict.fromkeys(job.model for job in plan.jobs):
+        tallies[model], files = tally(answers_folder(out, model))
+        broken += [f"{path}: {cause}" for path, cause in files.items()]
+    jobs = tuple(_job(job, plan, tallies[job.model], out) for job in plan.jobs)
+    cells = tuple(_cell(cell, tallies[cell.model], out, broken) for cell in plan.cells)
+    return Status(
+        jobs,
+        cells,
+        holder(lock_file(out, SCORING)),
+        tuple(_failures(plan.cells, tallies)),
+        tuple(broken),
+    )
+
+
+def samples_file(results: Path, task: str) -> Path:
+    """The samples file beside a results file."""
+    name = results.name.removesuffix("_results.json")
+    return results.with_name(f"{name}_samples_{task}.jsonl")
+
+
+def _of_shard(job: PlannedJob, documents: Iterable[str]) -> int:
+    """How many of the documents, named "split number", a job is to answer."""
+    return sum(int(document.split()[-1]) % job.shards == job.shard for document in documents)
+
+
+def _job(job: PlannedJob, plan: Plan, tallies: Mapping[str, Tally], out: Path) -> JobStatus:
+    cells = [c for c in plan.cells if (c.model, c.task) == (job.model, job.task)]
+    found = [tallies.get(cell.words, Tally()) for cell in cells]
+    return JobStatus(
+        job,
+        done=sum(_of_shard(job, of_cell.done) for of_cell in found),
+        failed=sum(_of_shard(job, of_cell.failed) for of_cell in found),
+        expected=job.samples * len(cells),
+        holder=holder(lock_file(out, job.name)),
+    )
+
+
+def _cell(
+    cell: PlannedCell, tallies: Mapping[str, Tally], out: Path, broken: list[str]
+) -> CellStatus:
+    found = tallies.get(cell.words, Tally())
+    results = out / cell.results
+    try:
+        scored = sealed_answers(results, samples_file(results, cell.task)) is not None
+    except Broken as error:
+        broken.append(str(error))
+        scored = False
+    return CellStatus(cell, len(found.done), len(found.failed), scored)
+
+
+def _failures(
+    cells: Iterable[PlannedCell], tallies: Mapping[str, Mapping[str, Tally]]
+) -> Iterable[str]:
+    causes: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in cells:
+        of_cell = tallies[cell.model].get(cell.words, Tally())
+        causes.setdefault((cell.model, cell.task), {}).update(of_cell.failed)
+    for (model, task), failed in causes.items():
+        if failed:
+            first = min(failed)
+            yield f"{model} {task}: {len(failed)} samples, first {first}: {failed[first]}"
+
+
+def _jobs_table(jobs: Iterable[JobStatus]) -> str:
+    return pd.DataFrame(
+        {
+            "job": job.job.name,
+            "done": job.done,
+            "expected": job.expected,
+            "failed": job.failed,
+            "": job.holder or "",
+        }
+        for job in jobs
+    ).to_string(index=False)
+
+
+def _cells_table(cells: Iterable[CellStatus]) -> str:
+    return pd.DataFrame(
+        {
+            "model": cell.cell.model,
+            "task": cell.cell.task,
+            "cell": " ".join(map(_setting, cell.cell.settings.items())),
+            "done": cell.done,
+            "expected": cell.cell.samples,
+            "failed": cell.failed,
+            "scored": "yes" if cell.scored else "",
+        }
+        for cell in cells
+    ).to_string(index=False)
+
+
+def _setting(item: tuple[str, Any]) -> str:
+    name, value = item
+    return str(value) if name == "method" else f"{name}={value}"

@@ -1,0 +1,97 @@
+"""A sweep's tables and summary, the same bytes from the same answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.report.tables import fidelity_table, kept_table, score_tables, to_markdown
+from sparsemm_eval.sweep.grid import Grid
+from sparsemm_eval.sweep.plan import write_whole
+from sparsemm_eval.tiny.chance import constant_answer_score
+
+FIDELITY = ("compared", "same_answer", "first_difference", "kl_full")
+_COLUMNS = [
+    "model", "task", "metric", "method", "budget", "score", "stderr", "samples",
+    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", *FIDELITY,
+]  # fmt: skip
+
+
+def write_tables(
+    frame: pd.DataFrame, grid: Grid, out: Path, command: str, about: Mapping[str, Any]
+) -> tuple[str, tuple[Path, ...]]:
+    """Write table.md, kept.md and summary.json.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One row a scored cell, as `main_scores` gives it, with model and fidelity.
+    grid : Grid
+        Of the sweep.
+    out : Path
+        Its folder.
+    command : str
+        What makes it again.
+    about : mapping
+        More for summary.json: what was left out, failed, took.
+
+    Returns
+    -------
+    str and tuple of Path
+        The tables, and the files that hold them.
+    """
+    chance = {
+        task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
+        for task in frame["task"].unique()
+        if task.endswith("_mini")
+    }
+    markdown = "\n\n".join(_parts(frame, grid, chance)) + "\n"
+    kept = [
+        f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
+        for (name, task), cells in frame.groupby(["model", "task"], sort=False)
+    ]
+    settings = [name for name in ("ratio", "allocation", "seed") if name in frame]
+    cells = frame[[*_COLUMNS, *settings]]
+    summary = {
+        **provenance(command),
+        **about,
+        "cells": json.loads(cells.to_json(orient="records", double_precision=15)),
+    }
+    written = {
+        out / "table.md": markdown,
+        out / "kept.md": "\n".join(kept),
+        out / "summary.json": json.dumps(summary, indent=1) + "\n",
+    }
+    for path, text in written.items():
+        write_whole(path, text)
+    return markdown, tuple(written)
+
+
+def _parts(
+    frame: pd.DataFrame, grid: Grid, chance: Mapping[str, tuple[str, float]]
+) -> Sequence[str]:
+    parts = [
+        f"# {grid.name}",
+        "Columns are budgets: mean tokens of the prompt kept per KV head. Below each table, how "
+        "near the answers are to full KV's: the share that equal its answer, the place of the "
+        "first new token that differs (mean over answers that differ), and the KL divergence of "
+        "the next-token distribution from full KV's.",
+    ]
+    for name, of_model in frame.groupby("model", sort=False):
+        parts.append(f"## {name}")
+        for _, cells in of_model.groupby("task", sort=False):
+            if cells["budget"].isna().all():
+                parts += [f"### {cells['task'].iloc[0]}", to_markdown(kept_table(cells))]
+                continue
+            ((title, table),) = score_tables(cells, chance)
+            count = f"{cells['samples'].max():.0f} samples."
+            parts += [f"### {title}", count, to_markdown(table)]
+            if cells["compared"].sum() > 0:
+                parts.append(to_markdown(fidelity_table(cells)))
+    return parts

@@ -1,0 +1,380 @@
+"""Grids: what they hold, what they refuse, and that the shipped ones are the paper's."""
+
+from __future__ import annotations
+
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lmms_eval.tasks import TaskManager
+
+from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
+from sparsemm_eval.models.llava import LlavaSparseMM
+from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.sweep import demo
+from sparsemm_eval.sweep.estimate import shape_of
+from sparsemm_eval.sweep.grid import (
+    MODEL_SETTINGS,
+    Grid,
+    Job,
+    grids_folder,
+    parse_grid,
+    read_grid,
+)
+from sparsemm_eval.tiny import embedded_checkpoints
+
+SHIPPED = sorted(path.stem for path in grids_folder().glob("*.yaml"))
+PATH = Path("some.yaml")
+MODELS = [{"name": "tiny", "pretrained": "embedded:qwen2vl"}]
+SIMPLE: dict[str, Any] = {
+    "models": MODELS, "tasks": ["gqa"], "methods": ["snapkv"], "budgets": [64]
+}  # fmt: skip
+
+
+def grid_of(**changed: Any) -> Grid:
+    """A grid through YAML, as a user would write it; None leaves a key out."""
+    values = {key: value for key, value in {**SIMPLE, **changed}.items() if value is not None}
+    return parse_grid(yaml.safe_dump(values), PATH)
+
+
+# --- cells and jobs ------------------------------------------------------------------------------
+
+
+def test_cells_leave_out_what_a_method_does_not_read_and_what_is_the_default() -> None:
+    grid = grid_of(
+        methods=["adakv", "sparsemm", "fullkv", "local"],
+        budgets=[64, 40],
+        ratio=[0.1, 0.5],
+        kernel_size=7,
+    )
+    assert grid.cells() == [
+        {"method": "fullkv"},
+        {"method": "adakv", "budget": 64, "kernel_size": 7},
+        {"method": "adakv", "budget": 40, "kernel_size": 7},
+        {"method": "sparsemm", "budget": 64, "kernel_size": 7},
+        {"method": "sparsemm", "budget": 64, "kernel_size": 7, "ratio": 0.5},
+        {"method": "sparsemm", "budget": 40, "kernel_size": 7},
+        {"method": "sparsemm", "budget": 40, "kernel_size": 7, "ratio": 0.5},
+        {"method": "local", "budget": 64},
+        {"method": "local", "budget": 40},
+    ]
+
+
+def test_where_allocations_do_not_differ_there_is_one_cell() -> None:
+    grid = grid_of(methods=["snapkv", "random"], allocation=["paper", "exact"], seeds=[0, 3])
+    assert grid.cells() == [
+        {"method": "snapkv", "budget": 64},
+        {"method": "random", "budget": 64},
+        {"method": "random", "budget": 64, "seed": 3},
+        {"method": "random", "budget": 64, "allocation": "exact"},
+        {"method": "random", "budget": 64, "allocation": "exact", "seed": 3},
+    ]
+
+
+def test_jobs_are_models_times_tasks_times_shards_with_names_of_their_own() -> None:
+    models = [*MODELS, {"name": "b", "pretrained": "x/y", "settings": {"dtype": "float16"}}]
+    grid = grid_of(models=models, tasks=["gqa", "ocrbench"], shards={"gqa": 3})
+    jobs = grid.jobs()
+    assert [(job.model.name, job.task, job.shard, job.shards) for job in jobs] == [
+        (name, *rest)
+        for name in ("tiny", "b")
+        for rest in (("gqa", 0, 3), ("gqa", 1, 3), ("gqa", 2, 3), ("ocrbench", 0, 1))
+    ]
+    assert len({job.name for job in jobs}) == len(set(jobs)) == len(jobs)
+    assert jobs[1] == Job(grid.models[0], "gqa", 1, 3)
+    assert jobs[1].name == "tiny@gqa@2of3"
+    assert len(grid_of(shards=2).jobs()) == 2
+
+
+def test_an_embedded_model_is_its_folder_and_any_other_as_given() -> None:
+    models = [*MODELS, {"name": "b", "pretrained": "x/y"}]
+    first, second = grid_of(models=models).models
+    assert first.source == str(embedded_checkpoints()["qwen2vl"])
+    assert second.source == "x/y"
+
+
+# --- the round trip ------------------------------------------------------------------------------
+
+WORDS = st.text(string.ascii_letters + string.digits + "._+-", min_size=1, max_size=8).filter(
+    lambda word: word[0] not in "._+-"
+)
+SHARES = st.floats(0, 1)
+METHODS = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "random", "local", "streaming")
+
+
+def few(items: st.SearchStrategy, most: int = 3) -> st.SearchStrategy:
+    return st.lists(items, min_size=1, max_size=most, unique=True)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> dict[str, Any]:
+    """Any grid that can be, with keys given only where a method reads them."""
+    methods = draw(few(st.sampled_from(METHODS), 8))
+    window = draw(st.integers(1, 40))
+    tasks = draw(few(WORDS))
+    every = {
+        "budget": ("budgets", few(st.integers(50, 4096))),
+        "window": ("window", st.just(window)),
+        "kernel_size": ("kernel_size", st.sampled_from([1, 3, 5, 7])),
+        "pooling": ("pooling", st.sampled_from(["avg", "max"])),
+        "group_reduction": ("group_reduction", st.sampled_from(["mean", "max"])),
+        "ratio": ("ratio", few(SHARES)),
+        "floor": ("floor", SHARES),
+        "allocation": ("allocation", few(st.sampled_from(["paper", "exact"]))),
+        "seed": ("seeds", few(st.integers(0, 1 << 40))),
+        "sinks": ("sinks", st.integers(1, 8)),
+    }
+    read = {setting for method in methods for setting in method_settings(method)}
+    values = {
+        key: draw(strategy)
+        for setting, (key, strategy) in every.items()
+        if setting in read and (setting == "budget" or draw(st.booleans()))
+    }
+    text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+    chosen = {"dtype": "float16", "mask_heads": draw(text), "max_pixels": 1003520}
+    kept = draw(st.sets(st.sampled_from(sorted(chosen))))
+    models = [
+        {"name": name, "pretrained": f"x/{name}", "settings": {key: chosen[key] for key in kept}}
+        for name in draw(few(WORDS))
+    ]
+    counts = st.integers(1, 1000)
+    shards = st.one_of(counts, st.dictionaries(st.sampled_from(tasks), counts))
+    return {
+        "name": draw(WORDS),
+        "models": models,
+        "tasks": tasks,
+        "methods": methods,
+        **values,
+        "samples": draw(st.none() | counts),
+        "batch_size": draw(counts),
+        "shards": draw(shards),
+        "notes": draw(st.lists(text, max_size=2)),
+    }
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids())
+def test_a_resolved_grid_reads_back_equal(values: dict[str, Any]) -> None:
+    grid = Grid.model_validate(values)
+    again = parse_grid(grid.resolved(), PATH)
+    assert again == grid
+    assert again.resolved() == grid.resolved()
+    assert again.cells() == grid.cells()
+
+
+@settings(deadline=None, max_examples=60)
+@given(grids())
+def test_cells_are_valid_and_differ_and_jobs_cover_every_sample_once(
+    values: dict[str, Any],
+) -> None:
+    grid = Grid.model_validate(values)
+    shape = ModelShape(2, 4, 2)
+    made = [str(method_of(cell, shape)) for cell in grid.cells()]
+    assert len(set(made)) == len(made)
+    assert ("fullkv" in grid.methods) == (grid.cells()[0] == {"method": "fullkv"})
+    for model in grid.models:
+        for task in grid.tasks:
+            of_task = [job for job in grid.jobs() if (job.model, job.task) == (model, task)]
+            shards = of_task[0].shards
+            assert sorted(job.shard for job in of_task) == list(range(shards))
+
+
+def method_of(cell: dict[str, Any], shape: ModelShape) -> Any:
+    given = {key: value for key, value in cell.items() if key != "method"}
+    if "head_scores" in method_settings(cell["method"]):
+        given["head_scores"] = HeadScores(np.ones((shape.layers, shape.query_heads)))
+    return make_method(cell["method"], shape, **given)
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("models: [\n  a: b\n", "some.yaml, line 3: it is no YAML"),
+    ("tasks: [a]\nname: &x [*x]\ntasks: [b]", "some.yaml, line 3: tasks stands there twice"),
+    ("models:\n  - {name: a, name: b}", "some.yaml, line 2: name stands there twice"),
+    ("tasks: !!python/name:os.system", "some.yaml, line 1: it is no YAML"),
+    ("name: \x07", "some.yaml: it is no YAML"),
+    ("", "some.yaml: it must be a mapping"),
+    ("- a", "some.yaml: it must be a mapping"),
+    ("\nmodles: []", "line 2: modles: a grid has no such key; it knows name, models, tasks"),
+])  # fmt: skip
+def test_broken_files_are_refused_by_line(text: str, words: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        parse_grid(text, PATH)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"models": None}, "models is missing; give models with name and pretrained"),
+    ({"models": []}, "models=[]: it is empty; give at least one"),
+    ({"models": ["a"]}, "models[0]='a': it must be a mapping with name, pretrained"),
+    ({"models": [{"name": "a"}]}, "models[0].pretrained is missing; give a folder, a hub"),
+    ({"models": [{"name": "a/b", "pretrained": "c"}]}, "models[0].name: 'a/b' names files"),
+    ({"models": [{**MODELS[0], "dtype": "float16"}]},
+     "models[0].dtype: a model has no such key; it knows name, pretrained, settings"),
+    ({"models": [{"name": "a", "pretrained": "embedded:gpt"}]},
+     "models[0].pretrained='embedded:gpt': it must be one of embedded:qwen2vl"),
+    ({"models": [{**MODELS[0], "settings": {"budget": 3}}]},
+     "models[0].settings.budget: setting='budget': it must be one of revision, dtype"),
+    ({"models": [{**MODELS[0], "settings": {"dtype": "half"}}]},
+     "models[0].settings.dtype='half': it must be one of auto, float32"),
+    ({"models": [{**MODELS[0], "settings": {"max_pixels": "many"}}]},
+     "models[0].settings.max_pixels='many': it must be an integer"),
+    ({"models": [{**MODELS[0], "settings": {"revision": [1]}}]},
+     "models[0].settings.revision: [1]: it must be text or a number"),
+    ({"models": [*MODELS, *MODELS]}, "models[1]: tiny stands there twice"),
+    ({"models": [*MODELS, {**MODELS[0], "name": "b"}]}, "models[1]: b is tiny again"),
+    ({"tasks": []}, "tasks=[]: it is empty"),
+    ({"tasks": ["gqa", "ocrbench", "gqa"]}, "tasks[2]: gqa stands there twice"),
+    ({"tasks": "gqa"}, "tasks='gqa': it must be a list"),
+    ({"tasks": ["gqa, ocrbench"]}, "tasks[0]: 'gqa, ocrbench' names files"),
+    ({"methods": ["snapkv", "sparsmm"]}, "methods[1]: method='sparsmm': it must be one of"),
+    ({"methods": ["snapkv", "snapkv"]}, "methods[1]: snapkv stands there twice"),
+    ({"budgets": [64, 32]}, "budgets[1]: budget=32 is too small for window=32"),
+    ({"budgets": [64, 64]}, "budgets[1]: 64 stands there twice"),
+    ({"budgets": ["64"]}, "budgets[0]='64': it must be an integer"),
+    ({"budgets": [True]}, "budgets[0]=True: it must be an integer"),
+    ({"budgets": []}, "budgets=[]: it is empty"),
+    ({"budgets": None}, "budgets is missing: snapkv needs mean tokens per KV head"),
+    ({"methods": ["fullkv"]}, "budgets: none of the methods here reads budget (fullkv)"),
+    ({"ratio": [0.1]}, "ratio: none of the methods here reads ratio (snapkv)"),
+    ({"methods": ["sparsemm"], "ratio": [0, 1.5]}, "ratio[1]: ratio=1.5: it must be a number from"),
+    ({"methods": ["sparsemm"], "ratio": 0.1}, "ratio=0.1: it must be a list"),
+    ({"methods": ["sparsemm"], "ratio": [float("nan")]}, "ratio[0]=nan: it must be a number"),
+    ({"methods": ["adakv"], "floor": -1.0}, "floor=-1.0: it must be a number from 0 to 1"),
+    ({"seeds": [0]}, "seeds: none of the methods here reads seed (snapkv); leave it out or add "
+     "one that does: random"),
+    ({"methods": ["random"], "seeds": [0, -1]}, "seeds[1]: seed=-1: it must be an integer"),
+    ({"kernel_size": 4}, "kernel_size=4: it must be odd"),
+    ({"pooling": "sum"}, "pooling='sum': it must be one of avg, max"),
+    ({"allocation": ["best"]}, "allocation[0]: allocation='best': it must be one of paper"),
+    ({"samples": 0}, "samples=0: it must be at least 1"),
+    ({"batch_size": 1.5}, "batch_size=1.5: it must be an integer"),
+    ({"shards": 0}, "shards=0: it must be an integer of at least 1"),
+    ({"shards": {"gqa": True}}, "shards.gqa: shards of gqa=True: it must be an integer"),
+    ({"shards": {"vqa": 2}}, "shards.vqa: shards of task='vqa': it must be one of gqa"),
+    ({"notes": "none"}, "notes='none': it must be a list"),
+    ({"budget": 64}, "budget: a grid has no such key; it knows name, models"),
+])  # fmt: skip
+def test_what_cannot_be_is_one_sentence_with_its_place(changed: dict, words: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        grid_of(**changed)
+    message = str(caught.value)
+    assert words in message
+    assert message.startswith("some.yaml, line ")
+    assert "\n" not in message
+
+
+def test_the_line_is_that_of_the_value() -> None:
+    text = (
+        "models:\n- name: a\n  pretrained: b\ntasks:\n- gqa\nmethods: [snapkv]\n"
+        "budgets:\n- 64\n- 3\n"
+    )
+    with pytest.raises(ValueError, match=r"line 9: budgets\[1\]: budget=3"):
+        parse_grid(text, PATH)
+
+
+def test_a_grid_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of ablation_components, ablation_ratio, demo"):
+        read_grid(tmp_path / "none.yaml")
+    broken = tmp_path / "latin.yaml"
+    broken.write_bytes("notes: [é]".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.yaml: it is no UTF-8 text"):
+        read_grid(broken)
+
+
+def test_a_grid_is_named_after_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(SIMPLE))
+    assert read_grid(path).name == "mine"
+    path.write_text(yaml.safe_dump({**SIMPLE, "name": "other"}))
+    assert read_grid(str(path)).name == "other"
+
+
+def test_model_settings_are_the_wrappers_own() -> None:
+    given = {"answers"}  # by the sweep
+    known = LlavaSparseMM._own() | Qwen2VLSparseMM._own() | {"head_scores"}
+    assert set(MODEL_SETTINGS) == known - given
+
+
+# --- the shipped grids ---------------------------------------------------------------------------
+
+
+def test_the_issue_names_these() -> None:
+    assert SHIPPED == [
+        "ablation_components", "ablation_ratio", "demo", "efficiency", "paper_general", "paper_ocr"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_cell_is_a_valid_method_of_every_model(name: str) -> None:
+    grid = read_grid(name)
+    assert grid.name == name
+    for model in grid.models:
+        shape = shape_of(model)
+        assert shape is not None
+        heads = ModelShape(shape.layers, shape.query_heads, shape.kv_heads)
+        for cell in grid.cells():
+            assert method_of(cell, heads).name == cell["method"]
+
+
+def test_every_task_is_one_that_lmms_eval_has_or_ours() -> None:
+    manager = TaskManager("WARNING", include_path=str(tasks_folder()))
+    for name in SHIPPED:
+        assert set(read_grid(name).tasks) <= set(manager.all_subtasks)
+
+
+def test_the_readme_lists_every_grid() -> None:
+    text = (tasks_folder() / "README.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in text for name in SHIPPED)
+
+
+def test_the_readmes_grid_can_be() -> None:
+    text = (tasks_folder() / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    grid = parse_grid(example, PATH)
+    assert len(grid.cells()) == 1 + 3 * 2 + 3 * 2 * 3
+    assert len(grid.jobs()) == 4 + 1
+
+
+def test_the_demo_grid_is_the_demo() -> None:
+    grid = read_grid("demo")
+    assert grid.cells() == list(demo._cells(demo.BUDGETS, "paper"))
+    assert len(grid.cells()) == 31
+    assert tuple(grid.tasks) == demo.TASKS
+    assert {model.name: model.source for model in grid.models} == {
+        name: str(folder) for name, folder in embedded_checkpoints().items()
+    }
+    assert all(model.settings == {"dtype": "float32"} for model in grid.models)
+
+
+@pytest.mark.parametrize(("name", "models", "tasks", "cells"), [
+    ("paper_ocr", 3, "sparsemm_ocr_rich", 31),
+    ("paper_general", 1, "sparsemm_general", 31),
+    ("ablation_ratio", 3, None, 8),
+    ("ablation_components", 1, None, 18),
+    ("efficiency", 3, None, 2),
+])  # fmt: skip
+def test_the_papers_grids_have_its_cells(
+    name: str, models: int, tasks: str | None, cells: int
+) -> None:
+    grid = read_grid(name)
+    assert (len(grid.models), len(grid.cells())) == (models, cells)
+    if tasks:
+        group = yaml.safe_load((tasks_folder() / f"{tasks}.yaml").read_text())
+        assert grid.tasks == group["task"]
+    assert grid.notes
+    # The paper's window, kernel and pooling are the defaults, so no cell has to say them.
+    assert all(cell.keys() <= {"method", "budget", "ratio"} for cell in grid.cells())
+    for model in grid.models:
+        wanted = 16384 * 28 * 28 if "Qwen" in model.name else None
+        assert model.settings.get("max_pixels") == wanted

@@ -1,0 +1,150 @@
+"""How far a sweep is, from its files: no model, no benchmark, no lmms-eval."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models.fixtures import sentence
+from typer.testing import CliRunner
+
+from sparsemm_eval.cli import app
+from sparsemm_eval.models.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.sweep.lock import lock
+from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
+from sparsemm_eval.sweep.seal import answers_hash, seal
+from sparsemm_eval.sweep.status import samples_file, status
+
+SAMPLES = 7
+CELLS = ("fullkv()", "snapkv(budget=64)")
+MODELS = ("small", "large")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A planned sweep of two models of one family, in two shards."""
+    jobs = [
+        PlannedJob(f"{model}@t@{n + 1}of2", model, "t", n, 2, len(range(n, SAMPLES, 2)))
+        for model in MODELS
+        for n in range(2)
+    ]
+    cells = [
+        PlannedCell(
+            model, "t", f"qwen t {cell}", "key", {"method": cell.split("(")[0], "budget": 64},
+            SAMPLES, f"cells/{model}/t-{place}_results.json",
+        )
+        for model in MODELS
+        for place, cell in enumerate(CELLS)
+    ]  # fmt: skip
+    Plan(tuple(jobs), tuple(cells)).write(tmp_path)
+    return tmp_path
+
+
+def write(out: Path, model: str, cell: str, *numbers: int, error: str | None = None) -> None:
+    """Store answers, or failures."""
+    store = AnswerStore(answers_folder(out, model))
+    store.write(
+        Answer(
+            answer_key({"cell": cell, "n": n, "error": error}), f"qwen t {cell}", "t",
+            f"test {n}", None if error else "text", error,
+        )
+        for n in numbers
+    )  # fmt: skip
+    store.close()
+
+
+def test_a_plan_is_read_back(out: Path) -> None:
+    plan = Plan.read(out)
+    plan.write(out)
+    assert Plan.read(out) == plan
+    assert Plan.read(out / "nowhere") is None
+
+
+def test_answers_are_counted_by_job_and_by_cell(out: Path) -> None:
+    write(out, "small", CELLS[0], *range(SAMPLES))
+    write(out, "small", CELLS[1], 0, 2, 3)
+    write(out, "large", CELLS[1], 1)
+    write(out, "small", CELLS[1], 2)  # found twice, counted once
+    said = status(out)
+    assert [(job.job.name, job.done, job.expected) for job in said.jobs] == [
+        ("small@t@1of2", 6, 8), ("small@t@2of2", 4, 6),
+        ("large@t@1of2", 0, 8), ("large@t@2of2", 1, 6),
+    ]  # fmt: skip
+    assert [cell.done for cell in said.cells] == [7, 3, 0, 1]
+    assert [cell.complete for cell in said.cells] == [True, False, False, False]
+    assert not said.finished
+    assert str(said).startswith("answers 11 of 28, cells scored 0 of 4; not running\n")
+
+
+def test_failures_are_counted_until_they_are_answered(out: Path) -> None:
+    write(out, "large", CELLS[0], 5, 3, 4, error="OSError: lost")
+    write(out, "large", CELLS[0], 4)
+    said = status(out)
+    assert [(job.done, job.failed) for job in said.jobs] == [(0, 0), (0, 0), (1, 0), (0, 2)]
+    assert said.failures == ("large t: 2 samples, first test 3: OSError: lost",)
+    assert "failed: large t: 2 samples" in str(said)
+
+
+def test_who_is_on_it_is_named(out: Path) -> None:
+    with lock(lock_file(out, "large@t@1of2")):
+        said = status(out)
+        assert [job.holder is not None for job in said.jobs] == [False, False, True, False]
+        assert "running, large@t@1of2: process" in str(said)
+    with lock(lock_file(out, "scoring")):
+        assert "running, scoring: process" in str(status(out))
+    assert "not running" in str(status(out))
+
+
+def test_scored_cells_and_broken_files(out: Path) -> None:
+    results = out / "cells/small/t-0_results.json"
+    results.parent.mkdir(parents=True)
+    samples = samples_file(results, "t")
+    results.write_text(json.dumps({"results": {"t": {"score": 0.5}}}))
+    samples.write_text("{}\n")
+    assert not status(out).cells[0].scored, "killed before it was sealed"
+    seal(results, samples, answers_hash({}))
+    assert [cell.scored for cell in status(out).cells] == [True, False, False, False]
+    assert json.loads(results.read_text())["results"] == {"t": {"score": 0.5}}
+    samples.write_text("")
+    said = status(out)
+    assert not said.cells[0].scored
+    assert said.broken == (f"{samples}: this samples file was cut off or changed",)
+    write(out, "small", CELLS[0], 1)
+    (path,) = answers_folder(out, "small").glob("*.sqlite")
+    path.write_bytes(path.read_bytes()[:5000])
+    assert str(path) in status(out).broken[0]
+    assert path.exists(), "to look is not to touch"
+
+
+def test_a_folder_without_a_sweep(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no sweep was begun here") as caught:
+        status(tmp_path)
+    assert str(tmp_path) in sentence(caught)
+    (tmp_path / "plan.json").write_text('{"jobs": [{}]')
+    with pytest.raises(ValueError, match=r"plan\.json: not a readable plan") as caught:
+        status(tmp_path)
+    sentence(caught)
+
+
+def test_the_command_line_says_it(out: Path, tmp_path: Path) -> None:
+    write(out, "small", CELLS[1], 0)
+    said = CliRunner().invoke(app, ["status", str(out)])
+    assert said.exit_code == 0
+    assert "answers 1 of 28" in said.output
+    assert "snapkv budget=64" in said.output
+    nothing = CliRunner().invoke(app, ["status", str(tmp_path / "nothing")])
+    assert nothing.exit_code == 1
+    assert "no sweep was begun here" in nothing.output
+
+
+def test_nothing_heavy_is_imported(out: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from sparsemm_eval.sweep.status import status; "
+        "print(status(Path(sys.argv[1]))); "
+        "print({'torch', 'transformers', 'lmms_eval', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(out)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
