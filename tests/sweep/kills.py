@@ -20,6 +20,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from sparsemm_eval.report.provenance import provenance
+
 GRID = """
 models:
   - {name: qwen2vl, pretrained: "embedded:qwen2vl", settings: {dtype: float32}}
@@ -161,7 +163,7 @@ def main() -> None:
         done = run_kills(Path(folder), given.kills, given.samples, given.batch_size, given.seed)
     command = shlex.join(["python", *sys.argv])
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({"command": command, **done}, indent=1) + "\n")
+    given.out.write_text(json.dumps({**provenance(command), **done}, indent=1) + "\n")
     bad = [sweep for sweep in done["sweeps"] if not sweep["tables_identical"]]
     print(f"{len(done['moments'])} kills, {len(done['sweeps'])} sweeps, {len(bad)} differ")
     sys.exit(bool(bad))
