@@ -51,7 +51,8 @@ def test_every_method_is_in_the_table() -> None:
 def test_settings_of_the_table_are_known() -> None:
     from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 
-    rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", README, re.MULTILINE)
+    section = README.split("### Settings")[1].split("###")[0]
+    rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)
     names = {name for row in rows for name in row.split(", ")} - {"setting", "method"}
     known = set(inspect.signature(Qwen2VLSparseMM.__init__).parameters)
     methods = {s for name in method_names() for s in method.method_settings(name)}
