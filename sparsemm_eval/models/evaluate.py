@@ -28,6 +28,7 @@ from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.models.samples import Memo
 from sparsemm_eval.models.wrapper import SparseMMModel
 from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.report.provenance import OURS
 
 _FAMILIES = {family.model_type: family for family in (LlavaSparseMM, Qwen2VLSparseMM)}
 
@@ -150,6 +151,8 @@ def evaluate(
     samples: int | None,
     out: Path,
     log_samples: bool = False,
+    stated: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> list[list[Path]]:
     """Score models on tasks, one after the other.
 
@@ -168,6 +171,10 @@ def evaluate(
     log_samples : bool
         Whether a file of all answers and their scores is to lie beside each results file, in
         lmms-eval's own form: ``<results>_samples_<task>.jsonl``.
+    stated : mapping, optional
+        Settings that all cells share, such as pretrained, as the results files are to state them.
+    about : mapping, optional
+        How this was made, for the results files' entry `OURS`.
 
     Returns
     -------
@@ -189,7 +196,10 @@ def evaluate(
         # One task at a time: what is kept is then stated for each.
         for task in tasks:
             for model, cell, files in zip(models, cells, paths, strict=True):
-                files.append(score(model, cell, task, samples, manager, out / "cells", log_samples))
+                place = out / "cells"
+                files.append(
+                    score(model, cell, task, samples, manager, place, log_samples, stated, about)
+                )
                 bar.update()
     return paths
 
@@ -223,12 +233,14 @@ def score(
     manager: TaskManager,
     folder: Path,
     log_samples: bool,
+    stated: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Score one model on one task through lmms-eval, files on disk whole or not at all.
 
     Parameters
     ----------
-    model, cell, task, samples, log_samples
+    model, cell, task, samples, log_samples, stated, about
         As for `evaluate`.
     manager : TaskManager
         Of `task_manager`; it knows the task.
@@ -248,10 +260,11 @@ def score(
     path = results_path(folder, task, cell)
     name = path.name.removesuffix("_results.json")
     folder.mkdir(parents=True, exist_ok=True)
+    settings = {**(stated or {}), **cell}
     # Tasks are loaded anew for each model: what a metric counts in its module starts from zero.
     results = simple_evaluate(
         model=model,
-        model_args=",".join(f"{name}={value}" for name, value in cell.items()),
+        model_args=",".join(f"{name}={value}" for name, value in settings.items()),
         tasks=[task],
         limit=samples,
         task_manager=manager,
@@ -265,6 +278,8 @@ def score(
         return path
     for of_task, lines in results.pop("samples", {}).items():
         _write(folder / f"{name}_samples_{of_task}.jsonl", map(_sample_line, lines))
+    if about is not None:
+        results[OURS] = dict(about)
     _write(path, [json.dumps(results, indent=1, default=str)])
     return path
 

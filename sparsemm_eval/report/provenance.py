@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+# The one entry of our results files that is not lmms-eval's.
+OURS = "sparsemm_eval"
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "flash-attn")
 
 

@@ -24,6 +24,7 @@ from sparsemm_eval.report.figures import score_panels
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import read_results
 from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
+from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
@@ -119,7 +120,16 @@ def run_demo(
     for name in models or folders:
         checkpoint = Checkpoint(folders[name], dtype="float32", device_map=device)
         runs = make_models(checkpoint, cells, batch_size=batch_size, answers=out / name / "answers")
-        paths = evaluate(runs, cells, tasks, samples, out / name)
+        paths = evaluate(
+            runs,
+            cells,
+            tasks,
+            samples,
+            out / name,
+            log_samples=True,
+            stated={"pretrained": f"embedded:{name}", "dtype": checkpoint.dtype},
+            about=made_by(command, name),
+        )
         frame = read_results(path for of_cell in paths for path in of_cell)
         frames.append(main_scores(frame).assign(model=name))
         if masked:

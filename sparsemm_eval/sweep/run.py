@@ -36,6 +36,7 @@ from sparsemm_eval.sweep.checks import (
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
+from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.sweep.plan import (
     Plan,
     PlannedCell,
@@ -44,7 +45,13 @@ from sparsemm_eval.sweep.plan import (
     lock_file,
     write_whole,
 )
-from sparsemm_eval.sweep.seal import Broken, answers_hash, seal, sealed_answers, set_aside
+from sparsemm_eval.sweep.seal import (
+    Broken,
+    answers_hash,
+    seal,
+    sealed_answers,
+    set_aside,
+)
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
 from sparsemm_eval.sweep.tables import write_tables
 
@@ -132,7 +139,7 @@ def run_sweep(
     tasks, left_out = runnable(list(dict.fromkeys(job.task for job in jobs)), skip_missing)
     jobs = [job for job in jobs if job.task in tasks]
     with _disk(out):
-        runner = _Runner(grid, out, jobs, task_manager(tasks), wait)
+        runner = _Runner(grid, out, jobs, task_manager(tasks), wait, command)
         with _log(out):
             runner.answer()
             made = _Made()
@@ -146,10 +153,20 @@ class _Runner:
     """The jobs of one sweep in this process."""
 
     def __init__(
-        self, grid: Grid, out: Path, jobs: Sequence[Job], manager: TaskManager, wait: bool
+        self,
+        grid: Grid,
+        out: Path,
+        jobs: Sequence[Job],
+        manager: TaskManager,
+        wait: bool,
+        command: str,
     ) -> None:
         self.grid, self.out, self.jobs, self.wait = grid, out, jobs, wait
         self.manager = manager
+        self.about = {spec.name: made_by(command, spec.name) for spec in grid.models}
+        self.stated = {
+            spec.name: {"pretrained": spec.pretrained, **spec.settings} for spec in grid.models
+        }
         # What lmms-eval writes to stderr goes to a file, progress stays on the screen.
         self.screen = sys.stderr
         self.cells = grid.cells()
@@ -273,6 +290,8 @@ class _Runner:
                 self.manager,
                 path.parent,
                 log_samples=True,
+                stated=self.stated[planned.model],
+                about=self.about[planned.model],
             )
         except _SCORING_ERRORS as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:

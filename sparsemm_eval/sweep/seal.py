@@ -12,10 +12,10 @@ from typing import Any
 from loguru import logger
 
 from sparsemm_eval.models.answers import Answer
+from sparsemm_eval.report.provenance import OURS
 from sparsemm_eval.sweep.plan import write_whole
 
-# The one entry of a results file that is not lmms-eval's.
-_SEAL = "sparsemm_eval"
+_HASHES = ("answers", "samples", "results")
 
 
 class Broken(ValueError):
@@ -39,7 +39,8 @@ def seal(results: Path, samples: Path, answers: str) -> None:
         Of `answers_hash`.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
-    content[_SEAL] = {
+    content[OURS] = {
+        **content.get(OURS, {}),
         "answers": answers,
         "samples": _hash(samples.read_bytes()),
         "results": _content_hash(content),
@@ -63,10 +64,10 @@ def sealed_answers(results: Path, samples: Path) -> str | None:
         raise Broken(f"{results}: not a readable results file ({error})") from error
     if not isinstance(content, dict):
         raise Broken(f"{results}: not a results file")
-    found = content.get(_SEAL)
-    if found is None:
+    found = content.get(OURS)
+    if not isinstance(found, dict) or not any(name in found for name in _HASHES):
         return None  # its process was killed before it was sealed
-    if not isinstance(found, dict) or found.get("results") != _content_hash(content):
+    if found.get("results") != _content_hash(content):
         raise Broken(f"{results}: this results file was changed")
     if not samples.is_file():
         return None
@@ -84,7 +85,7 @@ def set_aside(results: Path, samples: Path, error: Broken) -> None:
 
 
 def _content_hash(content: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in content.items() if name != _SEAL}
+    rest = {name: value for name, value in content.items() if name != OURS}
     return _hash(json.dumps(rest, sort_keys=True).encode())
 
 

@@ -114,6 +114,19 @@ def test_every_cell_is_answered_and_scored(whole: tuple[Sweep, Path]) -> None:
     assert len(summary["cells"]) == len(made.frame)
 
 
+def test_a_results_file_says_how_it_was_made(whole: tuple[Sweep, Path]) -> None:
+    path = whole[1] / "cells" / "reader" / "docvqa_mini-snapkv-64-8_results.json"
+    content = json.loads(path.read_text())
+    assert content["config"]["model_args"] == (
+        "pretrained=embedded:qwen2vl,dtype=float32,method=snapkv,budget=64,window=8"
+    )
+    made = content["sparsemm_eval"]
+    assert (made["schema"], made["model"]) == (1, "reader")
+    assert made["command"] == "sparsemm-eval sweep small.yaml"
+    assert {"torch", "transformers", "lmms-eval"} <= set(made["versions"])
+    assert made["hardware"]["name"]
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_a_second_run_computes_nothing_scores_nothing_and_says_the_same(
     whole: tuple[Sweep, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
