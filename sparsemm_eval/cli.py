@@ -85,12 +85,18 @@ def sweep(
         bool,
         typer.Option("--skip-missing", help="Leave out tasks whose metrics cannot run here."),
     ] = False,
+    only_scores: Annotated[
+        bool, typer.Option("--only-scores", help="Score what is answered, answer nothing.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(help="Refuse unless so many processes run together (torchrun).")
+    ] = None,
 ) -> None:
     """Run a grid: models x tasks x methods x budgets, each prompt read once for all cells.
 
     A sweep that was stopped goes on where it was; `sparsemm-eval status FOLDER` shows how far.
     """
-    with one_sentence():
+    with one_sentence(), _stoppable("run it again to go on"):
         _quiet()
         from sparsemm_eval.sweep.grid import read_grid
 
@@ -101,10 +107,15 @@ def sweep(
             typer.echo(describe(chosen, out))
             return
         from sparsemm_eval.sweep.run import run_sweep
+        from sparsemm_eval.sweep.signals import leaving
 
         folder = out or Path("results/sweeps") / chosen.name
-        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
-        done = run_sweep(chosen, folder, command, job, wait, skip_missing)
+        words = [word for word in sys.argv[1:] if word not in ("--wait", "--only-scores")]
+        command = shlex.join(["sparsemm-eval", *words])
+        with leaving():
+            done = run_sweep(
+                chosen, folder, command, job, wait, skip_missing, only_scores, world_size
+            )
         typer.echo(done.markdown)
         typer.echo(done.status)
         for path in done.files:
@@ -112,18 +123,162 @@ def sweep(
         for lost in done.left_out:
             typer.echo(f"left out: {lost.cause}")
         failures = done.status.failures + done.failures
+        if job is not None:
+            failures = done.status.incomplete(job)
         for line in failures:
             typer.echo(f"sparsemm-eval: {line}", err=True)
     raise typer.Exit(1 if failures else 0)
 
 
 @app.command()
-def status(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
-    """How far a sweep is, by job and by cell, from its files alone."""
-    with one_sentence():
+def submit(
+    grid: Annotated[str, typer.Argument(help="A grid of tasks/grids/, or a YAML file's path.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Its folder; default: results/sweeps/GRID.")
+    ] = None,
+    executor: Annotated[str, typer.Option(help="local (this machine's GPUs, or CPU) or slurm.")] = (
+        "local"
+    ),
+    shards: Annotated[
+        int | None, typer.Option(help="Jobs a model and task; default: as the grid says.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="Of each job; default: 1, on a machine without GPUs 0.")
+    ] = None,
+    max_parallel: Annotated[
+        int | None,
+        typer.Option(help="Jobs that run at once; default: what the GPUs allow, on a CPU 1."),
+    ] = None,
+    retries: Annotated[int, typer.Option(help="Of a job that dies.")] = 2,
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Leave out tasks whose metrics cannot run here."),
+    ] = False,
+    time: Annotated[
+        str | None,
+        typer.Option(help="Slurm: limit of a job, minutes or HH:MM:SS; it is then requeued."),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm's.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Slurm's.")] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="Slurm: a shell line before each job; repeatable.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(help="Slurm: any other parameter, such as mem=64G; repeatable."),
+    ] = None,
+) -> None:
+    """Run a grid as batch jobs, then score; what is done is skipped, so submit again at will.
+
+    `sparsemm-eval status FOLDER` shows the jobs, `sparsemm-eval cancel FOLDER` ends them.
+    """
+    with one_sentence(), _stoppable("submit it again to go on"):
+        _quiet()
+        from sparsemm_eval.sweep import submit as submits
+        from sparsemm_eval.sweep.grid import read_grid
+        from sparsemm_eval.sweep.room import Room
         from sparsemm_eval.sweep.status import status as read_status
 
-        typer.echo(read_status(folder))
+        chosen = read_grid(grid)
+        folder = (out or Path("results/sweeps") / chosen.name).resolve()
+        chosen = submits.with_shards(chosen, folder, shards)
+        room = Room(
+            executor, gpus, max_parallel, time, partition, account, qos,
+            tuple(setup or ()), tuple(sbatch or ()),
+        )  # fmt: skip
+        done = submits.submit(chosen, folder, room, retries, skip_missing, tell=typer.echo)
+        for line in done.lines(folder):
+            typer.echo(line)
+        failed = done.failed or (executor == "local" and not read_status(folder).finished)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def cancel(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
+    """End the jobs that were submitted for a folder; every finished answer stays."""
+    with one_sentence():
+        from sparsemm_eval.sweep.cancel import cancel as cancel_jobs
+
+        names = cancel_jobs(folder)
+        typer.echo(f"cancelled: {', '.join(names) or 'nothing, no job waits or runs'}")
+
+
+@app.command()
+def merge(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Sweeps of one grid, from several machines.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+) -> None:
+    """Put the answers of several folders into one; where they differ, the first folder's are kept.
+
+    `sparsemm-eval sweep OUT/grid.yaml -o OUT` then answers the rest and scores.
+    """
+    with one_sentence():
+        _quiet()
+        from sparsemm_eval.sweep.merge import merge_sweeps
+
+        merged = merge_sweeps(folders, out)
+        for line in merged.lines():
+            typer.echo(line)
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="A sweep's folder.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Again and again, until no job waits or runs.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="With --watch: between looks.")] = 10.0,
+) -> None:
+    """How far a sweep is, by job and by cell, from its files; Slurm is asked where it is."""
+    with one_sentence():
+        from sparsemm_eval.sweep.status import follow
+        from sparsemm_eval.sweep.status import status as read_status
+
+        if watch:
+            follow(folder, seconds)
+        else:
+            typer.echo(read_status(folder))
+
+
+@app.command()
+def report(
+    results: Annotated[
+        list[str],
+        typer.Argument(help="Results files, folders of them, or `paper` for the paper's numbers."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for index.html.")],
+    title: Annotated[str, typer.Option(help="Of the page.")] = (
+        "KV-cache compression of vision-language models"
+    ),
+    samples: Annotated[
+        int, typer.Option(min=0, help="At most so many of the samples of a cell, for reading.")
+    ] = 20,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="Without the samples' images.")
+    ] = False,
+    against: Annotated[
+        str, typer.Option(help="What scores are compared with: best, fullkv or a method.")
+    ] = "best",
+) -> None:
+    """One HTML page of results that needs nothing else: scores, tables, figures, samples, runs.
+
+    Images come from the tasks' data, which lmms-eval loads as for a run.
+    """
+    with one_sentence():
+        _quiet()
+        from sparsemm_eval.report.page import write_page
+        from sparsemm_eval.report.results import gather
+
+        read = gather(results)
+        for file in read.unreadable:
+            typer.echo(f"not read: {file.path}: {file.reason}", err=True)
+        visuals = None
+        if not no_images:
+            from sparsemm_eval.models.visuals import visuals
+        typer.echo(f"wrote {write_page(read, out, title, samples, visuals, against)}")
 
 
 @app.command()
@@ -275,6 +430,128 @@ def mask(
 
 
 @app.command()
+def table(
+    results: Annotated[
+        list[str], typer.Argument(help="Results files, folders of them, or the word paper.")
+    ],
+    like: Annotated[
+        str | None, typer.Option(help="table1, table2, table3 or table4 of the paper; own shape.")
+    ] = None,
+    show: Annotated[
+        str,
+        typer.Option(
+            help="Under each column: score, interval, kept, bytes, paper, from_paper, difference, "
+            "baseline, p, n, spread."
+        ),
+    ] = "score",
+    long: Annotated[bool, typer.Option("--long", help="One row a cell, with all of them.")] = False,
+    form: Annotated[str, typer.Option("--format", help="markdown, latex, csv or html.")] = (
+        "markdown"
+    ),
+    against: Annotated[
+        str, typer.Option(help="What differences are from: best, fullkv or a method.")
+    ] = "best",
+    models: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "",
+    benchmarks: Annotated[str, typer.Option(help="Only these.")] = "",
+    methods: Annotated[str, typer.Option(help="Only these.")] = "",
+    budgets: Annotated[str, typer.Option(help="Only these.")] = "",
+    digits: Annotated[
+        int | None, typer.Option(min=0, max=8, help="Decimals of scores; the paper's, or 3.")
+    ] = None,
+    percent: Annotated[
+        bool | None,
+        typer.Option("--percent/--no-percent", help="Scores that end at 1, in percent."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; default: the screen.")
+    ] = None,
+) -> None:
+    """Scores in the paper's shape, with intervals and tests where there are samples files."""
+    with one_sentence():
+        from sparsemm_eval.report import table_files
+
+        made = table_files.make_table(
+            results, like, _words(show), long, form, against, _words(models), _words(benchmarks),
+            _words(methods), _numbers("budgets", budgets), digits, percent,
+        )  # fmt: skip
+        for note in made.notes:
+            typer.echo(f"sparsemm-eval: {note}", err=True)
+        if out is None:
+            typer.echo(made.text, nl=False)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(made.text, encoding="utf-8")
+            typer.echo(f"wrote {out}")
+
+
+@app.command()
+def figure(
+    kind: Annotated[str, typer.Option(help="budget, kept, efficiency or heads.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the figure.")],
+    results: Annotated[
+        list[str] | None,
+        typer.Argument(help="Results files, folders, or the word paper; of heads none."),
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="Of svg and png.")] = "svg,png",
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's curves behind, dashed.")
+    ] = False,
+    zoom: Annotated[
+        bool, typer.Option("--zoom", help="Fit scores' axes to the data; else from 0 to 1.")
+    ] = False,
+    models: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "",
+    benchmarks: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "",
+    methods: Annotated[str, typer.Option(help="Only these; of heads: sparsemm.")] = "",
+    budgets: Annotated[str, typer.Option(help="Only these; of heads: a panel each.")] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Heads: a folder, a hub repository or embedded:qwen2vl (default)."),
+    ] = None,
+    head_scores: Annotated[
+        Path | None, typer.Option(help="Heads: score file; default: the checkpoint's own.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Heads: a layer, of a score file without a model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Heads: of the prompt.")] = 2048,
+    settings: Annotated[
+        str, typer.Option(help="Heads: of the methods, such as ratio=0.2,allocation=exact.")
+    ] = "",
+) -> None:
+    """Draw score over budget or really kept tokens, efficiency, or the budget of each KV head."""
+    with one_sentence():
+        from sparsemm_eval.methods.checks import check_choice
+        from sparsemm_eval.report import figure_files as files
+
+        check_choice("kind", kind, files.KINDS)
+        if kind == "heads":
+            from sparsemm_eval.heads.budgets import draw_budgets
+            from sparsemm_eval.report.results_file import parse_model_args
+
+            if results:
+                raise ValueError(f"kind=heads takes no results ({results[0]}): give model=…")
+            done = draw_budgets(
+                out, _words(formats), model, head_scores, kv_heads,
+                _words(methods) or ["sparsemm"], _integers("budgets", budgets), tokens,
+                parse_model_args(settings),
+            )  # fmt: skip
+        elif not results:
+            raise ValueError(f"kind={kind}: give results files, folders, or the word paper")
+        else:
+            filters = files.Filters(
+                _words(models), _words(benchmarks), _words(methods), _numbers("budgets", budgets)
+            )
+            if kind == "efficiency":
+                done = files.draw_efficiency(results, out, _words(formats), filters, paper)
+            else:
+                done = files.draw_scores(results, kind, out, _words(formats), filters, paper, zoom)
+        for note in done.notes:
+            typer.echo(f"sparsemm-eval: {note}", err=True)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
 def doctor(
     build: Annotated[
         bool, typer.Option("--build", help="Compile the attention op now, not on first use.")
@@ -344,6 +621,64 @@ def kernels(
     raise typer.Exit(1 if done.failures else 0)
 
 
+@bench_app.command()
+def efficiency(
+    models: Annotated[
+        str,
+        typer.Option(
+            help="vicuna, mistral, qwen2vl-7b (7B shapes, random weights), qwen2vl, llava_next "
+            "(embedded), or checkpoints; default: the first three on CUDA, else the embedded."
+        ),
+    ] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of a prompt; default: 2K to 32K, on a CPU 256 to 2K.")
+    ] = "",
+    methods: Annotated[str, typer.Option(help="Comma-separated.")] = "fullkv,sparsemm",
+    budgets: Annotated[str, typer.Option(help="Default: 256, on a CPU 64.")] = "",
+    engines: Annotated[
+        str, typer.Option(help="Also ours_plain and ours_compiled; see the README.")
+    ] = "ours,hf_generate,hf_static,concatenate",
+    rows: Annotated[str, typer.Option(help="Decoded at once, beside one.")] = "31",
+    window: Annotated[int, typer.Option(help="Of the methods.")] = 32,
+    steps: Annotated[int, typer.Option(help="New tokens that are timed.")] = 100,
+    repeats: Annotated[int, typer.Option(help="0: one on CUDA, three on the CPU.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Default: float16 on CUDA, float32 on the CPU.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where it is.")] = "",
+    threads: Annotated[int, typer.Option(help="On the CPU; 0: torch's choice.")] = 0,
+    bandwidth: Annotated[
+        str, typer.Option(help="With --dry-run: GB/s, or a GPU such as h100 or a100-80gb.")
+    ] = "h200",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print bytes and bounds, and end.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is there.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also the host's share of a step.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Every line, in seconds.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for JSON, table and figure.")] = Path(
+        "results/efficiency"
+    ),
+) -> None:
+    """Prefill, decode time, memory and cache over prompt lengths, beside the byte bound."""
+    given = dict(locals())
+    with one_sentence():
+        from sparsemm_eval.bench.efficiency import describe_bounds, run_efficiency
+        from sparsemm_eval.bench.efficiency_options import EfficiencyOptions
+
+        options = EfficiencyOptions(**given)
+        if dry_run:
+            typer.echo(describe_bounds(options, options.memory_bandwidth()))
+            return
+        done = run_efficiency(options, shlex.join(["sparsemm-eval", *sys.argv[1:]]))
+        typer.echo(done.markdown)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+        for line in done.failures:
+            typer.echo(f"sparsemm-eval: {line}", err=True)
+    raise typer.Exit(1 if done.failures else 0)
+
+
 @bench_app.command("shared-prefill")
 def shared_prefill(
     model: Annotated[
@@ -387,6 +722,18 @@ def one_sentence() -> Iterator[None]:
     except (ValueError, OSError, NotImplementedError, SampleFailures) as error:
         typer.echo(f"sparsemm-eval: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _stoppable(onward: str) -> Iterator[None]:
+    """A process that was asked to end says so, in one sentence, by the shell's exit codes."""
+    from sparsemm_eval.sweep.signals import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        typer.echo(f"sparsemm-eval: {stopped}; every finished answer is safe, {onward}", err=True)
+        raise typer.Exit(128 + stopped.signum) from stopped
 
 
 def _quiet() -> None:

@@ -21,7 +21,16 @@ ALLOWED = {
     "cache": TENSORS,
     "models/decode.py": TENSORS,
     "bench": TENSORS | {"flashinfer"},
-    "report": {"pandas", "matplotlib", "numpy", "scipy"},
+    "report": {
+        "pandas",
+        "matplotlib",
+        "numpy",
+        "scipy",
+        "jinja2",
+        "PIL",
+        "lmms_eval",
+        "pycocoevalcap",
+    },
 }
 
 

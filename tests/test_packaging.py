@@ -41,6 +41,7 @@ def test_tasks_sources_and_checkpoint_are_found_from_the_wheel(wheel: Path, tmp_
     code = (
         "from sparsemm_eval.paths import cuda_ext_folder, tasks_folder\n"
         "from sparsemm_eval.tiny import default_checkpoint\n"
+        "from sparsemm_eval.report.paper import paper_cells\n"
         "import sparsemm_eval\n"
         "print(sparsemm_eval.__file__)\n"
         "assert (tasks_folder() / 'docvqa_mini.yaml').is_file()\n"
@@ -48,6 +49,7 @@ def test_tasks_sources_and_checkpoint_are_found_from_the_wheel(wheel: Path, tmp_
         "assert (cuda_ext_folder() / 'README.md').is_file()\n"
         "assert (default_checkpoint() / 'model.safetensors').is_file()\n"
         "assert (default_checkpoint() / 'head_scores.json').is_file()\n"
+        "assert len(paper_cells()) > 500\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

@@ -1,6 +1,7 @@
 """Which tokens each KV head keeps: pure tensor arithmetic, torch only."""
 
 from sparsemm_eval.methods.allocation import Allocation, LayerAllocation, Prompt
+from sparsemm_eval.methods.budgets import tokens_per_head
 from sparsemm_eval.methods.head_mask import (
     MASK_MODES,
     HeadMask,
@@ -43,5 +44,6 @@ __all__ = [
     "read_head_mask",
     "register_method",
     "row_lengths",
+    "tokens_per_head",
     "visual_heads",
 ]

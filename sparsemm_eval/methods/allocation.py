@@ -61,7 +61,12 @@ class Allocation(ABC):
 
     def counts(self, prompt: Prompt, layer: int, scores: Tensor, exact: bool) -> Tensor:
         """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
-        return torch.from_numpy(_whole_model(self, prompt, exact)[layer]).to(scores.device)
+        counts = torch.from_numpy(_whole_model(self, prompt, exact)[layer])
+        return counts.to(scores.device, non_blocking=True)
+
+    def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
+        """Tokens that a layer's KV heads keep beside the window, all together."""
+        return int(_whole_model(self, prompt, exact)[layer].sum())
 
 
 class LayerAllocation(ABC):
@@ -87,6 +92,14 @@ class LayerAllocation(ABC):
         wants = self.wants(prompt, scores).cpu().numpy()
         total = prompt.base * prompt.shape.kv_heads
         return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(scores.device)
+
+    def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
+        """At most so many tokens a layer's KV heads keep beside the window, all together.
+
+        A bound that needs no scores lets a layer be packed without waiting for the device to count
+        them; None where there is none.
+        """
+        return prompt.base * prompt.shape.kv_heads if exact else None
 
 
 @dataclass(frozen=True)
@@ -178,6 +191,13 @@ class Adaptive(LayerAllocation):
 
     def wants(self, prompt: Prompt, scores: Tensor) -> Tensor:
         return (1 - self.floor) * self._best(prompt, scores) + int(self.floor * prompt.base)
+
+    def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
+        if exact:
+            return super().most(prompt, layer, exact)
+        # As `wants` sums up, and half a token a head for the rounding.
+        a_head = (1 - self.floor) * prompt.base + int(self.floor * prompt.base) + 0.5
+        return int(prompt.shape.kv_heads * min(a_head, prompt.candidates) + _ROUNDING)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,19 @@ class Method:
         mask[:, : n - window] = torch.zeros_like(ranked).scatter_(1, order, ranked)
         return mask
 
+    def most_kept(self, layer: int, n: int) -> int | None:
+        """Tokens that a layer keeps of a prompt of n, over all its KV heads, or at most.
+
+        Known without scores, and so without waiting for the device; None where only scores tell.
+        """
+        heads = self.shape.kv_heads
+        if self.keeps_all(n):
+            return heads * n
+        window = self.scorer.window
+        prompt = Prompt(self.shape, self.budget - window, n - window)
+        beside = self.allocation.most(prompt, layer, self.exact)
+        return None if beside is None else beside + heads * window
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that makes this method what it is, plain values in a fixed order (a cell's)."""

@@ -85,8 +85,8 @@ class ObservationWindow:
         heads, n, dim = key.shape
         w = self.window
         exact = torch.promote_types(key.dtype, torch.float32)
-        grouped = query[:, -w:].to(exact).reshape(heads, -1, w, dim)  # [H, G, w, d]
-        logits = grouped @ key.to(exact)[:, None].transpose(-1, -2) * dim**-0.5  # [H, G, w, n]
+        grouped = query[:, -w:].reshape(heads, -1, dim)  # [H, G * w, d]
+        logits = _products(grouped, key, exact).mul_(dim**-0.5).view(heads, -1, w, n)
         future = torch.ones(w, w, dtype=torch.bool, device=key.device).triu(1)
         logits[..., n - w :].masked_fill_(future, -torch.inf)
         # Summed in float64, where a few float32 weights add up without rounding: else the order of
@@ -96,6 +96,15 @@ class ObservationWindow:
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         half = self.kernel_size // 2
         return pool(scores.to(exact)[:, None], self.kernel_size, 1, half)[:, 0]
+
+
+def _products(query: Tensor, key: Tensor, exact: torch.dtype) -> Tensor:
+    """[H, m, n] in a dtype of float32 or better from query [H, m, d] and key [H, n, d]."""
+    if key.device.type == "cuda" and key.dtype != exact:
+        # Products of half-precision numbers are exact and summed in float32: the keys, by far the
+        # most of what is read, need no copy in float32.
+        return torch.bmm(query, key.transpose(1, 2), out_dtype=exact)
+    return torch.bmm(query.to(exact), key.to(exact).transpose(1, 2))
 
 
 @dataclass(frozen=True)

@@ -1,83 +1,10 @@
-"""Curves: score over budget, score over silenced heads."""
+"""Curves: score over silenced heads."""
 
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
-
-from sparsemm_eval.report.benchmarks import benchmark_of
-from sparsemm_eval.report.tables import METHOD_NAMES, method_order
-
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-_STYLES = {
-    "fullkv": {"color": "#000000", "linestyle": "--"},
-    "sparsemm": {"color": "#D55E00", "marker": "o"},
-    "snapkv": {"color": "#0072B2", "marker": "s"},
-    "pyramidkv": {"color": "#009E73", "marker": "^"},
-    "adakv": {"color": "#CC79A7", "marker": "D"},
-    "random": {"color": "#777777", "marker": "x"},
-    "local": {"color": "#56B4E9", "marker": "v"},
-    "streaming": {"color": "#E69F00", "marker": "P"},
-}
-
-
-def score_panels(frame: pd.DataFrame, over: str, title: str, path: Path) -> None:
-    """Draw score over budget, or over what was really kept: a panel a task, a line a method.
-
-    Parameters
-    ----------
-    frame : DataFrame
-        Of one model, as `main_scores` gives it: task, method, budget, kept_tokens_per_head,
-        score, stderr. One standard error is a band; full KV is a level.
-    over : {"budget", "kept_tokens_per_head"}
-        The horizontal axis.
-    title : str
-        Of the figure.
-    path : Path
-        Where it goes; the ending chooses the format.
-    """
-    tasks = list(dict.fromkeys(frame["task"]))
-    columns = min(len(tasks), 4)
-    rows = -(-len(tasks) // columns)
-    size = (2.9 * columns, 2.5 * rows + 0.7) if len(tasks) > 1 else (5.2, 3.9)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, task in zip(grid, tasks, strict=False):
-        _score_panel(axes, frame[frame["task"] == task], over)
-        benchmark = benchmark_of(task)
-        axes.set_title(f"{benchmark.title} ({benchmark.label})", fontsize=9.5)
-    for axes in grid[len(tasks) :]:
-        axes.set_visible(False)
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=6 if columns > 2 else 3,
-        fontsize=8.5, frameon=False,
-    )  # fmt: skip
-    what = "budget" if over == "budget" else "what was really kept"
-    figure.suptitle(f"{title}\nover {what}: tokens per KV head, log scale", fontsize=10.5)
-    figure.savefig(path, dpi=160)
-
-
-def _score_panel(axes: Axes, frame: pd.DataFrame, over: str) -> None:
-    for method in method_order(list(set(frame["method"]))):
-        points = frame[frame["method"] == method].sort_values(over)
-        style = {"markersize": 4, "linewidth": 1.5, **_STYLES.get(method, {"marker": "."})}
-        name = METHOD_NAMES.get(method, method)
-        if points["budget"].isna().all():
-            axes.axhline(points["score"].iloc[0], label=name, **style)
-            continue
-        axes.plot(points[over], points["score"], label=name, **style)
-        low, high = (points["score"] + sign * points["stderr"] for sign in (-1, 1))
-        axes.fill_between(points[over], low, high, color=style.get("color"), alpha=0.12, lw=0)
-    budgets = sorted(frame["budget"].dropna().unique())
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [f"{budget:.0f}" for budget in budgets])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.tick_params(labelsize=8)
-    axes.set_ylim(0, 1.03 * max(1.0, frame["score"].max()))
-    axes.grid(alpha=0.25)
 
 
 def score_over_silenced(frame: pd.DataFrame, total: int, path: Path) -> None:

@@ -5,18 +5,7 @@ from collections.abc import Iterator, Mapping
 import pandas as pd
 
 from sparsemm_eval.report.benchmarks import benchmark_of
-
-# The paper's names, in its order; methods of one's own follow by name.
-METHOD_NAMES = {
-    "fullkv": "FullKV",
-    "sparsemm": "SparseMM",
-    "snapkv": "SnapKV",
-    "pyramidkv": "PyramidKV",
-    "adakv": "AdaKV",
-    "random": "Random",
-    "local": "Local",
-    "streaming": "StreamingLLM",
-}
+from sparsemm_eval.report.names import METHOD_NAMES
 
 
 def method_order(methods: list[str]) -> list[str]:

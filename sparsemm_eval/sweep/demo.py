@@ -18,11 +18,18 @@ from sparsemm_eval.methods import MASK_MODES, HeadScores
 from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
+from sparsemm_eval.models.visuals import visuals
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.report.benchmarks import benchmark_of, main_scores
-from sparsemm_eval.report.figures import score_panels
+from sparsemm_eval.report.curves import score_curves
+from sparsemm_eval.report.markup import to_format
+from sparsemm_eval.report.page import write_page
+from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.results import read_results
+from sparsemm_eval.report.results import load, read_results
+from sparsemm_eval.report.samples import score_samples
+from sparsemm_eval.report.statistics import add_statistics
+from sparsemm_eval.report.styles import save
 from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
 from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.tiny import embedded_checkpoints
@@ -34,6 +41,7 @@ METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
 BUDGETS = (256, 128, 64, 32, 16, 12)
 SAMPLES = 200
 MASKING_SEEDS = 5
+TITLE = "The embedded models on the miniature benchmarks"
 # Of the table that shows all benchmarks at once.
 OVERVIEW = 32
 # The questions of drawn documents are 5 to 8 tokens long; the paper's window of 32 is for prompts
@@ -116,7 +124,9 @@ def run_demo(
         check_choice("model", name, tuple(folders))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     cells = list(_cells(budgets, allocation))
-    frames, files = [], []
+    frames: list[pd.DataFrame] = []
+    files: list[Path] = []
+    scored: list[Path] = []
     for name in models or folders:
         checkpoint = Checkpoint(folders[name], dtype="float32", device_map=device)
         runs = make_models(checkpoint, cells, batch_size=batch_size, answers=out / name / "answers")
@@ -130,8 +140,9 @@ def run_demo(
             stated={"pretrained": f"embedded:{name}", "dtype": checkpoint.dtype},
             about=made_by(command, name),
         )
-        frame = read_results(path for of_cell in paths for path in of_cell)
-        frames.append(main_scores(frame).assign(model=name))
+        of_model = [path for of_cell in paths for path in of_cell]
+        frames.append(main_scores(read_results(of_model)).assign(model=name))
+        scored += of_model
         if masked:
             study = run_masking(
                 checkpoint,
@@ -145,6 +156,7 @@ def run_demo(
             files += study.files
         files += draw(checkpoint, drawn_scene(), out / name / "heads").files
         checkpoint.release()
+    files += _report(scored, out)
     return _write(pd.concat(frames, ignore_index=True), out, files, command, start)
 
 
@@ -157,6 +169,20 @@ def _cells(budgets: Sequence[int], allocation: str) -> Iterator[dict[str, Any]]:
             yield {"method": method, "budget": budget, "window": WINDOW, **more}
 
 
+def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:
+    """Curves of each model, tables in the paper's shape, and the page of all."""
+    results = load(paths)
+    scores = score_samples(results.cells).frame
+    for name, cells in add_statistics(results.cells, scores).groupby("model", sort=False):
+        for over, file in (("budget", "budget"), ("kept_tokens_per_head", "kept")):
+            yield from save(score_curves(cells, over), out / name / f"score_over_{file}", ("png",))
+    for like in applicable(results.cells):
+        path = out / f"{like}.md"
+        path.write_text(to_format(paper_table(results.cells, scores, like), "markdown"), "utf-8")
+        yield path
+    yield write_page(results, out / "report", TITLE, visuals=visuals)
+
+
 def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, start: float) -> Demo:
     """Tables, curves and summary of all cells."""
     chance = {
@@ -165,7 +191,7 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
     }
     folders = embedded_checkpoints()
     parts = [
-        "# The embedded models on the miniature benchmarks",
+        f"# {TITLE}",
         f"{frame['samples'].max():.0f} drawn samples a benchmark, float32, window {WINDOW}. "
         "Columns are budgets: mean tokens of the prompt kept per KV head. Chance is the best "
         "constant answer.",
@@ -178,10 +204,6 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
         parts.append(to_markdown(overview_table(of_model, int(shown), chance)))
         for title, table in score_tables(of_model, chance):
             parts += [f"### {title}", to_markdown(table)]
-        for over, file in (("budget", "budget"), ("kept_tokens_per_head", "kept")):
-            path = out / name / f"score_over_{file}.png"
-            score_panels(of_model, over, f"{name}, miniature benchmarks: score", path)
-            files.append(path)
     markdown = "\n\n".join(parts) + "\n"
     kept = [
         f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"

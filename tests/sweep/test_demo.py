@@ -60,6 +60,11 @@ def test_files_say_how_they_were_made(demo: tuple[Demo, Path]) -> None:
     for model in ("qwen2vl", "llava_next"):
         for name in ("score_over_budget", "score_over_kept", "heads/scores", "mask/masking"):
             assert (out / model / f"{name}.png").stat().st_size > 10_000
+    for like, benchmark in (("table3", "DocVQA (ANLS)"), ("table4", "VQAv2 (VQA accuracy)")):
+        assert f"| {benchmark} " in (out / f"{like}.md").read_text()
+    page = (out / "report" / "index.html").read_text()
+    assert str(out) not in page.split("<main")[0]
+    assert "data:image/" in page
     assert all(path.is_file() for path in made.files)
 
 

@@ -309,9 +309,10 @@ def test_model_settings_are_the_wrappers_own() -> None:
 # --- the shipped grids ---------------------------------------------------------------------------
 
 
-def test_the_issue_names_these() -> None:
+def test_these_grids_are_shipped() -> None:
     assert SHIPPED == [
-        "ablation_components", "ablation_ratio", "demo", "efficiency", "paper_general", "paper_ocr"
+        "ablation_components", "ablation_ratio", "demo", "demo_ablations", "efficiency",
+        "paper_general", "paper_ocr",
     ]  # fmt: skip
 
 

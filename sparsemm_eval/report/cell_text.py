@@ -1,0 +1,215 @@
+"""What a table's cell may show, as text for readers and as plain numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from sparsemm_eval.report.benchmarks import BENCHMARKS
+from sparsemm_eval.report.names import DEFAULTS
+from sparsemm_eval.report.paper import paper_cells
+
+# What --show takes, and what stands in the table's head for it.
+SHOWN = {
+    "score": "",
+    "interval": "95% interval",
+    "kept": "kept tokens/head",
+    "bytes": "KV MiB",
+    "paper": "paper",
+    "from_paper": "from paper",
+    "difference": "difference",
+    "baseline": "baseline",
+    "p": "p",
+    "n": "n",
+    "spread": "spread",
+}
+_BOUNDED = {benchmark.title for benchmark in BENCHMARKS.values() if benchmark.label != "CIDEr"}
+_DIGITS = 3
+_SHIFT = {(1, 100): -2, (100, 1): 2}  # decimals, from one factor of the score to another
+
+
+def checked_shown(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of what is shown, each once.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown, or there is none.
+    """
+    for name in names:
+        if name not in SHOWN:
+            raise ValueError(f"show={name}: it must be of {', '.join(SHOWN)}")
+    if not names:
+        raise ValueError(f"show: give at least one of {', '.join(SHOWN)}")
+    return tuple(dict.fromkeys(names))
+
+
+def with_paper(cells: pd.DataFrame, like: str | None) -> pd.DataFrame:
+    """Add the paper's score of the same model, benchmark, method, budget and ratio: paper_score,
+    paper_source; NaN and "" where it has none, and for the paper's own cells.
+    """
+    reference = paper_cells(like)
+    if like is None:
+        reference = reference[~reference["source"].isin(("table1", "table2"))]
+    printed = {
+        _key(row): (row["score"], row["source"], row["digits"])
+        for row in reference.to_dict("records")
+    }
+    found = [
+        printed.get(_key(row), (None, "", None))
+        if row["source"] == "measured"
+        else (None, "", None)
+        for row in cells.to_dict("records")
+    ]
+    score, source, digits = zip(*found, strict=True) if found else ((), (), ())
+    return cells.assign(
+        paper_score=pd.Series(score, index=cells.index, dtype=float),
+        paper_source=pd.Series(source, index=cells.index, dtype=object),
+        paper_digits=pd.Series(digits, index=cells.index, dtype="Int64"),
+    )
+
+
+def _key(row: Mapping) -> tuple:
+    ratio = row["ratio"] if row["method"] == "sparsemm" else 0.0
+    ratio = DEFAULTS["ratio"] if pd.isna(ratio) else float(ratio)
+    budget = None if pd.isna(row["budget"]) else float(row["budget"])
+    return row["model"], row["benchmark"], row["method"], budget, ratio
+
+
+def with_scale(
+    cells: pd.DataFrame, like: str | None, digits: int | None, percent: bool | None
+) -> pd.DataFrame:
+    """Add what scores are multiplied by and printed with: factor, decimals.
+
+    As the paper prints the benchmark in a table like one of its own, else 3 decimals of 0 to 1.
+    `digits` and `percent`, where given, hold for all; CIDEr and benchmarks whose scale is not
+    known are never percent.
+    """
+    printed: dict[str, int] = {}
+    if like is not None:
+        reference = paper_cells(like)
+        exact = reference[~reference["source"].str.endswith("_digitised")]
+        printed = exact.groupby("benchmark")["digits"].max().to_dict()
+    factors, decimals = [], []
+    for row in cells.to_dict("records"):
+        natural = 100 if like is not None and row["percent"] else 1
+        usual = _DIGITS + _SHIFT.get((1, natural), 0)
+        places = int(printed.get(row["benchmark"], usual))
+        if like is not None and pd.notna(row["digits"]):
+            places = int(row["digits"])
+        factor = natural
+        if percent is not None:
+            factor = 100 if percent and row["benchmark"] in _BOUNDED else 1
+        places += _SHIFT.get((natural, factor), 0)
+        factors.append(factor)
+        decimals.append(max(places, 0) if digits is None else digits)
+    return cells.assign(factor=factors, decimals=decimals)
+
+
+def cell_texts(cells: pd.DataFrame, shown: Sequence[str], plain: bool = False) -> pd.DataFrame:
+    """One row a cell, one column a thing shown; "" where it is not known.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        With statistics, `with_paper` and `with_scale`.
+    shown : sequence of str
+        Of `SHOWN`.
+    plain : bool
+        Without signs around numbers: no ≈, no n of a partial score.
+    """
+    # Where all are of the same samples the caption says of how many.
+    alike = len(cells[["samples", "expected"]].drop_duplicates()) == 1
+    cells = cells.assign(partial=cells["samples"].lt(cells["expected"]) & (not alike))
+    rows = [[_TEXTS[name](row, plain) for name in shown] for row in cells.to_dict("records")]
+    return pd.DataFrame(rows, index=cells.index, columns=list(shown), dtype=object)
+
+
+def _score(row: Mapping, plain: bool) -> str:
+    text = _number(row["score"], row)
+    if plain or not text:
+        return text
+    partial = f" (n={row['samples']:.0f})" if row["partial"] else ""
+    return _digitised(row["source"]) + text + partial
+
+
+def _interval(row: Mapping, plain: bool) -> str:
+    if pd.isna(row["low"]):
+        return ""
+    return f"[{_number(row['low'], row)}, {_number(row['high'], row)}]"
+
+
+def _kept(row: Mapping, plain: bool) -> str:
+    return "" if pd.isna(row["kept_tokens_per_head"]) else f"{row['kept_tokens_per_head']:.1f}"
+
+
+def _bytes(row: Mapping, plain: bool) -> str:
+    if pd.isna(row["kept_kv_bytes"]):
+        return ""
+    mebibytes = row["kept_kv_bytes"] / 2**20
+    return f"{mebibytes:.1f}" if mebibytes >= 10 else f"{mebibytes:.3g}"
+
+
+def _paper(row: Mapping, plain: bool) -> str:
+    if pd.isna(row["paper_score"]):
+        return ""
+    places = row["paper_digits"] + _SHIFT.get((100 if row["percent"] else 1, row["factor"]), 0)
+    text = f"{row['paper_score'] * row['factor']:.{min(max(places, 0), row['decimals'])}f}"
+    return text if plain else _digitised(row["paper_source"]) + text
+
+
+def _from_paper(row: Mapping, plain: bool) -> str:
+    return _signed(row["score"] - row["paper_score"], row)
+
+
+def _difference(row: Mapping, plain: bool) -> str:
+    text = _signed(row["difference"], row)
+    if not text or plain or pd.isna(row["difference_low"]):
+        return text
+    low, high = (_signed(row[name], row) for name in ("difference_low", "difference_high"))
+    return f"{text} [{low}, {high}]"
+
+
+def _baseline(row: Mapping, plain: bool) -> str:
+    return row["baseline"]
+
+
+def _p(row: Mapping, plain: bool) -> str:
+    p = row["p_corrected"]
+    if pd.isna(p):
+        return ""
+    if plain:
+        return f"{p:.4g}"
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _n(row: Mapping, plain: bool) -> str:
+    return "" if pd.isna(row["samples"]) else f"{row['samples']:.0f}"
+
+
+def _spread(row: Mapping, plain: bool) -> str:
+    text = _number(row["spread"], row)
+    return text if plain or not text else f"±{text} ({row['seeds']} seeds)"
+
+
+_TEXTS = {
+    "score": _score, "interval": _interval, "kept": _kept, "bytes": _bytes, "paper": _paper,
+    "from_paper": _from_paper, "difference": _difference, "baseline": _baseline, "p": _p, "n": _n,
+    "spread": _spread,
+}  # fmt: skip
+
+
+def _digitised(source: str) -> str:
+    return "≈" if source.endswith("_digitised") else ""
+
+
+def _number(value: float, row: Mapping) -> str:
+    return "" if pd.isna(value) else f"{value * row['factor']:.{row['decimals']}f}"
+
+
+def _signed(value: float, row: Mapping) -> str:
+    if pd.isna(value):
+        return ""
+    # Adding zero turns the -0.0 of rounding into 0.0.
+    return f"{round(value * row['factor'], row['decimals']) + 0.0:+.{row['decimals']}f}"

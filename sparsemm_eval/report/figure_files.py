@@ -1,0 +1,160 @@
+"""Results in, figures out: what ``sparsemm-eval figure`` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.curves import score_curves
+from sparsemm_eval.report.efficiency import gather_efficiency
+from sparsemm_eval.report.efficiency_figures import efficiency_curves
+from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.results import PAPER, gather
+from sparsemm_eval.report.samples import score_samples
+from sparsemm_eval.report.selection import select
+from sparsemm_eval.report.statistics import add_statistics
+from sparsemm_eval.report.styles import check_formats, save
+
+OVER = {"budget": "budget", "kept": "kept_tokens_per_head"}
+KINDS = (*OVER, "efficiency", "heads")
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What is drawn; nothing named draws all.
+
+    Parameters
+    ----------
+    models, benchmarks, methods, budgets : sequence
+        As of `sparsemm_eval.report.selection.select`.
+    """
+
+    models: Sequence[str] = ()
+    benchmarks: Sequence[str] = ()
+    methods: Sequence[str] = ()
+    budgets: Sequence[float] = ()
+
+    def apply(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows that are left; ValueError if none is."""
+        return select(rows, self.models, self.benchmarks, self.methods, self.budgets)
+
+
+_ALL = Filters()
+
+
+@dataclass(frozen=True)
+class DrawnFiles:
+    """What was written.
+
+    Parameters
+    ----------
+    files : tuple of Path
+        The figure in each format.
+    notes : tuple of str
+        A sentence each: files that could not be read, and what the figure had to do without.
+    """
+
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def draw_scores(
+    results: Sequence[str],
+    kind: str,
+    out: Path,
+    formats: Sequence[str] = ("svg", "png"),
+    filters: Filters = _ALL,
+    paper: bool = False,
+    zoom: bool = False,
+) -> DrawnFiles:
+    """Draw score over budget or over what was kept, as ``OUT/score_over_KIND``.
+
+    Parameters
+    ----------
+    results : sequence of str
+        Files, folders, ``paper``.
+    kind : {"budget", "kept"}
+        The horizontal axis.
+    out : Path
+        The folder.
+    formats : sequence of str
+        Of "svg" and "png".
+    filters : Filters
+        Which cells are drawn.
+    paper : bool
+        Draw the paper's curves behind, dashed, where model and benchmark are its own.
+    zoom : bool
+        Fit the vertical axes to the data.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or an argument is wrong.
+    """
+    check_formats(formats)
+    if paper and kind == "kept":
+        raise ValueError(
+            "paper with kind=kept: the paper does not say what was really kept; leave it out, or "
+            "take kind=budget"
+        )
+    found = gather(results)
+    notes = [f"not read: {file.path}: {file.reason}" for file in found.unreadable]
+    cells = filters.apply(join_seeds(found.cells))
+    scored = score_samples(cells)
+    notes += scored.notes
+    if len(scored.frame):
+        cells = add_statistics(cells, scored.frame)
+    if paper and PAPER not in results:
+        behind = _behind(cells, filters)
+        if behind.empty:
+            notes.append("the paper has no curve of these models and benchmarks")
+        else:
+            cells = pd.concat([cells, behind], ignore_index=True)
+    figure = score_curves(cells, OVER[kind], zoom)
+    return DrawnFiles((*save(figure, out / f"score_over_{kind}", formats),), (*notes,))
+
+
+def _behind(cells: pd.DataFrame, filters: Filters) -> pd.DataFrame:
+    """The paper's cells of the models and benchmarks drawn, and of the methods asked for."""
+    behind = pd.concat([paper_cells("table3"), paper_cells("table4")], ignore_index=True)
+    here = set(zip(cells["model"], cells["benchmark"], strict=True))
+    pairs = zip(behind["model"], behind["benchmark"], strict=True)
+    behind = behind[[pair in here for pair in pairs]]
+    if filters.methods:
+        behind = behind[behind["method"].isin(cells["method"])]
+    return behind
+
+
+def draw_efficiency(
+    results: Sequence[str],
+    out: Path,
+    formats: Sequence[str] = ("svg", "png"),
+    filters: Filters = _ALL,
+    paper: bool = False,
+) -> DrawnFiles:
+    """Draw decode time and peak memory over input tokens, as ``OUT/efficiency``.
+
+    Parameters
+    ----------
+    results, out, formats, filters, paper
+        As of `draw_scores`; results are those of `sparsemm_eval.report.efficiency`.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, or an argument is wrong.
+    """
+    check_formats(formats)
+    if filters.benchmarks:
+        raise ValueError(
+            f"benchmarks={','.join(filters.benchmarks)}: kind=efficiency knows none; leave it out"
+        )
+    words = [*results, PAPER] if paper and PAPER not in results else results
+    found = gather_efficiency(words)
+    notes = [f"not read: {file.path}: {file.reason}" for file in found.unreadable]
+    figure = efficiency_curves(filters.apply(found.rows))
+    return DrawnFiles((*save(figure, out / "efficiency", formats),), (*notes,))

@@ -1,0 +1,135 @@
+"""One self-contained HTML page of results: it loads nothing, and works from a file."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+import sparsemm_eval
+from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.page.differences import Visuals, browse, find_differences
+from sparsemm_eval.report.page.exhibits import figures, tables
+from sparsemm_eval.report.page.leaderboard import leaderboard
+from sparsemm_eval.report.page.runs import runs
+from sparsemm_eval.report.results import Results
+from sparsemm_eval.report.samples import score_samples
+from sparsemm_eval.report.statistics import add_statistics
+
+TITLE = "KV-cache compression of vision-language models"
+
+
+def write_page(
+    results: Results,
+    folder: Path,
+    title: str = TITLE,
+    samples: int = 20,
+    visuals: Visuals | None = None,
+    against: str = "best",
+) -> Path:
+    """Write ``index.html``: leaderboard, tables, figures, samples unlike full KV's, and runs.
+
+    Parameters
+    ----------
+    results : Results
+        Of `sparsemm_eval.report.results.load`.
+    folder : Path
+        Where it goes; made if it is not there.
+    title : str
+        Of the page.
+    samples : int
+        Samples a cell that can be looked at, at most.
+    visuals : callable, optional
+        Images of documents by task and document number; None leaves images out.
+    against : str
+        What scores are compared with, as for `add_statistics`.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    ValueError
+        If there are no cells, or `samples` or `against` cannot be.
+    """
+    if results.cells.empty:
+        raise ValueError(
+            "there is no score in what was read: give results files, or folders that hold them"
+        )
+    if samples < 0:
+        raise ValueError(f"samples={samples}: it must be 0 or more")
+    scored = score_samples(results.cells)
+    joined = join_seeds(results.cells)
+    origin = _origin(results.cells, joined)
+    scores = scored.frame.assign(cell=scored.frame["cell"].map(origin))
+    cells = add_statistics(joined, scores, against)
+    differences = find_differences(results.cells, scored.frame)
+    browser = browse(results.cells, differences, samples, visuals)
+    page = _environment().get_template("page.html.j2").render(
+        title=title,
+        read=_read(results),
+        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        version=sparsemm_eval.__version__,
+        unreadable=results.unreadable,
+        leaderboard=leaderboard(cells, differences.counts(origin), against),
+        tables=tables(joined, scores),
+        figures=figures(cells),
+        notes=scored.notes,
+        browser=browser,
+        runs=runs(results.files),
+        css=_text("page.css"),
+        script=_text("page.js"),
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "index.html"
+    # Half a surrogate pair, which a model may say, has no place in a file.
+    path.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def _environment() -> jinja2.Environment:
+    """Everything that enters a template is escaped, JSON too."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sparsemm_eval.report", "page"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {
+        "ensure_ascii": False,
+        "allow_nan": False,
+        "separators": (",", ":"),
+    }
+    return environment
+
+
+def _origin(cells: pd.DataFrame, joined: pd.DataFrame) -> dict[int, int]:
+    """Of each cell the index of that in which its seeds are joined."""
+    places = {
+        (file, cell["task"]): index
+        for index, cell in joined.iterrows()
+        for file in cell["files_of"]
+    }
+    own = cells[cells["source"] == "measured"]
+    return {index: places[cell["file"], cell["task"]] for index, cell in own.iterrows()}
+
+
+def _read(results: Results) -> str:
+    """What was read, in a sentence."""
+    measured = results.cells["source"].eq("measured")
+    counts = {
+        "cells": measured.sum(),
+        "results files": len(results.files),
+        "cells of the paper": (~measured).sum(),
+        "files not read": len(results.unreadable),
+    }
+    return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count) + "."
+
+
+def _text(name: str) -> str:
+    return (files("sparsemm_eval.report.page") / name).read_text(encoding="utf-8")

@@ -1,0 +1,205 @@
+"""The leaderboard: one row a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from sparsemm_eval.report.page.order import choices, distinct, in_order
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column and what it is called."""
+
+    title: str
+    kind: str = "text"  # or "number"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a row says in a column.
+
+    Parameters
+    ----------
+    text : str
+        What is shown.
+    kind : {"text", "number"}
+        Numbers stand at the right.
+    sort : str
+        What it is sorted by; empty ones come last.
+    mark : str
+        "better" or "worse" than the baseline, or nothing.
+    """
+
+    text: str
+    kind: str = "text"
+    sort: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell in the leaderboard.
+
+    Parameters
+    ----------
+    samples : int
+        The cell whose samples are looked at, where some are unlike full KV's.
+    model, benchmark, method, budget : str
+        What it is filtered by.
+    fields : tuple of Field
+        One a column.
+    unlike : Field
+        How many answers are not full KV's.
+    runs : tuple of int
+        Numbers of its results files, from 1.
+    source : str
+        Where a number is from that no file holds.
+    """
+
+    samples: int | None
+    model: str
+    benchmark: str
+    method: str
+    budget: str
+    fields: tuple[Field, ...]
+    unlike: Field
+    runs: tuple[int, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """All rows, and what they can be filtered by."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    filters: Mapping[str, tuple[str, ...]]
+    explanation: str
+    has_samples: bool
+
+
+_BASELINES = {"best": "the best other method at the same budget", "fullkv": "full KV"}
+_FIRST = "1e18"  # sorted before any budget: full KV has none
+
+COLUMNS = (
+    Column("model"),
+    Column("benchmark"),
+    Column("method"),
+    Column("budget", "number", "mean tokens per KV head of the prompt, window included"),
+    Column("score", "number", "0 to 1, CIDEr as lmms-eval has it"),
+    Column("95% interval", "number", "bootstrap over samples"),
+    Column("difference", "number", "from the baseline, with its 95% interval"),
+    Column("p", "number", "corrected for the number of comparisons (Holm)"),
+    Column("baseline"),
+    Column("kept", "number", "tokens per KV head that were really kept"),
+    Column("KV MiB", "number", "bytes of keys and values kept, per sample"),
+    Column("n", "number", "samples that were scored"),
+)
+
+
+def leaderboard(
+    cells: pd.DataFrame, unlike: Mapping[int, tuple[int, int, int]], against: str
+) -> Leaderboard:
+    """Lay cells out as rows.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Cells with their statistics, as `add_statistics` gives them.
+    unlike : mapping
+        By index of a cell, of `Differences.counts`.
+    against : str
+        What the baseline is, as for `add_statistics`.
+    """
+    cells = in_order(cells)
+    named = choices(cells)
+    rows = tuple(
+        _row(cell, names, unlike.get(index))
+        for (index, cell), names in zip(
+            cells.iterrows(), named.itertuples(index=False), strict=True
+        )
+    )
+    baseline = _BASELINES.get(against, against)
+    explanation = (
+        "Each row is a cell: one model and method on one benchmark, at one budget. Differences are "
+        f"from {baseline}, over the same samples; significant ones are coloured."
+    )
+    return Leaderboard(COLUMNS, rows, distinct(cells, named), explanation, bool(unlike))
+
+
+def _row(cell: pd.Series, names: Any, unlike: tuple[int, int, int] | None) -> Row:
+    differ, compared, first = unlike or (None, None, None)
+    mark = "better" if cell["better"] else "worse" if cell["worse"] else ""
+    fields = (
+        Field(names.model),
+        Field(f"{names.benchmark} ({cell['metric_label']})"),
+        Field(names.method),
+        Field(names.budget, "number", _FIRST if pd.isna(cell["budget"]) else names.budget),
+        _number(cell["score"], lambda value: f"{value:.3f}{_spread(cell)}"),
+        _interval(cell["low"], cell["high"]),
+        _difference(cell, mark),
+        _number(cell["p_corrected"], _p_value),
+        Field("" if pd.isna(cell["baseline"]) else str(cell["baseline"])),
+        _number(cell["kept_tokens_per_head"], "{:,.1f}".format),
+        _number(cell["kept_kv_bytes"] / 2**20, "{:,.3g}".format),
+        _count(cell),
+    )  # fmt: skip
+    shown = Field("")
+    if unlike:
+        words = f"{differ}" if compared == cell["samples"] else f"{differ} of {compared}"
+        shown = _number(differ, lambda _: words)
+    measured = cell["source"] == "measured"
+    return Row(
+        first if differ else None, *names, fields, shown,
+        tuple(number + 1 for number in cell["files_of"]) if measured else (),
+        "" if measured else f"paper, {cell['source']}",
+    )  # fmt: skip
+
+
+def _number(value: Any, form: Callable[[Any], str]) -> Field:
+    if value is None or pd.isna(value):
+        return Field("", "number")
+    return Field(form(value), "number", f"{float(value):.9g}")
+
+
+def _spread(cell: pd.Series) -> str:
+    """Of seeds that were joined."""
+    return "" if cell["seeds"] < 2 else f" \N{PLUS-MINUS SIGN} {cell['spread']:.3f}"
+
+
+def _interval(low: float, high: float) -> Field:
+    if pd.isna(low) or pd.isna(high):
+        return Field("", "number")
+    return Field(f"{low:.3f}\N{EN DASH}{high:.3f}", "number", f"{high - low:.9g}")
+
+
+def _difference(cell: pd.Series, mark: str) -> Field:
+    found = _number(cell["difference"], lambda value: _signed(value))
+    if not found.text or pd.isna(cell["difference_low"]):
+        return found
+    between = f"{_signed(cell['difference_low'])} to {_signed(cell['difference_high'])}"
+    return Field(f"{found.text} ({between})", "number", found.sort, mark)
+
+
+def _signed(value: float) -> str:
+    text = f"{value:+.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _count(cell: pd.Series) -> Field:
+    """How many samples were scored, and of how many, if not of all."""
+    scored, expected = cell["samples"], cell["expected"]
+    partial = not pd.isna(expected) and not pd.isna(scored) and scored < expected
+    return _number(
+        scored, lambda value: f"{value:,.0f} of {expected:,.0f}" if partial else f"{value:,.0f}"
+    )

@@ -1,0 +1,237 @@
+"""How figures look: widths, fonts, colours; and files that the same numbers make again."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
+
+from sparsemm_eval.report.names import METHOD_NAMES
+
+# Inches: a column and the text's width of a two-column page.
+COLUMN, PAGE = 3.4, 7.0
+FORMATS = ("svg", "png")
+FONT = 7.0  # points, the smallest that is set
+CHARACTER, LINE = 0.56 * FONT / 72, 1.5 * FONT / 72  # inches: of its characters and lines
+_DPI = 300
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+METHOD_STYLES: Mapping[str, dict[str, Any]] = {
+    "fullkv": {"color": "#000000", "linestyle": "--"},
+    "sparsemm": {"color": "#D55E00", "marker": "o"},
+    "snapkv": {"color": "#0072B2", "marker": "s"},
+    "pyramidkv": {"color": "#009E73", "marker": "^"},
+    "adakv": {"color": "#CC79A7", "marker": "D"},
+    "random": {"color": "#777777", "marker": "x"},
+    "local": {"color": "#56B4E9", "marker": "v"},
+    "streaming": {"color": "#E69F00", "marker": "P"},
+}
+_COLOURS = tuple(style["color"] for style in METHOD_STYLES.values())[1:]
+_MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">")
+# Dashes are not among them: they tell the paper's curves, drawn behind one's own.
+PAPER_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": "None", "zorder": 1.5}
+_LINES: tuple[Any, ...] = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each curve, no two of them alike.
+
+    A method of the paper has a colour of its own; what varies its settings has other markers and
+    lines. Methods of one's own take the colours that are left, and share them when none is.
+
+    Parameters
+    ----------
+    methods : mapping of str to str
+        Method by label, in the order of the legend.
+
+    Returns
+    -------
+    dict of str to dict
+        ``color``, ``marker`` and ``linestyle`` by label.
+    """
+    styles: dict[str, dict[str, Any]] = {}
+    taken = {METHOD_STYLES[name]["color"] for name in methods.values() if name in METHOD_STYLES}
+    free = [colour for colour in _COLOURS if colour not in taken]
+    colours = [*free, *(colour for colour in _COLOURS if colour in taken)]
+    for label, method in methods.items():
+        known = METHOD_STYLES.get(method)
+        for turn in count():
+            place = turn if known is None else turn - 1
+            marker, line = _MARKERS[place % len(_MARKERS)], _LINES[place % len(_LINES)]
+            if known is None:
+                line = _LINES[turn // len(colours) % len(_LINES)]
+                style = {"color": colours[turn % len(colours)], "marker": marker, "linestyle": line}
+            elif turn == 0:
+                style = {"marker": None, **known, "linestyle": "-"}
+            else:
+                style = {"color": known["color"], "marker": marker, "linestyle": line}
+            if style not in styles.values():
+                styles[label] = style
+                break
+    return styles
+
+
+def label_order(methods: Mapping[str, str]) -> dict[str, str]:
+    """Method by label, the paper's methods first and in its order, then by label."""
+    known = list(METHOD_NAMES)
+
+    def place(label: str) -> tuple[int, int, str]:
+        method = methods[label]
+        own = len(known) if method not in known else known.index(method)
+        return own, len(label), label
+
+    return {label: methods[label] for label in sorted(methods, key=place)}
+
+
+def house_style() -> AbstractContextManager[None]:
+    """Fonts and lines of every figure; to be entered before one is made."""
+    return mpl.rc_context(
+        {
+            "font.size": FONT,
+            "axes.titlesize": FONT + 0.5,
+            "axes.labelsize": FONT,
+            "xtick.labelsize": FONT,
+            "ytick.labelsize": FONT,
+            "legend.fontsize": FONT,
+            "legend.frameon": False,
+            "figure.titlesize": FONT + 1.5,
+            "figure.labelsize": FONT + 0.5,
+            "axes.linewidth": 0.6,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "xtick.major.size": 2.5,
+            "ytick.major.size": 2.5,
+            "lines.linewidth": 1.1,
+            "lines.markersize": 3.2,
+            "grid.linewidth": 0.5,
+            "grid.alpha": 0.3,
+        }
+    )
+
+
+def add_legend(
+    figure: Figure, handles: Sequence[Line2D], width: float, title: str | None = None
+) -> int:
+    """Put a legend, and a title over it, above all panels.
+
+    Returns
+    -------
+    int
+        How many lines high it is.
+    """
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, min(len(handles), int(width / ((longest + 8) * CHARACTER))))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title,
+                  title_fontproperties={"weight": "bold", "size": FONT + 1}, columnspacing=1.2,
+                  handlelength=2.4, borderaxespad=0.2)  # fmt: skip
+    return -(-len(handles) // columns) + (title is not None)
+
+
+def wrapped(lines: Sequence[str], width: float) -> list[str]:
+    """Sentences in lines that fit into so many inches."""
+    most = int(0.95 * width / CHARACTER)
+    return [part for line in lines for part in textwrap.wrap(line, most)]
+
+
+def scale_tokens(
+    axes: Axes, ticks: Sequence[float], ends: tuple[float, float], inches: float
+) -> None:
+    """A horizontal axis of tokens, log scale, with labels where there is room.
+
+    Parameters
+    ----------
+    axes : Axes
+        Of a panel.
+    ticks : sequence of float
+        Tokens, ascending.
+    ends : tuple of float
+        Fewest and most tokens that are drawn.
+    inches : float
+        About how wide the panel will be.
+    """
+    low, high = ends[0] / 1.12, ends[1] * 1.12
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    thousands = all(tick % 1024 == 0 for tick in ticks)
+    names = [f"{tick / 1024:g}K" if thousands else f"{tick:g}" for tick in ticks]
+    places = [inches * math.log(tick / low) / math.log(high / low) for tick in ticks]
+    shown = set(_spaced(places, [CHARACTER * len(name) for name in names]))
+    axes.set_xticks(ticks, [name if i in shown else "" for i, name in enumerate(names)])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _spaced(places: Sequence[float], widths: Sequence[float], gap: float = 0.06) -> list[int]:
+    """Which labels fit side by side, from the last one down.
+
+    Parameters
+    ----------
+    places : sequence of float
+        Inches from the left, ascending: middle of each label.
+    widths : sequence of float
+        Inches of each.
+    gap : float
+        Inches left between two.
+
+    Returns
+    -------
+    list of int
+        Indices of those that are shown, ascending.
+    """
+    shown: list[int] = []
+    left = float("inf")
+    for index in reversed(range(len(places))):
+        if places[index] + widths[index] / 2 + gap <= left:
+            shown.append(index)
+            left = places[index] - widths[index] / 2
+    return shown[::-1]
+
+
+def save(figure: Figure, stem: Path, formats: Sequence[str]) -> list[Path]:
+    """Write a figure as ``stem.svg``, ``stem.png``; the same numbers make the same bytes.
+
+    Raises
+    ------
+    ValueError
+        For a format that is none of these, or none at all.
+    """
+    check_formats(formats)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    paths = [stem.with_name(f"{stem.name}.{form}") for form in formats]
+    for path in paths:
+        _write(figure, path, path.suffix[1:])
+    return paths
+
+
+def to_svg(figure: Figure) -> str:
+    """The SVG element alone, to stand inside a page."""
+    text = io.StringIO()
+    _write(figure, text, "svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise ValueError unless these are formats in which figures are written."""
+    allowed = ", ".join(FORMATS)
+    if not formats:
+        raise ValueError(f"format='': it must be one or more of {allowed}, such as svg,png")
+    for form in formats:
+        if form not in FORMATS:
+            raise ValueError(f"format={form!r}: it must be one or more of {allowed}")
+
+
+def _write(figure: Figure, target: Path | io.StringIO, form: str) -> None:
+    # No date, and no random names of what an SVG refers to.
+    metadata = {"Date": None} if form == "svg" else {}
+    with house_style(), mpl.rc_context({"svg.hashsalt": "sparsemm-eval"}):
+        figure.savefig(target, format=form, dpi=_DPI, metadata=metadata)

@@ -1,0 +1,107 @@
+"""Finished tables as Markdown, LaTeX, CSV and HTML."""
+
+import csv
+import re
+from xml.etree import ElementTree
+
+import pytest
+from report.scored import cell
+
+from sparsemm_eval.report.cells import cells_frame
+from sparsemm_eval.report.markup import FORMATS, Table, to_format
+from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.paper_tables import paper_table
+
+
+@pytest.fixture
+def table() -> Table:
+    """Names that are hostile to every format; two columns, one of them twofold."""
+    cells = cells_frame(
+        [
+            cell("sparsemm", 64, 0.8, model="a_b & 50%|<i>", label="SparseMM (ratio=0.1)"),
+            cell("snapkv", 64, 0.5, model="a_b & 50%|<i>"),
+            cell("snapkv", 32, 0.5, model="a_b & 50%|<i>", kept_tokens_per_head=None),
+        ]
+    )
+    return paper_table(cells, show=("score", "kept"))
+
+
+def test_markdown(table: Table) -> None:
+    lines = to_format(table, "markdown").splitlines()
+    assert lines[0] == "### Scores by budget"
+    head = [part.strip() for part in lines[2].split("|")[1:-1]]
+    assert head == [
+        "benchmark", "model", "method", "64", "64 kept tokens/head", "32", "32 kept tokens/head"
+    ]  # fmt: skip
+    first = [part.strip() for part in re.split(r"(?<!\\)\|", lines[4])[1:-1]]
+    assert first == [
+        "DocVQA (ANLS)", r"a_b & 50%\|<i>", "SparseMM (ratio=0.1)", "**0.800**", "64.0", "", ""
+    ]  # fmt: skip
+    second = [part.strip() for part in re.split(r"(?<!\\)\|", lines[5])[1:-1]]
+    assert second == ["", "", "SnapKV", "<u>0.500</u>", "64.0", "0.500", ""]
+    assert lines[7].startswith("**Bold**: best")
+
+
+def test_latex(table: Table) -> None:
+    text = to_format(table, "latex")
+    for name in ("table", "tabular"):
+        assert text.count(rf"\begin{{{name}}}") == text.count(rf"\end{{{name}}}") == 1
+    body = text.split(r"\toprule")[1].split(r"\bottomrule")[0]
+    rows = [row for row in body.replace(r"\midrule", "").split(r"\\") if row.strip()]
+    assert r"\multicolumn{2}{c}{64} & \multicolumn{2}{c}{32}" in rows[0]
+    for row in rows[1:]:
+        # Every line has the columns that the preamble declares.
+        assert len(re.findall(r"(?<!\\)&", row)) == 6
+    assert r"\begin{tabular}{lllrrrr}" in text
+    assert r"a\_b \& 50\%|$<$i$>$" in body
+    assert r"\textbf{0.800}" in body
+    assert r"\underline{0.500}" in body
+    assert r"\textbf{Bold}: best" in text.split(r"\caption")[1]
+    assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
+@pytest.mark.parametrize("like", ["table2", "table3"])
+def test_latex_is_ascii_where_signs_have_names(like: str) -> None:
+    text = to_format(paper_table(paper_cells(), like=like), "latex")
+    assert text.isascii()
+    assert (r"$\surd$" if like == "table2" else r"$\approx$") in text
+
+
+def test_groups_of_rows_are_ruled_off() -> None:
+    text = to_format(paper_table(paper_cells(), like="table4"), "latex")
+    assert text.count(r"\midrule") == 3
+    assert text.count(r" \\") == 1 + 3 * 5
+
+
+def test_csv_is_read_back(table: Table) -> None:
+    rows = list(csv.DictReader(to_format(table, "csv").splitlines()))
+    assert [row["model"] for row in rows] == ["a_b & 50%|<i>"] * 2
+    assert [row["benchmark"] for row in rows] == ["DocVQA"] * 2
+    assert [row["64"] for row in rows] == ["0.800", "0.500"]
+    assert [row["32 kept tokens/head"] for row in rows] == ["", ""]
+
+
+def test_html_is_well_formed_and_escaped(table: Table) -> None:
+    text = to_format(table, "html")
+    tree = ElementTree.fromstring(text.replace("<br>", "<br/>"))
+    rows = tree.findall("tbody/tr")
+    assert rows[0].findall("th")[1].text == "a_b & 50%|<i>"
+    assert rows[0].find("td/b").text == "0.800"
+    assert rows[1].find("td/u").text == "0.500"
+    assert len(tree.findall("thead/tr/th")) == 7
+    assert tree.find("caption/b").text == "Bold"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_long_form_has_a_row_a_cell(form: str) -> None:
+    cells = cells_frame([cell("sparsemm", 64, 0.8), cell("fullkv", None, 0.9)])
+    text = to_format(paper_table(cells, long=True), form)
+    lines = [line for line in text.splitlines() if "FullKV" in line or "SparseMM" in line]
+    assert len(lines) == 2
+    assert "FullKV" in lines[0]
+    assert "0.9" in lines[0]
+
+
+def test_another_format_is_refused(table: Table) -> None:
+    with pytest.raises(ValueError, match="format=pdf: it must be one of markdown, latex, csv"):
+        to_format(table, "pdf")

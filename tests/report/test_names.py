@@ -1,0 +1,63 @@
+"""Names of models and methods."""
+
+import numpy as np
+import pytest
+
+from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_names, method_settings
+from sparsemm_eval.report.names import (
+    DEFAULTS,
+    METHOD_NAMES,
+    last_part,
+    method_label,
+    paper_model,
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        ("llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT-Vicuna-7B"),
+        ("liuhaotian/llava-v1.6-vicuna-7b", "LLaVA-NeXT-Vicuna-7B"),
+        ("/data/models/llava-v1.6-mistral-7b-hf/", "LLaVA-NeXT-Mistral-7B"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "Qwen2-VL-7B-Instruct"),
+        ("cache/models--Qwen--Qwen2-VL-7B-Instruct/snapshots/0a1b2c", "Qwen2-VL-7B-Instruct"),
+        ("qwen2-vl-7b-instruct", "Qwen2-VL-7B-Instruct"),
+        ("Qwen/Qwen2-VL-2B-Instruct", None),
+        ("mine", None),
+        ("", None),
+    ],
+)
+def test_models_of_the_paper_are_known_by_repository_and_folder(
+    name: str, paper: str | None
+) -> None:
+    assert paper_model(name) == paper
+
+
+def test_a_checkpoint_is_called_as_its_last_part() -> None:
+    assert last_part("embedded:qwen2vl") == "qwen2vl"
+    assert last_part("a/b/c/") == "c"
+    assert last_part("/") == "/"
+
+
+def test_defaults_are_those_of_the_methods() -> None:
+    """A file that does not state a setting was made with the method's own default."""
+    shape = ModelShape(layers=1, query_heads=1, kv_heads=1)
+    stated = set()
+    for name in method_names():
+        reads = method_settings(name)
+        given = {"budget": 64} if "budget" in reads else {}
+        if "head_scores" in reads:
+            given["head_scores"] = HeadScores(np.ones((1, 1)))
+        settings = make_method(name, shape, **given).settings
+        own = {key: value for key, value in settings.items() if key in DEFAULTS}
+        assert own == {key: DEFAULTS[key] for key in own}, name
+        stated |= {*own}
+    assert stated == {*DEFAULTS}
+
+
+def test_every_method_has_a_name() -> None:
+    assert {*method_names()} <= {*METHOD_NAMES}
+    assert method_label("sparsemm", {"ratio": 1.0, "allocation": "exact"}) == (
+        "SparseMM (ratio=1, allocation=exact)"
+    )
+    assert method_label("mine", {}) == "mine"
