@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +102,8 @@ def lock_file(out: Path, name: str) -> Path:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that no reader, and no kill, ever finds half of it."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    # A name of its own: jobs that begin at once, on several machines, write the same files.
+    mine = f"{path.name}.{socket.gethostname()}-{os.getpid()}.unfinished"
+    unfinished = path.with_name(mine)
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -98,6 +98,8 @@ def run_sweep(
     only_job: str | None = None,
     wait: bool = False,
     skip_missing: bool = False,
+    only_scores: bool = False,
+    world_size: int | None = None,
 ) -> Sweep:
     """Answer all jobs of a grid, score all cells, write tables; goes on where one was stopped.
 
@@ -118,6 +120,10 @@ def run_sweep(
         Wait for another sweep that is on a job, instead of refusing.
     skip_missing : bool
         Leave out tasks whose metrics cannot run here, instead of refusing the sweep.
+    only_scores : bool
+        Score what is answered, and answer nothing.
+    world_size : int, optional
+        How many ranks are to run together; a launcher that starts another number is refused.
 
     Raises
     ------
@@ -134,6 +140,11 @@ def run_sweep(
         jobs = [job for job in jobs if job.name == only_job]
     _refuse_other_grid(grid, out)
     ranks = PartialState(cpu=not torch.cuda.is_available())
+    if world_size not in (None, ranks.num_processes):
+        raise ValueError(
+            f"world-size={world_size}: {ranks.num_processes} run together; begin it with "
+            f"`torchrun --standalone --nproc_per_node {world_size} -m sparsemm_eval sweep …`"
+        )
     if not wait and ranks.is_main_process:
         _refuse_other_sweep(jobs, out)
     tasks, left_out = runnable(list(dict.fromkeys(job.task for job in jobs)), skip_missing)
@@ -141,12 +152,42 @@ def run_sweep(
     with _disk(out):
         runner = _Runner(grid, out, jobs, task_manager(tasks), wait, command)
         with _log(out):
-            runner.answer()
+            if not only_scores:
+                runner.answer()
             made = _Made()
             if only_job is None and ranks.num_processes == 1:
                 with lock(lock_file(out, SCORING), wait):
                     made = _write(runner, runner.score(), command, left_out, start)
     return Sweep(status(out), made.frame, made.markdown, made.files, made.failures, tuple(left_out))
+
+
+def plan_sweep(
+    grid: Grid, out: Path, skip_missing: bool = False
+) -> tuple[Status, tuple[LeftOut, ...]]:
+    """Check all that a sweep needs and write down what its folder is to hold; answer nothing.
+
+    Parameters
+    ----------
+    grid, out, skip_missing
+        As for `run_sweep`.
+
+    Returns
+    -------
+    Status and tuple of LeftOut
+        How far the sweep is, and tasks that cannot run here.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        As `run_sweep`.
+    """
+    _refuse_other_grid(grid, out)
+    tasks, left_out = runnable(grid.tasks, skip_missing)
+    jobs = [job for job in grid.jobs() if job.task in tasks]
+    PartialState(cpu=not torch.cuda.is_available())
+    with _disk(out), _log(out):
+        _Runner(grid, out, jobs, task_manager(tasks), wait=False, command="")
+    return status(out), tuple(left_out)
 
 
 class _Runner:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.live import Live
+from rich.text import Text
 
 from sparsemm_eval.models.answers import Tally, tally
 from sparsemm_eval.sweep.lock import holder
@@ -18,20 +21,28 @@ from sparsemm_eval.sweep.plan import (
     answers_folder,
     lock_file,
 )
+from sparsemm_eval.sweep.records import OPEN, QUEUED, RUNNING
 from sparsemm_eval.sweep.seal import Broken, sealed_answers
+from sparsemm_eval.sweep.states import States
 
 SCORING = "scoring"
+TABLE = "table.md"
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job: answers done, failed and expected, over all its cells; who is on it."""
+    """A job: answers done, failed and expected, over all its cells; who is on it.
+
+    ``state`` and ``reason`` are those of `States`.
+    """
 
     job: PlannedJob
     done: int
     failed: int
     expected: int
     holder: str | None
+    state: str = OPEN
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,8 @@ class Status:
         A line a task and model of which samples failed, with the first cause.
     broken : tuple of str
         A line a file that is broken; the next run sets it aside.
+    scoring_state : (str, str)
+        State and reason, as a job's.
     """
 
     jobs: tuple[JobStatus, ...]
@@ -70,6 +83,22 @@ class Status:
     scoring: str | None
     failures: tuple[str, ...]
     broken: tuple[str, ...]
+    scoring_state: tuple[str, str] = (OPEN, "")
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a job waits or runs."""
+        states = (*(job.state for job in self.jobs), self.scoring_state[0])
+        return any(state in (QUEUED, RUNNING) for state in states)
+
+    def incomplete(self, name: str) -> tuple[str, ...]:
+        """A line if a job's answers are not all there."""
+        return tuple(
+            f"{name}: {job.expected - job.done} of {job.expected} answers are missing, "
+            f"{job.failed} failed" + "".join(f"; {line}" for line in self.failures)
+            for job in self.jobs
+            if job.job.name == name and job.done < job.expected
+        )
 
     @property
     def finished(self) -> bool:
@@ -88,7 +117,7 @@ class Status:
             f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
             + (f"running, {'; '.join(running)}" if running else "not running"),
             "",
-            _jobs_table(self.jobs),
+            _jobs_table(self.jobs, self.scoring_state),
             "",
             _cells_table(self.cells),
         ]
@@ -122,15 +151,39 @@ def status(out: Path) -> Status:
     for model in dict.fromkeys(job.model for job in plan.jobs):
         tallies[model], files = tally(answers_folder(out, model))
         broken += [f"{path}: {cause}" for path, cause in files.items()]
-    jobs = tuple(_job(job, plan, tallies[job.model], out) for job in plan.jobs)
+    states = States(out)
+    jobs = tuple(_job(job, plan, tallies[job.model], out, states) for job in plan.jobs)
     cells = tuple(_cell(cell, tallies[cell.model], out, broken) for cell in plan.cells)
+    tables = (out / TABLE).is_file()
+    scored = tables and all(cell.complete and cell.scored for cell in cells)
     return Status(
         jobs,
         cells,
         holder(lock_file(out, SCORING)),
         tuple(_failures(plan.cells, tallies)),
         tuple(broken),
+        states.of(SCORING, scored),
     )
+
+
+def follow(out: Path, seconds: float) -> None:
+    """Show the status of a folder again and again, until no job waits or runs.
+
+    Parameters
+    ----------
+    out : Path
+        The sweep's folder.
+    seconds : float
+        Between two looks.
+    """
+    said = status(out)
+    with Live(Text(str(said)), auto_refresh=False, vertical_overflow="crop") as screen:
+        while said.under_way:
+            time.sleep(seconds)
+            said = status(out)
+            screen.update(Text(str(said)), refresh=True)
+        screen.update(Text(""), refresh=True)
+    print(said)
 
 
 def samples_file(results: Path, task: str) -> Path:
@@ -144,15 +197,22 @@ def _of_shard(job: PlannedJob, documents: Iterable[str]) -> int:
     return sum(int(document.split()[-1]) % job.shards == job.shard for document in documents)
 
 
-def _job(job: PlannedJob, plan: Plan, tallies: Mapping[str, Tally], out: Path) -> JobStatus:
+def _job(
+    job: PlannedJob, plan: Plan, tallies: Mapping[str, Tally], out: Path, states: States
+) -> JobStatus:
     cells = [c for c in plan.cells if (c.model, c.task) == (job.model, job.task)]
     found = [tallies.get(cell.words, Tally()) for cell in cells]
+    done = sum(_of_shard(job, of_cell.done) for of_cell in found)
+    expected = job.samples * len(cells)
+    state, reason = states.of(job.name, done == expected)
     return JobStatus(
         job,
-        done=sum(_of_shard(job, of_cell.done) for of_cell in found),
+        done=done,
         failed=sum(_of_shard(job, of_cell.failed) for of_cell in found),
-        expected=job.samples * len(cells),
+        expected=expected,
         holder=holder(lock_file(out, job.name)),
+        state=state,
+        reason=reason,
     )
 
 
@@ -182,17 +242,22 @@ def _failures(
             yield f"{model} {task}: {len(failed)} samples, first {first}: {failed[first]}"
 
 
-def _jobs_table(jobs: Iterable[JobStatus]) -> str:
-    return pd.DataFrame(
+def _jobs_table(jobs: Iterable[JobStatus], scoring: tuple[str, str]) -> str:
+    rows = [
         {
             "job": job.job.name,
+            "state": job.state,
             "done": job.done,
             "expected": job.expected,
             "failed": job.failed,
-            "": job.holder or "",
+            "": job.reason,
         }
         for job in jobs
-    ).to_string(index=False)
+    ]
+    if scoring[0] != OPEN:
+        none = dict.fromkeys(("done", "expected", "failed"), "")
+        rows.append({"job": SCORING, "state": scoring[0], **none, "": scoring[1]})
+    return pd.DataFrame(rows).to_string(index=False)
 
 
 def _cells_table(cells: Iterable[CellStatus]) -> str:

@@ -1,0 +1,237 @@
+"""Jobs on a Slurm cluster, through submitit; states from `squeue`, which needs no accounting."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sparsemm_eval.sweep.attempt import Attempt
+from sparsemm_eval.sweep.queue import Command
+from sparsemm_eval.sweep.records import DONE, QUEUED, SLURM, Record, read_record
+from sparsemm_eval.sweep.sbatch import Options
+
+# A requeued job goes on where it was, so it may reach its time limit often; but not for ever, as
+# one would whose model takes longer to load.
+_TIMEOUTS = 100
+_PAUSE = 0.2
+# Seconds that a job waits to be killed after Slurm's SIGTERM; longer than any usual grace time.
+_FAREWELL = 900
+_PATIENCE = 60
+
+
+class SlurmJob:
+    """A job inside Slurm: its command, tried again if it fails, stopped when Slurm says so.
+
+    Called by submitit, in the process that Slurm started.
+
+    Parameters
+    ----------
+    command : Command
+        The job.
+    out : Path
+        The sweep's folder, absolute.
+    retries : int
+        How often a command that failed is tried again in one run of the job.
+    """
+
+    def __init__(self, command: Command, out: Path, retries: int) -> None:
+        self.command, self.out, self.retries = command, out, retries
+        self._attempt: Attempt | None = None
+        self._asked_to_end = False
+
+    def __call__(self) -> None:
+        """Run the command to its end.
+
+        Raises
+        ------
+        RuntimeError
+            If it failed once too often; Slurm then says FAILED.
+        """
+        # In place of submitit's handler, which lets the job compute on until it is killed.
+        signal.signal(signal.SIGTERM, self._end)
+        # submitit requeues on SIGUSR2 alone; some clusters announce the end with SIGUSR1.
+        signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
+        name, words = self.command.name, self.command.words
+        for _ in range(self.retries + 1):
+            record = read_record(self.out, name) or Record(name, SLURM, QUEUED)
+            self._attempt = Attempt(record, words, self.out)
+            while not self._attempt.ended():
+                time.sleep(_PAUSE)
+            if self._attempt.record.state == DONE:
+                return
+            if self._asked_to_end:
+                self._attempt.stop("Slurm sent SIGTERM")
+                self._await_the_kill()
+        raise RuntimeError(self._attempt.record.reason)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit when Slurm announces the time limit, before it requeues the job."""
+        from submitit.helpers import DelayedSubmission
+
+        if self._attempt is not None:
+            self._attempt.stop("Slurm announced the job's end")
+            why = "requeued, it goes on where it was"
+            replace(self._attempt.record, state=QUEUED, reason=why).write(self.out)
+        return DelayedSubmission(SlurmJob(self.command, self.out, self.retries))
+
+    def _end(self, signum: int, frame: FrameType | None) -> None:
+        self._asked_to_end = True
+        if self._attempt is not None:
+            self._attempt.ask()
+
+    def _await_the_kill(self) -> None:
+        # Cancelled or preempted: which it is, Slurm knows. A job that ended by itself now would
+        # be FAILED, and one that is to run again would not.
+        end = time.monotonic() + _FAREWELL
+        while time.monotonic() < end:
+            time.sleep(_PAUSE)
+        raise RuntimeError("it was sent SIGTERM, and not by Slurm")
+
+
+def find_submitit() -> Any:
+    """The module submitit.
+
+    Raises
+    ------
+    ValueError
+        If it, or Slurm, is not here.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            "executor=slurm needs submitit: pip install 'sparsemm-eval[slurm]'"
+        ) from error
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:
+        raise ValueError(
+            "executor=slurm: there is no sbatch here; run it on a machine of the cluster, or "
+            "choose --executor local"
+        )
+    return submitit
+
+
+def submit_jobs(
+    commands: Sequence[Command],
+    last: Command,
+    options: Options,
+    retries: int,
+    out: Path,
+    after: Iterable[str],
+    name: str,
+) -> dict[str, str]:
+    """Submit an array of jobs, and one that follows all of them however they end.
+
+    Parameters
+    ----------
+    commands : sequence of Command
+        May be empty.
+    last : Command
+        Begun after these, and after all jobs of ``after``; it has no GPU.
+    options : Options
+        For all.
+    retries : int
+        Of each job.
+    out : Path
+        The sweep's folder, which all nodes see.
+    after : iterable of str
+        Slurm's numbers of jobs that are in its queue.
+    name : str
+        Of the jobs, in Slurm's lists.
+
+    Returns
+    -------
+    dict of str to str
+        Slurm's numbers by job.
+
+    Raises
+    ------
+    ValueError
+        With sbatch's own words if it refuses; nothing is submitted then. Without submitit or
+        Slurm, saying so.
+    """
+    submitit = find_submitit()
+    executor = submitit.SlurmExecutor(out / "jobs" / "slurm", max_num_timeout=_TIMEOUTS)
+    executor.update_parameters(**options.parameters(name))
+    jobs = [SlurmJob(command, out, retries) for command in commands]
+    ids = dict(zip((c.name for c in commands), _submit(executor, jobs), strict=True))
+    ahead = sorted({number.split("_")[0] for number in (*ids.values(), *after)})
+    alone = submitit.SlurmExecutor(out / "jobs" / "slurm", max_num_timeout=_TIMEOUTS)
+    alone.update_parameters(**replace(options, gpus=0).parameters(f"{name}-{last.name}"))
+    if ahead:
+        alone.update_parameters(dependency=":".join(["afterany", *ahead]))
+    try:
+        (ids[last.name],) = _submit(alone, [SlurmJob(last, out, retries)])
+    except ValueError:
+        cancel_jobs(ids.values())
+        raise
+    return ids
+
+
+def ask(ids: Iterable[str]) -> Mapping[str, tuple[str, str]] | None:
+    """States of jobs, as Slurm has them.
+
+    Parameters
+    ----------
+    ids : iterable of str
+        Slurm's numbers.
+
+    Returns
+    -------
+    mapping of str to (str, str) or None
+        State, and reason or node, by number; jobs that Slurm has forgotten, minutes after their
+        end, are missing. None if there is no Slurm here, or it does not answer.
+    """
+    jobs = ",".join(sorted({number.split("_")[0] for number in ids}))
+    if not jobs or shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", jobs]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return None
+    if said.returncode and "Invalid job id" not in said.stderr:
+        return None
+    lines = (line.split("|", 2) for line in said.stdout.splitlines())
+    return {number: (state, reason) for number, state, reason in lines}
+
+
+def cancel_jobs(ids: Iterable[str]) -> None:
+    """Cancel jobs that wait or run.
+
+    Raises
+    ------
+    OSError
+        In Slurm's words, if it refuses.
+    """
+    if numbers := list(ids):
+        said = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
+        if said.returncode:
+            raise OSError(f"scancel: {_words(said.stderr)}")
+
+
+def _submit(executor: Any, jobs: Sequence[SlurmJob]) -> list[str]:
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    if not jobs:
+        return []
+    try:
+        # submitit prints what it raises.
+        with redirect_stderr(io.StringIO()):
+            return [job.job_id for job in executor.submit_array(jobs)]
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise ValueError(f"sbatch refused, nothing was submitted: {_words(str(error))}") from error
+
+
+def _words(said: str) -> str:
+    lines = (re.sub(r"^\w+: (error: )?", "", line.strip()) for line in said.splitlines())
+    return "; ".join(line for line in lines if line)

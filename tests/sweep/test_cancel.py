@@ -1,0 +1,167 @@
+"""What status says of jobs whose queue runs, was stopped or killed; and how they are ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from models.fixtures import sentence
+from typer.testing import CliRunner
+
+from sparsemm_eval.cli import app
+from sparsemm_eval.sweep.cancel import cancel
+from sparsemm_eval.sweep.lock import lock
+from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, lock_file
+from sparsemm_eval.sweep.records import Record, read_record, write_ids
+from sparsemm_eval.sweep.status import Status, status
+
+NAMES = ("a", "b", "c")
+QUEUE = """
+import os, sys
+from pathlib import Path
+from sparsemm_eval.sweep.lock import lock
+from sparsemm_eval.sweep.plan import lock_file
+from sparsemm_eval.sweep.queue import QUEUE, Command, Slot, run_queue
+from sparsemm_eval.sweep.records import Record
+out, seconds = Path(sys.argv[1]), sys.argv[2]
+work = (sys.executable, "-I", "-S", "-c", f"import time; time.sleep({seconds})")
+with lock(lock_file(out, QUEUE)):
+    Record(QUEUE, "local", "queued").begun(os.getpid()).write(out)
+    run_queue([Command(name, work) for name in "abc"], [Slot()] * 2, 0, out)
+"""
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A planned sweep of three jobs of one cell."""
+    jobs = tuple(PlannedJob(name, "m", "t", n, 3, 1) for n, name in enumerate(NAMES))
+    Plan(jobs, (PlannedCell("m", "t", "cell", "key", {}, 3, "x.json"),)).write(tmp_path)
+    return tmp_path
+
+
+@contextmanager
+def queue(out: Path, seconds: float = 600) -> Iterator[subprocess.Popen]:
+    """A queue with two slots in a process of its own, two jobs running."""
+    with subprocess.Popen([sys.executable, "-c", QUEUE, str(out), str(seconds)]) as child:
+        wait_until(lambda: states(out) == ["running", "running", "queued"])
+        yield child
+        child.kill()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def states(out: Path) -> list[str]:
+    """Of the jobs."""
+    return [job.state for job in status(out).jobs]
+
+
+def reasons(said: Status) -> list[str]:
+    """Of the jobs."""
+    return [job.reason for job in said.jobs]
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_nothing_was_submitted(out: Path) -> None:
+    assert states(out) == ["open"] * 3
+    assert not status(out).under_way
+    done = CliRunner().invoke(app, ["cancel", str(out)])
+    assert done.exit_code == 1
+    assert "nothing was submitted here that could be cancelled" in done.output
+    assert done.output.count("\n") == 1
+
+
+def test_a_queue_is_cancelled_whole(out: Path) -> None:
+    with queue(out) as child:
+        pids = [read_record(out, name).pid for name in "ab"]
+        said = status(out)
+        assert reasons(said)[0].startswith(f"process {pids[0]} on ")
+        assert said.under_way
+        done = CliRunner().invoke(app, ["cancel", str(out)])
+        assert done.exit_code == 0, done.output
+        assert done.output == "cancelled: a, b, c\n"
+        child.wait(10)
+    assert all(map(is_gone, pids))
+    assert states(out) == ["cancelled"] * 3
+    assert not status(out).under_way
+    assert cancel(out) == []
+
+
+def test_what_a_killed_queue_left_is_seen_and_ended(out: Path) -> None:
+    with queue(out) as child:
+        pids = [read_record(out, name).pid for name in "ab"]
+        child.kill()
+        child.wait()
+        # Its jobs go on.
+        assert states(out) == ["running", "running", "stopped"]
+        assert reasons(status(out))[2] == "its queue was killed; submit again to go on"
+        os.kill(pids[0], signal.SIGKILL)
+        wait_until(lambda: states(out)[0] == "failed")
+        assert "died without a word" in reasons(status(out))[0]
+        assert cancel(out) == ["b", "c"]
+    assert all(map(is_gone, pids))
+    assert states(out) == ["failed", "cancelled", "cancelled"]
+
+
+def test_a_queue_on_another_machine_is_not_ended_from_here(out: Path) -> None:
+    with queue(out):
+        record = read_record(out, "queue")
+        replace(record, host="elsewhere").write(out)
+        with pytest.raises(ValueError, match="cannot be ended from here") as caught:
+            cancel(out)
+        sentence(caught)
+        assert states(out) == ["running", "running", "queued"]
+        # Nor is what it says about processes there doubted.
+        theirs = replace(read_record(out, "a"), host="elsewhere", pid=1)
+        theirs.write(out)
+        assert reasons(status(out))[0] == "process 1 on elsewhere, by its queue"
+        record.write(out)
+        replace(theirs, state="failed", reason="as told").write(out)
+        cancel(out)
+
+
+def test_who_holds_a_jobs_lock_is_on_it_whatever_the_record_says(out: Path) -> None:
+    Record("a", "local", "failed", "a reason").write(out)
+    with lock(lock_file(out, "a")):
+        assert states(out) == ["running", "open", "open"]
+    job, *_ = status(out).jobs
+    assert (job.state, job.reason) == ("failed", "a reason")
+    assert "a reason" in str(status(out))
+
+
+def test_without_slurm_its_jobs_are_as_they_were_last_written(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    (out / "jobs" / "slurm").mkdir(parents=True)
+    write_ids(out, {"a": "7_0", "b": "7_1"})
+    Record("a", "slurm", "queued").write(out)
+    Record("b", "slurm", "running", host="elsewhere", pid=5).write(out)
+    said = status(out)
+    assert [job.state for job in said.jobs] == ["queued", "running", "open"]
+    assert all("Slurm does not answer here" in reason for reason in reasons(said)[:2])
+
+
+def test_watching_ends_when_nothing_waits_or_runs(out: Path) -> None:
+    with queue(out, seconds=1.5):
+        done = CliRunner().invoke(app, ["status", str(out), "--watch", "--seconds", "0.2"])
+        assert done.exit_code == 0, done.output
+        assert not status(out).under_way
+    assert "its queue" not in done.output
+    assert "answers 0 of 3" in done.output
