@@ -169,4 +169,5 @@ def test_score_over_silenced_heads_is_drawn(
     frame = pd.concat([both.assign(task=f"task{number}") for number in range(tasks)])
     score_over_silenced(frame, 40, tmp_path / "m.png")
     width, height = Image.open(tmp_path / "m.png").size
-    assert (width, height) == ((920, 680) if tasks == 1 else (2760, 1360))
+    # Matplotlib of other versions may round a pixel away.
+    assert (width, height) == pytest.approx((920, 680) if tasks == 1 else (2760, 1360), abs=1)
