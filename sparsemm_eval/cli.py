@@ -631,7 +631,7 @@ def efficiency(
         ),
     ] = "",
     lengths: Annotated[
-        str, typer.Option(help="Tokens of a prompt; default: 2K to 32K, on a CPU 256 to 2K.")
+        str, typer.Option(help="Tokens of a prompt; default: 2K to 32K, on a CPU 64 to 2K.")
     ] = "",
     methods: Annotated[str, typer.Option(help="Comma-separated.")] = "fullkv,sparsemm",
     budgets: Annotated[str, typer.Option(help="Default: 256, on a CPU 64.")] = "",

@@ -1,1 +1,1 @@
-"""How fast it is. Needs torch and matplotlib only, so that it runs on a bare GPU machine."""
+"""How fast it is. Needs torch, transformers, pandas and matplotlib, as bare GPU machines have."""

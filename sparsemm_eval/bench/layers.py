@@ -41,7 +41,9 @@ class Layers:
         self.case, self.device = case, device
         self.lengths = case.lengths()
         self.scale = case.layer.head_dim**-0.5
-        kept = torch.tensor(self.lengths).reshape(case.rows, case.layer.kv_heads)
+        shape = (case.rows, case.layer.kv_heads)
+        ends = torch.tensor([0, *(length + SLACK for length in self.lengths)]).cumsum(0)
+        offsets = ends.to(device, torch.int32)
         generator = torch.Generator(device).manual_seed(len(self.lengths))
         slots = sum(self.lengths) + SLACK * len(self.lengths)
 
@@ -49,7 +51,9 @@ class Layers:
             size = (*size, case.layer.head_dim)
             return torch.randn(size, generator=generator, device=device, dtype=DTYPES[case.dtype])
 
-        self.stores = [RaggedKV(draw(slots), draw(slots), kept, SLACK) for _ in range(count)]
+        self.stores = [
+            RaggedKV(draw(slots), draw(slots), offsets, shape, SLACK) for _ in range(count)
+        ]
         sequences = len(self.lengths)
         self.tokens = [
             Token(draw(sequences, case.layer.group), draw(sequences), draw(sequences))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import platform
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.paths import cuda_ext_folder
 
 UNKNOWN_CACHE = 64 << 20
 UNKNOWN_MEMORY = 4 << 30
@@ -35,6 +37,17 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(device),
     }
+
+
+def code_digest() -> str:
+    """Of what is measured: this package's Python and the op's sources, as they lie here."""
+    rooms = ("bench", "cache", "methods", "models")
+    package = Path(__file__).resolve().parents[1]
+    files = [path for room in rooms for path in (package / room).glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted([*files, *cuda_ext_folder().glob("*.*")], key=lambda path: path.name):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def slug(about: dict[str, Any]) -> str:

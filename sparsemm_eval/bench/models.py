@@ -25,6 +25,15 @@ from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
 LARGE = ("vicuna", "mistral", "qwen2vl-7b")
+# The same models with few, narrow layers, for runs that take seconds.
+SMALL = ("vicuna-small", "mistral-small", "qwen2vl-small")
+SHAPES = (*LARGE, *SMALL)
+# What the paper calls the models whose shapes these are.
+PAPER_NAMES = {
+    "vicuna": "LLaVA-NeXT-Vicuna-7B",
+    "mistral": "LLaVA-NeXT-Mistral-7B",
+    "qwen2vl-7b": "Qwen2-VL-7B-Instruct",
+}
 _CHARACTERS = 8  # new tokens that are enough for any value on a drawn page
 
 
@@ -103,20 +112,57 @@ def subject(
 def _large(
     name: str, device: torch.device, samples: int, batch_size: int, tokens: int, new: int
 ) -> Subject:
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(_config(name), dtype=torch.float16)
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    model = large_model(name, device)
     text = model.config.get_text_config()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 30_000, (samples, tokens), generator=generator).to(device)
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in ids.split(batch_size)
+        for part in random_prompts(model, samples, tokens).split(batch_size)
     ]
-    # 5% of the heads hold about half of all scores, as chased ones do.
-    drawn = torch.rand(text.num_hidden_layers, text.num_attention_heads, generator=generator)
-    return _subject(model, batches, HeadScores((drawn**20 + 0.01).double().numpy()), new)
+    heads = heavy_scores(text.num_hidden_layers, text.num_attention_heads)
+    return _subject(model, batches, heads, new)
+
+
+def large_model(
+    name: str, device: torch.device | str, dtype: torch.dtype = torch.float16
+) -> PreTrainedModel:
+    """Build the shape of a 7B model with random weights; its answers never end by themselves.
+
+    On the device "meta" it has no weights: its sizes cost nothing.
+    """
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(_config(name), dtype=dtype)
+    return endless(model)
+
+
+def endless(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the tokens away that end a model's answers, and put it on our attention."""
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    use_head_budget_attention(model.eval())
+    return model
+
+
+def random_prompts(model: PreTrainedModel, samples: int, tokens: int) -> Tensor:
+    """Text tokens [samples, tokens], the same in every run, on the model's device."""
+    config = model.config
+    special = {
+        value
+        for part in (config, config.get_text_config())
+        for name, value in vars(part).items()
+        if name.endswith(("_token_id", "_token_index")) and isinstance(value, int)
+    }
+    vocabulary = config.get_text_config().vocab_size
+    words = torch.tensor([token for token in range(vocabulary) if token not in special])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(words), (samples, tokens), generator=generator)
+    return words[drawn].to(model.device)
+
+
+def heavy_scores(layers: int, query_heads: int) -> HeadScores:
+    """Visual scores of which 5% of the heads hold about 55%, as chased ones do."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(layers, query_heads, generator=generator)
+    return HeadScores((drawn**20 + 0.01).double().numpy())
 
 
 def _subject(
@@ -136,29 +182,45 @@ def _chat(processor: object, question: str) -> str:
 
 
 def _config(name: str) -> LlavaNextConfig | Qwen2VLConfig:
-    """A 7B model's language layers; its vision tower, which text prompts leave alone, is tiny."""
-    if name == "qwen2vl-7b":
-        return Qwen2VLConfig(
-            text_config={
-                "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
-                "rope_parameters": {
-                    "rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24],
-                },
-            },
-            vision_config={"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 3584},
-        )  # fmt: skip
-    kind, kv_heads, inner = {
+    """A model's language layers; its vision tower, which text prompts leave alone, is tiny."""
+    kind, small = name.split("-")[0], name in SMALL
+    if kind == "qwen2vl":
+        text = dict(_QWEN2VL)
+        if small:  # a head has 64 numbers, half of them turned by positions
+            rope = _QWEN2VL["rope_parameters"] | {"mrope_section": [8, 12, 12]}
+            text |= _SMALL | {"num_key_value_heads": 2, "rope_parameters": rope}
+        hidden = text["hidden_size"]
+        vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": hidden}
+        special = {f"{what}_token_id": 500 + i for i, what in enumerate(_SPECIAL)} if small else {}
+        return Qwen2VLConfig(text_config=text, vision_config=vision, **special)
+    made, kv_heads, inner = {
         "vicuna": (LlamaConfig, 32, 11008), "mistral": (MistralConfig, 8, 14336)
-    }[name]  # fmt: skip
-    text = kind(
-        hidden_size=4096, intermediate_size=inner, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=kv_heads, vocab_size=32_064, max_position_embeddings=65_536,
-    )  # fmt: skip
-    if kind is MistralConfig:
+    }[kind]  # fmt: skip
+    sizes = {"num_key_value_heads": kv_heads, "intermediate_size": inner}
+    if small:
+        sizes = _SMALL | {"num_key_value_heads": kv_heads // 4}
+    text = made(**{**_LLAVA, **sizes})
+    if made is MistralConfig:
         text.sliding_window = None
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         image_size=336, patch_size=14, projection_dim=64,
     )  # fmt: skip
-    return LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=32_000)
+    image = 500 if small else 32_000
+    return LlavaNextConfig(vision_config=vision, text_config=text, image_token_id=image)
+
+
+_SPECIAL = ("image", "video", "vision_start", "vision_end")
+_SMALL = {
+    "hidden_size": 512, "intermediate_size": 768, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "vocab_size": 512,
+}  # fmt: skip
+_QWEN2VL = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152_064,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+_LLAVA = {
+    "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "vocab_size": 32_064, "max_position_embeddings": 65_536,
+}  # fmt: skip

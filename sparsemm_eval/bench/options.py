@@ -75,7 +75,7 @@ class Options:
 
     def chosen_entries(self) -> list[type[Entry]]:
         """The entries that are named."""
-        return [ENTRIES[name] for name in _known("entries", self.entries, ENTRIES)]
+        return [ENTRIES[name] for name in known_words("entries", self.entries, ENTRIES)]
 
     def cases(self, kind: str) -> list[Case]:
         """Every combination that is named, on a "cpu" or on "cuda"."""
@@ -83,31 +83,34 @@ class Options:
         return [
             Case(shape, mean, distribution, rows, dtype)
             for shape, dtype, distribution, rows, mean in itertools.product(
-                _known("shapes", self.shapes, SHAPES),
-                _known("dtype", self.dtype or default, DTYPES),
-                _known("distributions", self.distributions, DISTRIBUTIONS),
-                _counts("rows", self.rows),
-                _counts("means", self.means),
+                known_words("shapes", self.shapes, SHAPES),
+                known_words("dtype", self.dtype or default, DTYPES),
+                known_words("distributions", self.distributions, DISTRIBUTIONS),
+                integers("rows", self.rows),
+                integers("means", self.means),
             )
         ]
 
 
-def _known(name: str, text: str, known: Collection[str]) -> list[str]:
-    words = _split(name, text)
-    for word in words:
+def known_words(name: str, text: str, known: Collection[str] | None = None) -> list[str]:
+    """The parts of a comma-separated list.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one that is not known.
+    """
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise ValueError(f"{name}={text!r}: it must name at least one")
+    for word in words if known is not None else ():
         check_choice(name, word, list(known))
     return words
 
 
-def _counts(name: str, text: str) -> list[int]:
-    words = _split(name, text)
+def integers(name: str, text: str) -> list[int]:
+    """The parts of a comma-separated list of integers, each at least 1, or ValueError."""
+    words = known_words(name, text)
     for word in words:
         check_int(name, int(word) if word.isdecimal() else word, 1)
     return [int(word) for word in words]
-
-
-def _split(name: str, text: str) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-    if not words:
-        raise ValueError(f"{name}={text!r}: it must name at least one")
-    return words

@@ -1,9 +1,16 @@
-"""``bench shared-prefill``: what a grid costs in one pass, cell by cell, and one cell alone."""
+"""``bench shared-prefill``: what a grid costs in one pass, cell by cell, and one cell alone.
+
+Runs as ``sparsemm-eval bench shared-prefill`` or, from a checkout, ``python -m
+sparsemm_eval.bench.shared_prefill``, with the same options.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +23,7 @@ from sparsemm_eval.bench.machine import describe, find_device, threads
 from sparsemm_eval.bench.models import LARGE, Subject, subject
 from sparsemm_eval.bench.timing import DeviceClock
 from sparsemm_eval.methods import Method, make_method, method_settings
-from sparsemm_eval.methods.checks import check_int
+from sparsemm_eval.methods.checks import check_int, one_line
 from sparsemm_eval.models.decode import Decoded, generate, generate_rows
 from sparsemm_eval.report.provenance import provenance
 
@@ -106,6 +113,31 @@ def run_shared_prefill(
     return found
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line, with nothing but torch and transformers; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "python -m sparsemm_eval.bench.shared_prefill", description=__doc__
+    )
+    parser.add_argument("--model", default="qwen2vl")
+    parser.add_argument("--device", default="")
+    for name, default in {"samples": 40, "batch-size": 8, "repeats": 3, "threads": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, default=Path("results/sweep/shared_prefill.json"))
+    given = sys.argv[1:] if arguments is None else arguments
+    asked = vars(parser.parse_args(given))
+    asked["cpu_threads"] = asked.pop("threads")
+    command = shlex.join(["python", "-m", "sparsemm_eval.bench.shared_prefill", *given])
+    try:
+        found = run_shared_prefill(**asked, command=command)
+    except (ValueError, OSError) as error:
+        print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
+        return 1
+    shown = ("seconds", "grid_over_one_full", "one_by_one_over_grid", "answers_unlike")
+    for name in (*shown, *(["byte_bound"] if "byte_bound" in found else [])):
+        print(f"{name}: {found[name]}")
+    return 0
+
+
 def _methods(measured: Subject, large: bool) -> list[Method]:
     made = [make_method("fullkv", measured.shape)]
     for name in METHODS:
@@ -189,3 +221,7 @@ def _bound(measured: Subject, methods: Sequence[Method], passes: Passes) -> dict
         "seconds": round(bound, 4),
         "grid_over_bound": round(passes.medians()["grid"] / bound, 3),
     }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sparsemm_eval.cache.layer import AttendingLayer
+from sparsemm_eval.cache.attending import AttendingLayer
 
 ATTENTION = "sparsemm"
 

@@ -2,143 +2,43 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparsemm_eval.cache.attending import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
+from sparsemm_eval.cache.prompt import Prompt, prompt_lengths_of
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
-from sparsemm_eval.methods import HeadMask, Method, Scorer, row_lengths
+from sparsemm_eval.cache.room import Room
+from sparsemm_eval.methods import HeadMask, Method, Scorer
 from sparsemm_eval.methods.checks import check_choice
 
 
-class HeadBudgetCache(Cache):
-    """One prompt a row, kept as its method says, then grown token by token.
-
-    The prompt runs dense, layer by layer: a layer's keys and values are compressed as soon as
-    its attention is done, so that no more than one layer is dense at a time. The model must run
-    on `sparsemm_eval.cache.attention`; on another attention it fails at the first layer.
-
-    Parameters
-    ----------
-    methods : Method or sequence of Method
-        With M methods a batch of B samples becomes B * M rows, sample by sample, once the prompt
-        is read: row ``b * M + m`` is sample b under method m.
-    backend : {"auto", "cuda_ext", "varlen", "torch"}
-        What attends over the ragged rows.
-    mask : HeadMask, optional
-        Query heads that are silenced in every row.
-
-    Raises
-    ------
-    ValueError
-        For an unknown backend, no method, methods for different models, or a head to silence
-        that the model does not have.
-    """
-
-    def __init__(
-        self,
-        methods: Method | Sequence[Method],
-        backend: str = "auto",
-        mask: HeadMask | None = None,
-    ) -> None:
-        methods = (methods,) if isinstance(methods, Method) else tuple(methods)
-        if len({method.shape for method in methods}) != 1:
-            raise ValueError("methods of one cache must be at least one and of one ModelShape")
-        check_choice("backend", backend, BACKENDS)
-        if mask is not None:
-            mask.check_shape(methods[0].shape)
-        prompt = _Prompt()
-        layers = range(methods[0].shape.layers)
-        super().__init__(
-            layers=[RaggedLayer(layer, methods, backend, prompt, mask) for layer in layers]
-        )
-        self.methods = methods
-        self._prompt = prompt
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[AttendingLayer, AttendingLayer]:
-        if layer_idx >= len(self.layers):
-            raise ValueError(
-                f"the model has a layer {layer_idx}, but the methods are for {len(self.layers)} "
-                "layers: make them with the model's own ModelShape"
-            )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def kept(self) -> Tensor:
-        """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
-        return torch.stack([layer.filled().kept for layer in self.layers], 1)
-
-    def prompt_lengths(self) -> list[int]:
-        """Tokens of each row's prompt, padding excluded."""
-        return list(self._prompt.rows)
-
-    def bytes(self) -> CacheBytes:
-        """Bytes really held: keys, values, slack and metadata, all layers."""
-        return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
-
-    def row_bytes(self) -> Tensor:
-        """Bytes that each row really holds, in all layers: [rows] int64 on the CPU."""
-        return sum(layer.filled().row_bytes() for layer in self.layers)
-
-    def backend(self) -> str:
-        """What attends over the ragged rows, once a prompt was read."""
-        return self.layers[0].resolved
-
-    def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError(
-            "HeadBudgetCache cannot take tokens back: assisted decoding needs another cache"
-        )
-
-    def reset(self) -> None:
-        """Forget the prompt; the next call reads a new one."""
-        self._prompt.lengths, self._prompt.rows = [], []
-        super().reset()
-
-
-class AttendingLayer(CacheLayerMixin):
-    """A cache layer that does the attention itself.
-
-    ``update`` returns the layer in place of keys and values; the attention function, which the
-    model calls next, finds it there. Tensors are never passed on, so a model left on another
-    attention fails instead of silently doing something else.
-    """
-
-    @abstractmethod
-    def attend(
-        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        """Attention of the tokens just given to ``update``; [B, Hq, m, D] to [B, m, Hq, D]."""
-
-
-class RaggedLayer(AttendingLayer):
+class RaggedLayer(SilencingLayer):
     """One layer of a HeadBudgetCache: dense while its prompt is read, ragged after."""
 
     is_compileable = False
     is_croppable = False
     supports_early_init = False
+    store_type: ClassVar[type[RaggedKV]] = RaggedKV
 
     def __init__(
         self,
         index: int,
         methods: tuple[Method, ...],
         backend: str,
-        prompt: _Prompt,
+        prompt: Prompt,
         mask: HeadMask | None = None,
+        room: Room | None = None,
     ) -> None:
-        super().__init__()
-        self.index, self.methods, self.requested = index, methods, backend
-        self.prompt = prompt
-        silent = [] if mask is None else mask.of_layer(index)
-        self.silent = torch.tensor(silent) if silent else None
-        self.silence = mask.mode if silent else None
+        super().__init__(index, mask)
+        self.methods, self.requested = methods, backend
+        self.prompt, self.room = prompt, room
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -158,20 +58,10 @@ class RaggedLayer(AttendingLayer):
         self.seen += length
         return self, self
 
-    def attend(
-        self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> Tensor:
-        """The first call reads the prompt with dense attention and compresses it."""
-        if self.silence is None:
-            return self._attend(module, query, mask, **kwargs)
-        self.silent = self.silent.to(query.device)  # once: later steps find them there
-        if self.silence == "query":
-            return self._attend(module, query.index_fill(1, self.silent, 0), mask, **kwargs)
-        return self._attend(module, query, mask, **kwargs).index_fill(2, self.silent, 0)
-
     def _attend(
         self, module: torch.nn.Module, query: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
+        """The first call reads the prompt with dense attention and compresses it."""
         key, value = self.pending
         self.pending = None
         window = kwargs.get("sliding_window")
@@ -256,7 +146,7 @@ class RaggedLayer(AttendingLayer):
             self.requested, key.device, key.dtype, dim, query.shape[1] // heads
         )
         if self.index == 0:
-            self.prompt.lengths = _prompt_lengths(mask, samples, n)
+            self.prompt.lengths = prompt_lengths_of(mask, samples, n)
             self.prompt.rows = [length for length in self.prompt.lengths for _ in self.methods]
         rows = torch.zeros(
             samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
@@ -265,7 +155,18 @@ class RaggedLayer(AttendingLayer):
             kept = self._keep(query[sample], key[sample, :, n - length :])
             for m, chosen in enumerate(kept):
                 rows[sample, m, :, n - length :] = chosen
-        self.store = RaggedKV.pack(key, value, rows.flatten(0, 1))
+        self.store = self.store_type.pack(
+            key, value, rows.flatten(0, 1), self._most_kept(), self.room
+        )
+
+    def _most_kept(self) -> int | None:
+        """At least what all rows keep of this layer; None where only the device knows."""
+        each = [
+            method.most_kept(self.index, length) if length else 0
+            for length in self.prompt.lengths
+            for method in self.methods
+        ]
+        return None if None in each else sum(each)
 
     def _keep(self, query: Tensor, key: Tensor) -> list[Tensor]:
         """What each method keeps of one prompt; equal scorers score once."""
@@ -282,27 +183,116 @@ class RaggedLayer(AttendingLayer):
         return kept
 
 
-class _Prompt:
-    """What the layers of one cache share: the first finds the lengths for all."""
+class HeadBudgetCache(Cache):
+    """One prompt a row, kept as its method says, then grown token by token.
 
-    def __init__(self) -> None:
-        self.lengths: list[int] = []  # of the samples as they were read
-        self.rows: list[int] = []  # of the rows that are held
+    The prompt runs dense, layer by layer: a layer's keys and values are compressed as soon as
+    its attention is done, so that no more than one layer is dense at a time. The model must run
+    on `sparsemm_eval.cache.attention`; on another attention it fails at the first layer.
 
+    Parameters
+    ----------
+    methods : Method or sequence of Method
+        With M methods a batch of B samples becomes B * M rows, sample by sample, once the prompt
+        is read: row ``b * M + m`` is sample b under method m.
+    backend : {"auto", "cuda_ext", "varlen", "torch"}
+        What attends over the ragged rows.
+    mask : HeadMask, optional
+        Query heads that are silenced in every row.
+    rooms : sequence of Room, optional
+        Memory for each layer's slots, which no other live cache uses.
 
-def _prompt_lengths(mask: Tensor | None, samples: int, n: int) -> list[int]:
-    if mask is None:
-        return [n] * samples
-    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n) or not _only_pads(mask[:, 0]):
-        raise NotImplementedError(
-            f"attention mask {tuple(mask.shape)} {mask.dtype}: HeadBudgetCache takes a 2-D padding "
-            "mask, no attention pattern of one's own"
+    Raises
+    ------
+    ValueError
+        For an unknown backend, no method, methods for different models, or a head to silence
+        that the model does not have.
+    """
+
+    layer_type: ClassVar[type[RaggedLayer]] = RaggedLayer
+
+    def __init__(
+        self,
+        methods: Method | Sequence[Method],
+        backend: str = "auto",
+        mask: HeadMask | None = None,
+        rooms: Sequence[Room] | None = None,
+    ) -> None:
+        methods = (methods,) if isinstance(methods, Method) else tuple(methods)
+        if len({method.shape for method in methods}) != 1:
+            raise ValueError("methods of one cache must be at least one and of one ModelShape")
+        check_choice("backend", backend, BACKENDS)
+        if mask is not None:
+            mask.check_shape(methods[0].shape)
+        prompt = Prompt()
+        layers = range(methods[0].shape.layers)
+        super().__init__(
+            layers=[
+                self.layer_type(
+                    layer, methods, backend, prompt, mask, None if rooms is None else rooms[layer]
+                )
+                for layer in layers
+            ]
         )
-    return row_lengths(mask[:, 0, -1], samples, n)
+        self.methods = methods
+        self._prompt = prompt
 
+    @property
+    def stores(self) -> list[RaggedKV]:
+        """The compressed keys and values of all layers."""
+        return [layer.filled() for layer in self.layers]
 
-def _only_pads(mask: Tensor) -> bool:
-    """Whether a mask [B, n, n] is causal but for keys that no query sees."""
-    n = mask.shape[-1]
-    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
-    return all(torch.equal(seen, causal & seen[-1]) for seen in mask)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[AttendingLayer, AttendingLayer]:
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the model has a layer {layer_idx}, but the methods are for {len(self.layers)} "
+                "layers: make them with the model's own ModelShape"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def kept(self) -> Tensor:
+        """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
+        stores = self.stores
+        if "kept" not in vars(stores[0]):
+            # All layers in one copy: the device is waited for once.
+            for store, offsets in zip(stores, torch.stack(self._offsets()).cpu(), strict=True):
+                store.kept = store.kept_of(offsets)
+        return torch.stack([store.kept for store in stores], 1)
+
+    def _offsets(self) -> list[Tensor]:
+        """Of each layer, on the first one's device."""
+        return [store.offsets.to(self.stores[0].offsets.device) for store in self.stores]
+
+    def count_tokens(self, tokens: int) -> None:
+        """Note on the host that every row on the device is so many tokens longer."""
+        for layer in self.layers:
+            layer.seen += tokens
+            layer.filled().count_token(tokens)
+
+    def prompt_lengths(self) -> list[int]:
+        """Tokens of each row's prompt, padding excluded."""
+        return list(self._prompt.rows)
+
+    def bytes(self) -> CacheBytes:
+        """Bytes really held: keys, values, slack and metadata, all layers."""
+        return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
+
+    def row_bytes(self) -> Tensor:
+        """Bytes that each row really holds, in all layers: [rows] int64 on the CPU."""
+        return sum(layer.filled().row_bytes() for layer in self.layers)
+
+    def backend(self) -> str:
+        """What attends over the ragged rows, once a prompt was read."""
+        return self.layers[0].resolved
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "HeadBudgetCache cannot take tokens back: assisted decoding needs another cache"
+        )
+
+    def reset(self) -> None:
+        """Forget the prompt; the next call reads a new one."""
+        self._prompt.lengths, self._prompt.rows = [], []
+        super().reset()

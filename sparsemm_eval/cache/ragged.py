@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparsemm_eval.cache.kernels import append_attend
+from sparsemm_eval.cache.room import Room, memory_for
 
 LEAST_SLACK = 16
 MOST_SLACK = 256
@@ -58,28 +61,42 @@ class RaggedKV:
     ----------
     keys, values : Tensor
         [T, D], all slots; unfilled ones are zero.
-    kept : Tensor
-        [rows, kv_heads] int64 on the CPU: tokens of the prompt in each sequence.
+    offsets : Tensor
+        [rows * kv_heads + 1] int32.
+    shape : (int, int)
+        Rows and KV heads.
     slack : int
         Free slots of each sequence.
     steps : int
         Tokens appended to every sequence since the prompt.
+    room : Room, optional
+        Where keys and values lie, and will when they are copied.
     """
 
     def __init__(
-        self, keys: Tensor, values: Tensor, kept: Tensor, slack: int, steps: int = 0
+        self,
+        keys: Tensor,
+        values: Tensor,
+        offsets: Tensor,
+        shape: tuple[int, int],
+        slack: int,
+        steps: int = 0,
+        room: Room | None = None,
     ) -> None:
-        self.keys, self.values = keys, values
-        self.kept, self.slack, self.steps = kept, slack, steps
-        filled = kept.flatten() + steps
-        offsets = torch.zeros(filled.numel() + 1, dtype=torch.int32)
-        offsets[1:] = (filled + slack).cumsum(0)
-        self.host_starts: list[int] = offsets[:-1].tolist()
-        self.offsets = offsets.to(keys.device)
-        self.lengths = filled.to(torch.int32).to(keys.device)
+        self.keys, self.values, self.offsets = keys, values, offsets
+        self.rows, self.kv_heads = shape
+        self.slack, self.steps, self.room = slack, steps, room
+        self.lengths = offsets.diff() - slack
 
     @classmethod
-    def pack(cls, key: Tensor, value: Tensor, mask: Tensor) -> RaggedKV:
+    def pack(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor,
+        most: int | None = None,
+        room: Room | None = None,
+    ) -> RaggedKV:
         """Take the kept tokens out of one layer's dense keys and values.
 
         Parameters
@@ -88,26 +105,53 @@ class RaggedKV:
             [B, H, n, D].
         mask : Tensor
             [R, H, n] bool with R a multiple of B: rows ``b * R // B ..`` are made of sample b.
+        most : int, optional
+            At least as many as the mask has True. Without it the device is asked and waited for.
+        room : Room, optional
+            Where to lay them; new memory otherwise.
         """
         rows, heads, n = mask.shape
-        kept = mask.sum(-1).cpu()
+        sequences, device = rows * heads, key.device
+        flat = mask.reshape(sequences, n)
         slack = LEAST_SLACK  # most answers are short; whoever goes on grows in larger steps
-        sequence, position = mask.view(rows * heads, n).nonzero(as_tuple=True)
-        copies = rows // key.shape[0]
-        source = (sequence // heads // copies * heads + sequence % heads) * n + position
-        keys, values = (_spread(x.reshape(-1, x.shape[-1])[source], sequence, rows * heads, slack)
-                        for x in (key, value))  # fmt: skip
-        return cls(keys, values, kept, slack)
+        slots = (int(flat.sum()) if most is None else most) + sequences * slack
+        offsets = _offsets(flat.sum(-1) + slack)
+        # Each kept token's slot; others get places behind, one a position, which are cut off.
+        position = torch.arange(n, device=device)
+        place = offsets[:-1, None] + flat.cumsum(-1) - 1
+        place = torch.where(flat, place, slots + position).flatten()
+        sequence = torch.arange(sequences, device=device)
+        sample, head = sequence // heads // (rows // key.shape[0]), sequence % heads
+        packed, sources = [], {}
+        for name, x in (("keys", key), ("values", value)):
+            tokens, steps = _in_memory_order(x)
+            if steps not in sources:
+                token = (sample * steps[0] + head * steps[1])[:, None] + position * steps[2]
+                source = torch.full((slots + n,), -1, device=device)
+                sources[steps] = source.scatter_(0, place, token.flatten())[:slots]
+            source = sources[steps]
+            laid = memory_for(room, name, slots, tokens)
+            torch.index_select(tokens.detach(), 0, source.clamp(min=0), out=laid)
+            # Free slots are zero and not left as they were: a kernel that reads one and multiplies
+            # it by a weight of zero must not meet NaN.
+            packed.append(laid.masked_fill_((source < 0)[:, None], 0))
+        return cls(*packed, offsets, (rows, heads), slack, room=room)
 
-    @property
-    def rows(self) -> int:
-        """Samples under a method."""
-        return self.kept.shape[0]
+    @cached_property
+    def kept(self) -> Tensor:
+        """Tokens of the prompt in each sequence, [rows, kv_heads] int64 on the CPU."""
+        return self.kept_of(self.offsets.cpu())
 
-    @property
-    def kv_heads(self) -> int:
-        """KV heads a row."""
-        return self.kept.shape[1]
+    def kept_of(self, offsets: Tensor) -> Tensor:
+        """`kept`, from a copy of the offsets on the CPU."""
+        counts = offsets.diff().long() - self.steps - self.slack
+        return counts.view(self.rows, self.kv_heads)
+
+    @cached_property
+    def host_starts(self) -> list[int]:
+        """``offsets[:-1]``, known without asking the device again."""
+        ends = (self.kept.flatten() + self.steps + self.slack).cumsum(0)
+        return [0, *ends[:-1].tolist()]
 
     def host_lengths(self) -> list[int]:
         """`lengths`, known without asking the device."""
@@ -124,10 +168,10 @@ class RaggedKV:
         self.lengths += 1
         self.count_token()
 
-    def count_token(self) -> None:
-        """Note on the host that every sequence on the device is one token longer."""
-        self.steps += 1
-        self.slack -= 1
+    def count_token(self, tokens: int = 1) -> None:
+        """Note on the host that every sequence on the device is so many tokens longer."""
+        self.steps += tokens
+        self.slack -= tokens
 
     def append_attend(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str
@@ -151,7 +195,7 @@ class RaggedKV:
             [R, 1, Hq, D].
         """
         if self.slack == 0:
-            self._grow()
+            self.grow()
         rows, query_heads, _, dim = query.shape
         sequences = rows * self.kv_heads
         out = append_attend(
@@ -174,7 +218,7 @@ class RaggedKV:
         """Bytes held by this layer."""
         slot = self.keys.shape[-1] * self.keys.element_size()
         filled = (int(self.kept.sum()) + self.kept.numel() * self.steps) * slot
-        slack = 2 * self.kept.numel() * self.slack * slot
+        slack = 2 * (len(self.keys) * slot - filled)
         metadata = (self.offsets.numel() + self.lengths.numel()) * self.lengths.element_size()
         return CacheBytes(filled, filled, slack, metadata)
 
@@ -184,25 +228,36 @@ class RaggedKV:
         slots = self.kept.sum(1) + self.kv_heads * (self.steps + self.slack)
         return 2 * slots * slot + 2 * self.kv_heads * self.lengths.element_size()
 
-    def _grow(self) -> None:
+    def grow(self) -> None:
+        """Copy the layer to a larger one, with fresh slack."""
         everything = torch.arange(self.rows * self.kv_heads)
-        grown = self._gather(everything, self.kept)
-        self.__dict__.update(grown.__dict__)
+        self.__dict__ = self._gather(everything, self.kept).__dict__
 
     def _gather(self, sequences: Tensor, kept: Tensor) -> RaggedKV:
         """Copy sequences into a new layer with fresh slack."""
         device = self.keys.device
         slack = _slack(kept + self.steps)
-        counts = (kept.flatten() + self.steps).to(device)
+        if self.room is not None:
+            # What reads it there has to be told of every copy: make them rare.
+            slack = max(slack, min(self.steps, MOST_SLACK))
+        counts = (kept.flatten() + self.steps).to(device, non_blocking=True)
         total = int(kept.sum()) + kept.numel() * self.steps
         count = torch.arange(len(sequences), device=device)
         new = torch.repeat_interleave(count, counts, output_size=total)
-        within = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[new]
-        slots = self.offsets[sequences.to(device)][new] + within
-        keys, values = (
-            _spread(x[slots], new, len(sequences), slack) for x in (self.keys, self.values)
-        )
-        return RaggedKV(keys, values, kept, slack, self.steps)
+        within = torch.arange(total, device=device)
+        sequences = sequences.to(device, non_blocking=True)
+        slots = self.offsets[sequences][new] + within - (counts.cumsum(0) - counts)[new]
+        places, size = within + new * slack, total + len(sequences) * slack
+        gathered = []
+        for name, x in (("keys", self.keys), ("values", self.values)):
+            tokens = x[slots]  # a copy: room may be handed out where they lay
+            laid = memory_for(self.room, name, size, tokens).zero_()
+            laid[places] = tokens
+            gathered.append(laid)
+        shape = (kept.shape[0], self.kv_heads)
+        grown = RaggedKV(*gathered, _offsets(counts + slack), shape, slack, self.steps, self.room)
+        grown.kept = kept
+        return grown
 
 
 def _slack(lengths: Tensor) -> int:
@@ -211,12 +266,19 @@ def _slack(lengths: Tensor) -> int:
     return max(LEAST_SLACK, min(mean // 10, MOST_SLACK))
 
 
-def _spread(tokens: Tensor, sequence: Tensor, sequences: int, slack: int) -> Tensor:
-    """Lay tokens [K, D], ordered by sequence, into slots with free ones behind each sequence.
+def _offsets(capacities: Tensor) -> Tensor:
+    """First slot of each sequence, and the end of the last: [S + 1] int32."""
+    ends = capacities.cumsum(0, dtype=torch.int32)
+    return functional.pad(ends, (1, 0))
 
-    Free slots are zero and not left as they were: a kernel that reads one and multiplies it by a
-    weight of zero must not meet NaN.
+
+def _in_memory_order(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Tokens of [B, H, n, D] as [B * H * n, D], and steps to the next sample, head and position.
+
+    Models make them as [B, n, H, D] and swap: they are read so, without a copy of the layer.
     """
-    slots = tokens.new_zeros(tokens.shape[0] + sequences * slack, tokens.shape[1])
-    slots[torch.arange(tokens.shape[0], device=tokens.device) + sequence * slack] = tokens
-    return slots
+    _, heads, n, dim = x.shape
+    swapped = x.transpose(1, 2)
+    if swapped.is_contiguous():
+        return swapped.view(-1, dim), (n * heads, 1, heads)
+    return x.reshape(-1, dim), (heads * n, n, 1)

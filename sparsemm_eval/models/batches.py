@@ -16,6 +16,7 @@ from transformers import BatchFeature
 from sparsemm_eval.methods.checks import one_line
 from sparsemm_eval.models.answers import Answer, answer_key
 from sparsemm_eval.models.decode import Decoded, shares_prompt
+from sparsemm_eval.models.graph import release
 from sparsemm_eval.models.samples import (
     SAMPLE_ERRORS,
     Sample,
@@ -186,6 +187,7 @@ class Run:
             self._store(answers)
             return
         # Not in the handler: until it is left, the failed attempt's tensors are held.
+        release(self.model.checkpoint.model)
         if not failure.of_memory or len(models) == 1:
             self._halve(samples, models, failure)
             return

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsemm_eval.methods import Method
+from sparsemm_eval.models.graph import held_bytes
 
 # What planned rows may take of the memory that is free: the rest is for the prompt's own pass (one
 # dense layer, activations, vision tower), for a layer that is copied while it grows, and for
@@ -85,6 +86,8 @@ def token_bytes(model: PreTrainedModel) -> int:
 def free_memory(model: PreTrainedModel) -> int:
     """Bytes that are free where a model lies; on GPUs what torch holds and does not use is free.
 
+    So is what the model's decoder keeps for the next prompt's rows.
+
     Over several GPUs the decoder's layers are taken as spread evenly: the fullest one counts.
     Of a CPU it is what the machine has, whatever limit is set for this process.
     """
@@ -92,7 +95,7 @@ def free_memory(model: PreTrainedModel) -> int:
     gpus = [device for device in devices if device.type == "cuda"]
     if not gpus:
         return psutil.virtual_memory().available
-    return len(gpus) * min(
+    return held_bytes(model) + len(gpus) * min(
         torch.cuda.mem_get_info(gpu)[0]
         + torch.cuda.memory_reserved(gpu)
         - torch.cuda.memory_allocated(gpu)

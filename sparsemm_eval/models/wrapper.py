@@ -33,6 +33,7 @@ from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, an
 from sparsemm_eval.models.batches import Run
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.decode import Decoded, generate, generate_rows
+from sparsemm_eval.models.greedy import check_cuda_graph
 from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.models.samples import Memo, Sample, image_hash, positive_int
 
@@ -62,7 +63,7 @@ class SparseMMModel(lmms):
         One loaded already; it is shared and not released after a run. From Python only.
     **settings
         All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
-        answers, mask_heads, mask_mode, and what the method and the family read.
+        cuda_graph, answers, mask_heads, mask_mode, and what the method and the family read.
 
     Raises
     ------
@@ -94,6 +95,7 @@ class SparseMMModel(lmms):
         self.batch_size = positive_int("batch_size", batch_size)
         self.backend = settings.get("backend", "auto")
         check_choice("backend", self.backend, BACKENDS)
+        self.cuda_graph = check_cuda_graph(settings.get("cuda_graph", "auto"))
         chosen = canonical_settings(
             method, {name: value for name, value in settings.items() if name not in self._own()}
         )
@@ -222,7 +224,8 @@ class SparseMMModel(lmms):
         """Whether another cell reads a prompt exactly as this one does: only methods differ."""
         return (
             self.checkpoint is other.checkpoint
-            and (self.family, self.mask, self.backend) == (other.family, other.mask, other.backend)
+            and (self.family, self.mask) == (other.family, other.mask)
+            and (self.backend, self.cuda_graph) == (other.backend, other.cuda_graph)
             and self.store.folder == other.store.folder
         )
 
@@ -248,9 +251,10 @@ class SparseMMModel(lmms):
         options = {"pad_token_id": pad} if pad is not None else {}
         options |= dict(samples[0].options)
         model = self.checkpoint.model
+        how = (self.backend, self.mask, self.cuda_graph)
         if len(methods) == 1:
-            return [generate(model, inputs, methods[0], options, self.backend, self.mask)]
-        return generate_rows(model, inputs, methods, options, self.backend, self.mask)
+            return [generate(model, inputs, methods[0], options, *how)]
+        return generate_rows(model, inputs, methods, options, *how)
 
     def _report(self, answers: Sequence[Answer], run: Run) -> None:
         """State what was kept, and whether anything was compressed at all."""
@@ -301,7 +305,8 @@ class SparseMMModel(lmms):
     def _own(cls) -> set[str]:
         """Settings that are not a method's."""
         return {
-            *_CHECKPOINT, "backend", "answers", "mask_heads", "mask_mode", *cls.family_settings
+            *_CHECKPOINT, "backend", "cuda_graph", "answers", "mask_heads", "mask_mode",
+            *cls.family_settings,
         }  # fmt: skip
 
     def _head_scores(self, settings: Mapping[str, Any]) -> HeadScores:

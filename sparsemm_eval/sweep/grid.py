@@ -35,12 +35,13 @@ from sparsemm_eval.methods import (
 )
 from sparsemm_eval.methods.checks import check_choice, check_int, one_line
 from sparsemm_eval.models.checkpoint import DTYPES
+from sparsemm_eval.models.greedy import CUDA_GRAPH
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import embedded_checkpoints
 
 MODEL_SETTINGS = (
-    "revision", "dtype", "device_map", "attn_implementation", "backend", "head_scores",
-    "mask_heads", "mask_mode", "min_pixels", "max_pixels",
+    "revision", "dtype", "device_map", "attn_implementation", "backend", "cuda_graph",
+    "head_scores", "mask_heads", "mask_mode", "min_pixels", "max_pixels",
 )  # fmt: skip
 _EMBEDDED = "embedded:"
 # A grid's key of each setting of a cell, in the order in which a cell states them.
@@ -123,7 +124,9 @@ class ModelSpec(BaseModel):
             _at((name,), check_choice, "setting", name, MODEL_SETTINGS)
             if not isinstance(value, str | int | float):
                 raise _Misplaced(f"{_short(value)}: it must be text or a number", name)
-        choices = {"dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES}
+        choices = {
+            "dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES, "cuda_graph": CUDA_GRAPH
+        }  # fmt: skip
         for name, value in settings.items():
             if name in choices:
                 _at((name,), check_choice, name, value, choices[name])

@@ -35,7 +35,8 @@ def long_prompt(model: PreTrainedModel) -> dict[str, Tensor]:
 def assert_exact(cache: HeadBudgetCache, steps: int, token: int) -> CacheBytes:
     """Check the count against what was kept, the slack's bound, and the storages themselves.
 
-    The bound holds layer by layer: 10% of what is there, or 16 slots a head.
+    The bound holds layer by layer: 10% of what is there, or 16 slots a head, and half a slot more
+    where a layer is packed before it is known how a head's count is rounded.
     """
     held = cache.bytes()
     heads = cache.kept().numel()
@@ -43,7 +44,7 @@ def assert_exact(cache: HeadBudgetCache, steps: int, token: int) -> CacheBytes:
     assert held.keys == held.values == filled * token // 2
     for layer in cache.layers:
         one, sequences = layer.filled().bytes(), layer.filled().kept.numel()
-        assert one.slack <= max(0.1 * (one.keys + one.values), 16 * sequences * token)
+        assert one.slack <= max(0.1 * (one.keys + one.values), 16.5 * sequences * token)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in device_tensors(cache)}
     assert held.total == sum(storage.nbytes() for storage in storages.values())
     return held

@@ -120,3 +120,24 @@ def test_its_settings_go_with_it() -> None:
     """Unregistered again, neither the name nor its setting is known."""
     assert "first_layers" in refused(method="first_layers")
     assert "layers=2" in refused(layers=2)
+
+
+def test_the_graph_can_be_turned_off(qwen: MakeQwen) -> None:
+    """With a word, or as --model_args reads True and False."""
+    assert qwen().cuda_graph == "auto"
+    for value, meant in ((False, "off"), (True, "auto"), ("compile", "compile")):
+        assert qwen(cuda_graph=value).cuda_graph == meant
+    with pytest.raises(ValueError, match="cuda_graph='on': it must be one of auto, compile"):
+        qwen(cuda_graph="on")
+
+
+def test_answers_do_not_depend_on_the_graph(qwen: MakeQwen, answers: Path) -> None:
+    """It is how they are computed, not what: their keys and texts are the same."""
+    documents = pages(2)
+    texts = {
+        way: ask(qwen(cuda_graph=way, answers=answers / way), documents) for way in ("eager", "off")
+    }
+    assert texts["eager"] == texts["off"]
+    one, other = (qwen(cuda_graph=way) for way in ("eager", "off"))
+    assert one.key_of("p", ()) == other.key_of("p", ())
+    assert not one.reads_as(other), "they are not decoded together"

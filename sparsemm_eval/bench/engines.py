@@ -1,0 +1,267 @@
+"""Ways to decode a prompt's answer, timed step by step."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel, StoppingCriteria
+
+from sparsemm_eval.cache import HeadBudgetCache, RaggedKV, use_head_budget_attention
+from sparsemm_eval.cache.layer import RaggedLayer
+from sparsemm_eval.methods import Method
+from sparsemm_eval.models.graph import decoder_of, release
+from sparsemm_eval.models.greedy import static_kind
+from sparsemm_eval.models.rows import Rows
+
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one way took.
+
+    Parameters
+    ----------
+    prefill_seconds : float
+        Until the first token is there.
+    step_ms : list of float
+        Each later token, warm-up included.
+    peak_bytes : int or None
+        Of the device's memory, weights included; None on a CPU.
+    cache_bytes : int
+        At the end.
+    compress_seconds : float or None
+        Part of the prefill: scoring, selecting and packing.
+    tokens : Tensor
+        [rows, steps + 1] on the CPU.
+    backend : str
+        What attended; empty for transformers' own.
+    """
+
+    prefill_seconds: float
+    step_ms: list[float]
+    peak_bytes: int | None
+    cache_bytes: int
+    compress_seconds: float | None
+    tokens: Tensor
+    backend: str = ""
+
+
+@torch.inference_mode()
+def decode_ours(
+    model: PreTrainedModel,
+    inputs: Inputs,
+    methods: Sequence[Method],
+    steps: int,
+    cuda_graph: str = "auto",
+) -> Timed:
+    """This project's cache: between static buffers where they serve, else under ``generate``.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Whose answers do not end by themselves.
+    inputs : mapping
+        One prompt.
+    methods : sequence of Method
+        Each is a row.
+    steps : int
+        New tokens after the first.
+    cuda_graph : str
+        As `sparsemm_eval.models.greedy.static_kind` takes it.
+    """
+    options = {"max_new_tokens": steps + 1, "do_sample": False}
+    longest = inputs["input_ids"].shape[1] + steps + 1
+    kind = static_kind(model, len(methods), longest, options, "auto", None, cuda_graph)
+    release(model)
+    ticks = Ticks(model.device)
+    if kind is None and len(methods) > 1:
+        # Rows come and go from one call of `generate` to the next: steps are timed as a whole.
+        cache = _WatchedCache(methods)
+        ticks()
+        rows = Rows(model, inputs, methods, options, cache)
+        ticks()
+        rows.decode()
+        ticks()
+        tokens = torch.stack([row.cpu() for row in rows.tokens])
+    elif kind is None:
+        cache = _WatchedCache(methods)
+        ticks()
+        ids = model.generate(
+            **inputs, past_key_values=cache, **options, stopping_criteria=[_Ticking(ticks)]
+        )
+        tokens = ids[:, longest - steps - 1 :].cpu()
+    else:
+        decoder = decoder_of(model)
+        cache = _WatchedCache(methods, rooms=decoder.rooms)
+        ticks()
+        rows = Rows(model, inputs, methods, options, cache)
+        ticks()
+        rows.decode_static(decoder, kind, ticks)
+        tokens = torch.stack(rows.tokens)
+    timed = ticks.timed(tokens, cache.bytes().total)
+    if len(timed.step_ms) == 1:
+        timed = replace(timed, step_ms=[timed.step_ms[0] / steps] * steps)
+    compressing = sum(layer.compress_ms() for layer in cache.layers) / 1e3
+    return replace(timed, compress_seconds=compressing, backend=cache.backend())
+
+
+def decode_concatenated(
+    model: PreTrainedModel, inputs: Inputs, method: Method, steps: int
+) -> Timed:
+    """As published code decodes: every token copies each layer's flat cache, one slot larger."""
+    half = model.dtype in (torch.float16, torch.bfloat16)
+    backend = "varlen" if model.device.type == "cuda" and half else "torch"
+    cache = _ConcatenatedCache(method, backend)
+    tokens, ticks = _generate(model, inputs, steps, past_key_values=cache)
+    timed = ticks.timed(tokens, cache.bytes().total)
+    return replace(timed, backend=cache.backend())
+
+
+def decode_stock(
+    model: PreTrainedModel, inputs: Inputs, steps: int, kv_bytes: int, static: bool = False
+) -> Timed:
+    """Full KV under transformers' ``generate``, its own attention and caches.
+
+    Parameters
+    ----------
+    model, inputs, steps
+        As for `decode_ours`.
+    kv_bytes : int
+        Of the prompt's keys and values.
+    static : bool
+        A static cache, which ``generate`` compiles for on a GPU, not a dynamic one.
+    """
+    more = {"cache_implementation": "static"} if static else {}
+    with _stock_attention(model):
+        tokens, ticks = _generate(model, inputs, steps, **more)
+    return ticks.timed(tokens, kv_bytes)
+
+
+class Ticks:
+    """When tokens were there: called once before the prompt and after every token."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.marks: list[Any] = []
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def __call__(self) -> None:
+        self.marks.append(_now(self.device))
+
+    def timed(self, tokens: Tensor, cache_bytes: int) -> Timed:
+        """What was seen."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize(self.device)
+        spans = [_ms(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
+        return Timed(spans[0] / 1e3, spans[1:], peak, cache_bytes, None, tokens)
+
+
+class _Ticking(StoppingCriteria):
+    """Stops nothing."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        self.tick = tick
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.tick()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _WatchedLayer(RaggedLayer):
+    """Notes how long compressing took; read when all is over, so that nothing waits."""
+
+    span: tuple[Any, Any] | None = None
+
+    def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        begun = _now(key.device)
+        super()._compress(query, key, value, mask)
+        self.span = (begun, _now(key.device))
+
+    def compress_ms(self) -> float:
+        """Milliseconds."""
+        return _ms(*self.span)
+
+
+class _WatchedCache(HeadBudgetCache):
+    layer_type = _WatchedLayer
+
+
+class _ConcatenatedKV(RaggedKV):
+    """A layer without free slots: every token makes a new one."""
+
+    def append_attend(self, *args: Any) -> Tensor:
+        self.slack = max(1, self.slack)  # none is needed: a slot is made as the token is written
+        return super().append_attend(*args)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        before, device = sum(self.host_lengths()), key.device
+        count = torch.arange(len(key), device=device)
+        sequence = torch.repeat_interleave(count, self.lengths, output_size=before)
+        packed = torch.arange(before, device=device)
+        starts = self.lengths.cumsum(0) - self.lengths
+        ends = (self.lengths + 1).cumsum(0, dtype=torch.int32)
+        source = torch.zeros(before + len(key), dtype=torch.long, device=device)
+        source[packed + sequence] = self.offsets[sequence] + packed - starts[sequence]
+        self.keys, self.values = self.keys[source], self.values[source]
+        self.keys[ends - 1], self.values[ends - 1] = key, value
+        self.offsets, self.lengths = functional.pad(ends, (1, 0)), self.lengths + 1
+        self.steps, self.slack = self.steps + 1, 0
+        vars(self).pop("host_starts", None)
+
+
+class _ConcatenatedLayer(RaggedLayer):
+    store_type = _ConcatenatedKV
+
+
+class _ConcatenatedCache(HeadBudgetCache):
+    layer_type = _ConcatenatedLayer
+
+
+def _generate(
+    model: PreTrainedModel, inputs: Inputs, steps: int, **more: Any
+) -> tuple[Tensor, Ticks]:
+    release(model)
+    ticks = Ticks(model.device)
+    ticks()
+    ids = model.generate(
+        **inputs, max_new_tokens=steps + 1, do_sample=False,
+        stopping_criteria=[_Ticking(ticks)], **more,
+    )  # fmt: skip
+    return ids[:, inputs["input_ids"].shape[1] :].cpu(), ticks
+
+
+@contextmanager
+def _stock_attention(model: PreTrainedModel) -> Iterator[None]:
+    model.set_attn_implementation({"text_config": "sdpa"})
+    try:
+        yield
+    finally:
+        use_head_budget_attention(model)
+
+
+def _now(device: torch.device) -> Any:
+    """A moment on the device's clock, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter_ns()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _ms(begun: Any, ended: Any) -> float:
+    return (ended - begun) / 1e6 if isinstance(begun, int) else begun.elapsed_time(ended)

@@ -1,0 +1,157 @@
+"""One step of greedy decoding between static buffers, and its capture as a CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache.static import StaticCache
+from sparsemm_eval.methods import HeadMask
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step is made for; rows of equal kind share it.
+
+    Parameters
+    ----------
+    rows : int
+        A power of two; rows that are not there are marked as ended.
+    ends : tuple of int
+        Tokens that end a row.
+    penalty : float
+        transformers' repetition_penalty; 1 for none.
+    mask : HeadMask or None
+        Query heads that are silenced.
+    way : {"graph", "compile", "eager"}
+        Captured; captured after torch.compile has fused what lies between products of matrices; or
+        neither, on any device.
+    """
+
+    rows: int
+    ends: tuple[int, ...]
+    penalty: float = 1.0
+    mask: HeadMask | None = None
+    way: str = "graph"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Rows that have their first new token.
+
+    Parameters
+    ----------
+    ids : Tensor
+        [R, n + 1] tokens that were read, then the new one, which stands for padding too.
+    positions : Tensor
+        [R] of the new token, as the model counts them for text.
+    ended : Tensor
+        [R] bool: the new token ends the row.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    ended: Tensor
+
+
+class Step:
+    """One step of decoding, from static buffers to static buffers: this is what is captured.
+
+    Nothing in it depends on lengths, waits for the device or asks the host: positions and lengths
+    are counted and the next tokens chosen on the device. A row that ends is marked finished in all
+    layers and costs no reading from then on.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        On `sparsemm_eval.cache.use_head_budget_attention`; given again at every step, not held.
+    kind : Kind
+        What it is made for.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
+        text, device = model.config.get_text_config(), model.device
+        self.kind = kind
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        self.cache = StaticCache(text.num_hidden_layers, kind.rows, kv_heads, device, kind.mask)
+        self.ids = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
+        self.ended = torch.ones(kind.rows, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(kind.ends or (-1,), device=device)
+        # A mask that says nothing: 4-D ones are taken as they are, and none is made.
+        self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self.seen: Tensor | None = None
+        if kind.penalty != 1:
+            self.seen = torch.zeros(kind.rows, text.vocab_size, dtype=torch.bool, device=device)
+        # Qwen2-VL's positions are threefold: time, height and width, alike for text.
+        self.threefold = hasattr(model.model, "rope_deltas")
+        self.logits: Tensor | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.places: tuple[int, ...] = ()
+        self.compiled = torch.compile(_forward, dynamic=False) if kind.way == "compile" else None
+
+    def load(self, cache: HeadBudgetCache, start: Start) -> None:
+        """Take over rows as they are after their prompts."""
+        rows = len(start.ids)
+        self.ids[:rows] = start.ids[:, -1:]
+        self.positions[:rows, 0] = start.positions
+        self.ended.fill_(True)
+        self.ended[:rows] = start.ended
+        if self.seen is not None:
+            self.seen.zero_()
+            self.seen[:rows].scatter_(1, start.ids, True)
+        self.cache.load(cache.stores, self.ended)
+
+    def __call__(self, model: PreTrainedModel) -> None:
+        """Decode one token a row."""
+        self.logits = (self.compiled or _forward)(self, model)
+
+    def capture(self, model: PreTrainedModel) -> None:
+        """Capture the step as a CUDA graph; buffers are left as they are."""
+        # A step that is run for its kernels to be loaded must not count: what it writes into slots
+        # is written again, and the rest is put back.
+        changed = [self.ids, self.positions, self.ended, self.cache.lengths]
+        changed += [] if self.seen is None else [self.seen]
+        before = [x.clone() for x in changed]
+        stream = torch.cuda.Stream(model.device)
+        stream.wait_stream(torch.cuda.current_stream(model.device))
+        with torch.cuda.stream(stream):
+            # Twice where it is compiled: the second time finds all that the first has made.
+            for _ in range(2 if self.compiled else 1):
+                self(model)
+        torch.cuda.current_stream(model.device).wait_stream(stream)
+        for x, was in zip(changed, before, strict=True):
+            x.copy_(was)
+        self.graph, graph = None, torch.cuda.CUDAGraph()
+        # Other threads, such as those that pin memory, may go on meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self(model)
+        self.graph, self.places = graph, self.cache.places()
+
+
+def _forward(step: Step, model: PreTrainedModel) -> Tensor:
+    """Logits [rows, vocabulary] of the next tokens, which go where the last ones were."""
+    out = model(
+        input_ids=step.ids,
+        position_ids=step.positions.expand(3, -1, -1) if step.threefold else step.positions,
+        attention_mask=step.unmasked,
+        past_key_values=step.cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = out.logits[:, -1]
+    scores = logits.float()
+    if step.seen is not None:
+        step.seen.scatter_(1, step.ids, True)
+        penalty = step.kind.penalty
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
+        scores = torch.where(step.seen, penalised, scores)
+    step.ids.copy_(scores.argmax(-1, keepdim=True))
+    step.positions.add_(1)
+    step.ended.logical_or_((step.ids == step.ends).any(1))
+    step.cache.finish(step.ended)
+    return logits
