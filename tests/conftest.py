@@ -15,8 +15,13 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# Minutes each: begun last, one of them would keep a whole run waiting for a single worker.
+LONG = ("test_submit.py", "test_slurm.py", "test_whole_runs.py", "test_demo.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with the longest files, and skip what needs a GPU where there is none."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:
