@@ -106,7 +106,7 @@ def sweep(
 
             typer.echo(describe(chosen, out))
             return
-        from sparsemm_eval.sweep.run import run_sweep
+        from sparsemm_eval.sweep.run import leave_ranks, run_sweep
         from sparsemm_eval.sweep.signals import leaving
 
         folder = out or Path("results/sweeps") / chosen.name
@@ -116,6 +116,7 @@ def sweep(
             done = run_sweep(
                 chosen, folder, command, job, wait, skip_missing, only_scores, world_size
             )
+        leave_ranks()
         typer.echo(done.markdown)
         typer.echo(done.status)
         for path in done.files:

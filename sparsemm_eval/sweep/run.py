@@ -190,6 +190,15 @@ def plan_sweep(
     return status(out), tuple(left_out)
 
 
+def leave_ranks() -> None:
+    """Part from the other ranks, if there are any, as the last thing a process does.
+
+    One that ends without it may be aborted on its way out, and torchrun then ends the others.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Runner:
     """The jobs of one sweep in this process."""
 

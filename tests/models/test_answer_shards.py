@@ -34,11 +34,13 @@ import sys
 from pathlib import Path
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import answer, make_models
+from sparsemm_eval.sweep.run import leave_ranks
 from sparsemm_eval.tiny import default_checkpoint
 checkpoint = Checkpoint(default_checkpoint(), dtype="float32")
 cells = [{"method": "fullkv"}, {"method": "local", "budget": 24}]
 models = make_models(checkpoint, cells, batch_size=2, answers=sys.argv[1])
 answer(models, "docvqa_mini", samples=7, shard=1, shards=2)
+leave_ranks()
 """
 
 
