@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
   cat <<'END'
-./run_eval.sh                  the demo on the embedded model, offline; tables and curve in results/demo/
+./run_eval.sh                  the demo on the embedded models, offline; tables and a page in results/demo/
 ./run_eval.sh test [ARGS]      the tests; ARGS go to pytest
 ./run_eval.sh -- ARGS          python -m lmms_eval ARGS, with our models and tasks known to it
 ./run_eval.sh COMMAND [ARGS]   any other command of sparsemm-eval (demo, chase, …); --help lists them
