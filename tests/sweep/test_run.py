@@ -22,7 +22,7 @@ from sparsemm_eval.models import answers as answers_module
 from sparsemm_eval.models.answers import Answer
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.sweep import checks, run
+from sparsemm_eval.sweep import checks, runner
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, parse_grid
 from sparsemm_eval.sweep.lock import Locked, lock
@@ -131,7 +131,7 @@ def test_a_results_file_says_how_it_was_made(whole: tuple[Sweep, Path]) -> None:
 def test_a_second_run_computes_nothing_scores_nothing_and_says_the_same(
     whole: tuple[Sweep, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "score", lambda *_, **__: pytest.fail("a cell was scored again"))
+    monkeypatch.setattr(runner, "score", lambda *_, **__: pytest.fail("a cell was scored again"))
     again = run_sweep(grid(), copy, "again")
     assert again.markdown == whole[0].markdown
     for name in ("table.md", "kept.md"):
@@ -285,7 +285,7 @@ def test_no_tasks_failure_loses_anothers_scores(
     whole: tuple[Sweep, Path], copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree(copy / "cells")
-    score = run.score
+    score = runner.score
 
     def failing(model: Any, cell: Any, task: str, *rest: Any, **more: Any) -> Path:
         if task == "docvqa_mini":
@@ -293,7 +293,7 @@ def test_no_tasks_failure_loses_anothers_scores(
         return score(model, cell, task, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "score", failing)
+        patch.setattr(runner, "score", failing)
         done = run_sweep(grid(), copy, "x")
     assert done.failures == (
         "reader docvqa_mini: 5 of 5 cells have no score, first: KeyError: 'anls'",
@@ -511,7 +511,7 @@ def test_a_full_disk_is_one_sentence_and_goes_on_after(
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(run, "seal", full)
+        patch.setattr(runner, "seal", full)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == 1
     assert "the disk is full" in stopped.output
