@@ -417,7 +417,7 @@ def mask(
             checkpoint,
             out,
             tasks=[task.strip() for task in tasks.split(",") if task.strip()],
-            shares=_numbers("shares", shares),
+            shares=_numbers("shares", shares, "0.01,0.05"),
             seeds=seeds,
             modes=MASK_MODES if mode == "both" else (mode,),
             samples=samples,
@@ -473,7 +473,7 @@ def table(
 
         made = table_files.make_table(
             results, like, _words(show), long, form, against, _words(models), _words(benchmarks),
-            _words(methods), _numbers("budgets", budgets), digits, percent,
+            _words(methods), _numbers("budgets", budgets, "256,64"), digits, percent,
         )  # fmt: skip
         for note in made.notes:
             typer.echo(f"sparsemm-eval: {note}", err=True)
@@ -487,12 +487,12 @@ def table(
 
 @app.command()
 def figure(
-    kind: Annotated[str, typer.Option(help="budget, kept, efficiency or heads.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the figure.")],
     results: Annotated[
         list[str] | None,
         typer.Argument(help="Results files, folders, or the word paper; of heads none."),
     ] = None,
+    kind: Annotated[str, typer.Option(help="budget, kept, efficiency or heads.")] = "budget",
     formats: Annotated[str, typer.Option("--format", help="Of svg and png.")] = "svg,png",
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's curves behind, dashed.")
@@ -540,7 +540,10 @@ def figure(
             raise ValueError(f"kind={kind}: give results files, folders, or the word paper")
         else:
             filters = files.Filters(
-                _words(models), _words(benchmarks), _words(methods), _numbers("budgets", budgets)
+                _words(models),
+                _words(benchmarks),
+                _words(methods),
+                _numbers("budgets", budgets, "256,64"),
             )
             if kind == "efficiency":
                 done = files.draw_efficiency(results, out, _words(formats), filters, paper)
@@ -752,11 +755,11 @@ def _integers(name: str, text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def _numbers(name: str, text: str, such_as: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ValueError(f"{name}={text!r}: it must be numbers, such as 0.01,0.05") from error
+        raise ValueError(f"{name}={text!r}: it must be numbers, such as {such_as}") from error
 
 
 def _demo_command() -> str:

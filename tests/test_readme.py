@@ -2,11 +2,14 @@
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 
+from sparsemm_eval.cli import app
 from sparsemm_eval.methods import ModelShape, make_method, method, method_names
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,22 @@ def test_the_demos_tables_are_those_of_the_committed_run() -> None:
     assert len(tables) == 2
     for table in tables:
         assert table in README
+
+
+def commands() -> list[list[str]]:
+    """Words behind ./run_eval.sh, of README's commands that are sparsemm-eval's."""
+    lines = README.replace("\\\n", " ").splitlines()
+    given = [shlex.split(line, comments=True) for line in lines if line.startswith("./run_eval.sh")]
+    return [words[1:] for words in given if words[1:] and words[1] not in ("test", "--")]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_commands_are_taken_as_they_stand(words: list[str]) -> None:
+    command = typer.main.get_command(app)
+    while hasattr(command, "commands"):  # a group; whose click it is depends on typer's version
+        command = command.commands[words[0]]
+        words = words[1:]
+    command.make_context("sparsemm-eval", list(words))
 
 
 def test_every_method_is_in_the_table() -> None:
