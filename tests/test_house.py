@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsemm_eval"
 # A room may import from rooms of a lower floor, and from itself.
 FLOORS = {
-    "paths": 0, "methods": 0, "report": 0, "tiny": 0,
-    "cache": 1, "doctor": 2, "models": 2, "heads": 3, "bench": 3, "sweep": 4, "cli": 5,
-    "__main__": 6,
+    "errors": 0, "paths": 0, "methods": 1, "report": 1, "tiny": 1,
+    "cache": 2, "families": 3, "models": 4, "engine": 4, "doctor": 5, "heads": 5, "bench": 5,
+    "sweep": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 STDLIB = set(sys.stdlib_module_names) | {"__future__"}
 TENSORS = {"torch", "transformers", "numpy", "pandas", "matplotlib", "flash_attn"}

@@ -22,7 +22,7 @@ from typing import Any
 
 from sparsemm_eval.bench.efficiency_page import aims
 from sparsemm_eval.bench.machine import code_digest, describe, find_device, slug
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(given)
     try:
         if not asked.minutes > 0:
-            raise ValueError(f"minutes={asked.minutes!r}: it must be above 0")
+            raise UserError(f"minutes={asked.minutes!r}: it must be above 0")
         device = find_device(asked.device)
         about = describe(device)
         out = asked.out.resolve() / slug(about)

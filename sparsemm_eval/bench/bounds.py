@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import Method
 
 GIB = 1 << 30
@@ -66,7 +67,7 @@ def bandwidth_of(word: str) -> float:
     except ValueError:
         value = -1.0
     if not value > 0:
-        raise ValueError(
+        raise UserError(
             f"bandwidth={word!r}: it must be GB/s, such as 4200, or one of {', '.join(BANDWIDTHS)}"
         )
     return value * 1e9

@@ -31,7 +31,7 @@ from sparsemm_eval.bench.kernels import Benchmark
 from sparsemm_eval.bench.machine import code_digest, describe, find_device, slug, threads
 from sparsemm_eval.bench.models import SHAPES
 from sparsemm_eval.bench.timing import DeviceClock, HostClock
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import one_line
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.efficiency_figures import efficiency_curves
 from sparsemm_eval.report.provenance import provenance

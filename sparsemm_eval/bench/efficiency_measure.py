@@ -31,8 +31,8 @@ from sparsemm_eval.bench.models import (
     large_model,
     random_prompts,
 )
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
-from sparsemm_eval.methods.checks import one_line
 from sparsemm_eval.tiny import embedded_checkpoints
 
 WARM_UP = 10  # steps whose times are left out; a graph is captured in the first
@@ -90,7 +90,7 @@ def check_models(names: Sequence[str]) -> None:
     known = (*SHAPES, *embedded_checkpoints())
     for name in names:
         if name not in known and "/" not in name and not Path(name).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"models={name!r}: it must be one of {', '.join(known)}, or a checkpoint's folder "
                 "or hub repository"
             )
@@ -225,7 +225,7 @@ def _run(
 ) -> Timed:
     model, prompt = subject.model, subject.prompt(tokens)
     if engine == "ours_compiled" and model.device.type != "cuda":
-        raise ValueError("engines='ours_compiled': it runs on a GPU only")
+        raise UserError("engines='ours_compiled': it runs on a GPU only")
     if engine.startswith("ours"):
         way = {"ours": "auto", "ours_compiled": "compile", "ours_plain": "off"}[engine]
         return decode_ours(model, prompt, methods, steps, way)

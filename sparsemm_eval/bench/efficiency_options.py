@@ -10,8 +10,8 @@ from pathlib import Path
 from sparsemm_eval.bench.bounds import bandwidth_of
 from sparsemm_eval.bench.options import integers, known_words
 from sparsemm_eval.bench.shapes import DTYPES
+from sparsemm_eval.errors import check_int
 from sparsemm_eval.methods import method_names
-from sparsemm_eval.methods.checks import check_int
 
 # "" in an option takes these.
 DEFAULTS = {

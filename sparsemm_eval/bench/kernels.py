@@ -22,7 +22,7 @@ from sparsemm_eval.bench.options import Options
 from sparsemm_eval.bench.shapes import Case
 from sparsemm_eval.bench.summary import aims, draw, failures, notes, table
 from sparsemm_eval.bench.timing import DeviceClock, HostClock
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import one_line
 from sparsemm_eval.report.provenance import provenance
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.paths import cuda_ext_folder
 
 UNKNOWN_CACHE = 64 << 20
@@ -24,7 +24,7 @@ def find_device(name: str) -> torch.device:
     """The device of a name, "" being CUDA where there is one."""
     check_choice("device", name, ("", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: there is no CUDA device here")
+        raise UserError("device=cuda: there is no CUDA device here")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

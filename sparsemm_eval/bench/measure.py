@@ -21,7 +21,7 @@ from sparsemm_eval.bench.timing import (
     capture,
     in_turn,
 )
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import one_line
 
 # ||out - wanted|| / ||wanted|| of the worst sequence. Half precision rounds outputs, and kernels
 # round the weights before they multiply.

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
+from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsemm_eval.bench.entries import ENTRIES, Entry
 from sparsemm_eval.bench.shapes import DISTRIBUTIONS, DTYPES, SHAPES, Case
-from sparsemm_eval.methods.checks import check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int
 
 QUICK = {"means": "64", "rows": "1", "repeats": 3}
 
@@ -68,7 +68,7 @@ class Options:
         check_int("repeats", self.repeats, 1)
         for name in ("seconds", "memory"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)!r}: it must be at least 0")
         defaults = {field.name: field.default for field in fields(self)}
         untouched = {n: v for n, v in QUICK.items() if getattr(self, n) == defaults[n]}
         return replace(self, **untouched) if self.quick else self
@@ -102,7 +102,7 @@ def known_words(name: str, text: str, known: Collection[str] | None = None) -> l
     """
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not words:
-        raise ValueError(f"{name}={text!r}: it must name at least one")
+        raise UserError(f"{name}={text!r}: it must name at least one")
     for word in words if known is not None else ():
         check_choice(name, word, list(known))
     return words

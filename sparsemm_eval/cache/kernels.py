@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemm_eval.cache.extension import ExtensionError, load_extension
-from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.errors import UserError, check_choice
 
 BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
 _HALF = (torch.float16, torch.bfloat16)
@@ -60,7 +60,7 @@ def check_backend(name: str, device: str) -> None:
     """
     check_choice("backend", name, BACKENDS)
     if name == "varlen" and device != "cuda":
-        raise ValueError(
+        raise UserError(
             "backend=varlen needs a CUDA device, and there is none: use auto, cuda_ext or torch"
         )
     if name == "cuda_ext":
@@ -94,14 +94,14 @@ def resolve_backend(
     varlen = device.type == "cuda" and dtype in _HALF and head_dim % 8 == 0 and head_dim <= 256
     if name == "cuda_ext":
         if not compiled:
-            raise ValueError(
+            raise UserError(
                 f"backend=cuda_ext cannot run {here}: on CUDA it takes float16 and bfloat16, head "
                 "sizes 64, 96 and 128 and up to 8 query heads a KV head, on the CPU float32, "
                 "float16 and bfloat16; use backend=auto or torch"
             )
         _load(device.type)
     if name == "varlen" and not varlen:
-        raise ValueError(
+        raise UserError(
             f"backend=varlen cannot run {here}: it needs a CUDA device, float16 or bfloat16 and a "
             "head size that is a multiple of 8 up to 256; use backend=auto or torch"
         )
@@ -129,7 +129,7 @@ def _load(device: str) -> None:
     try:
         load_extension(device)
     except ExtensionError as error:
-        raise ValueError(f"backend=cuda_ext cannot run here: {error}") from error
+        raise UserError(f"backend=cuda_ext cannot run here: {error}") from error
 
 
 @cache

@@ -15,8 +15,8 @@ from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
 from sparsemm_eval.cache.prompt import Prompt, prompt_lengths_of
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
 from sparsemm_eval.cache.room import Room
+from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.methods import HeadMask, Method, Scorer
-from sparsemm_eval.methods.checks import check_choice
 
 
 class RaggedLayer(SilencingLayer):
@@ -75,7 +75,7 @@ class RaggedLayer(SilencingLayer):
             self._compress(query, key, value, mask)
             return out
         if query.shape[0] != self.store.rows:
-            raise ValueError(
+            raise UserError(
                 f"{query.shape[0]} rows to decode, but the cache holds {self.store.rows} "
                 f"(samples x {len(self.methods)} methods)"
             )
@@ -138,7 +138,7 @@ class RaggedLayer(SilencingLayer):
         samples, heads, n, dim = key.shape
         shape = self.methods[0].shape
         if (query.shape[1], heads) != (shape.query_heads, shape.kv_heads):
-            raise ValueError(
+            raise UserError(
                 f"a layer of this model has {query.shape[1]} query heads and {heads} KV heads, "
                 f"but the methods are made for {shape}"
             )
@@ -220,7 +220,7 @@ class HeadBudgetCache(Cache):
     ) -> None:
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
-            raise ValueError("methods of one cache must be at least one and of one ModelShape")
+            raise UserError("methods of one cache must be at least one and of one ModelShape")
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
@@ -246,7 +246,7 @@ class HeadBudgetCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[AttendingLayer, AttendingLayer]:
         if layer_idx >= len(self.layers):
-            raise ValueError(
+            raise UserError(
                 f"the model has a layer {layer_idx}, but the methods are for {len(self.layers)} "
                 "layers: make them with the model's own ModelShape"
             )

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.heads.reading import greedy_answers, read_prompts, teacher_forced
 from sparsemm_eval.heads.regions import Box, Regions, check_family, find_regions, image_positions
 from sparsemm_eval.heads.watch import WeightCache
-from sparsemm_eval.methods.checks import check_int
 from sparsemm_eval.models.checkpoint import Checkpoint
 
 
@@ -102,7 +102,7 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
     special = set(tokenizer.all_special_ids)
     answer = list(takewhile(lambda token: token not in special, said))
     if not answer:
-        raise ValueError(
+        raise UserError(
             f"the answer to {scene.question!r} is empty: no token of it has attention to draw; "
             "ask another question"
         )

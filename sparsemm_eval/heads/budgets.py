@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import (
     HeadScores,
     ModelShape,
@@ -16,7 +17,6 @@ from sparsemm_eval.methods import (
     method_settings,
     tokens_per_head,
 )
-from sparsemm_eval.methods.checks import check_int, one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.report.budget_maps import HeadBudgets, budget_maps
 from sparsemm_eval.report.figure_files import DrawnFiles
@@ -95,7 +95,7 @@ def head_budgets(
         In one sentence, if the model, a method, a budget or a setting cannot be.
     """
     if kv_heads is not None and (model is not None or head_scores is None):
-        raise ValueError(
+        raise UserError(
             f"kv_heads={kv_heads}: it goes with a score file alone; a model states its own"
         )
     known = {name: _read_by(name, settings) for name in methods}
@@ -118,7 +118,7 @@ def head_budgets(
 def _read_by(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("budget", "head_scores"):
         if name in settings:
-            raise ValueError(f"settings: {name} has an option of its own")
+            raise UserError(f"settings: {name} has an option of its own")
     return canonical_settings(method, settings)
 
 
@@ -145,7 +145,7 @@ def _source(model: str | None) -> str:
         return model
     known = {f"{_EMBEDDED}{name}": str(path) for name, path in embedded_checkpoints().items()}
     if model not in known:
-        raise ValueError(f"model={model}: it must be one of {', '.join(known)}")
+        raise UserError(f"model={model}: it must be one of {', '.join(known)}")
     return known[model]
 
 
@@ -156,7 +156,7 @@ def _shape(source: str) -> ModelShape:
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         return ModelShape(text.num_hidden_layers, text.num_attention_heads, kv_heads)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"model={source}: its config.json cannot be read ({one_line(error)}); give a folder, "
             "a repository that is reachable or cached, or a score file alone"
         ) from error
@@ -165,5 +165,5 @@ def _shape(source: str) -> ModelShape:
 def _own_scores(model: str | None, shape: ModelShape) -> HeadScores:
     source = _source(model)
     if not Path(source).is_dir():
-        raise ValueError(f"model={model} is a hub repository: give its head_scores=FILE, too")
+        raise UserError(f"model={model} is a hub repository: give its head_scores=FILE, too")
     return Checkpoint(source).head_scores()

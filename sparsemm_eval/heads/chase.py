@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 from transformers import BatchFeature
 
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.heads.findings import Chase
 from sparsemm_eval.heads.hits import score_page
 from sparsemm_eval.heads.pages import Page
@@ -23,7 +24,6 @@ from sparsemm_eval.heads.reading import greedy_answers, read_prompts, teacher_fo
 from sparsemm_eval.heads.records import PageRecords, PageScore
 from sparsemm_eval.heads.regions import IMAGE_TOKENS, check_family, find_regions, image_positions
 from sparsemm_eval.heads.watch import WatchCache
-from sparsemm_eval.methods.checks import check_choice, check_int
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.samples import DEFAULT_NEW_TOKENS
 
@@ -76,14 +76,14 @@ def chase(
 
 def _checked(found: Chase, checkpoint: Checkpoint) -> Chase:
     if not found.pages:
-        raise ValueError("no pages to chase heads on: give at least 1 image")
+        raise UserError("no pages to chase heads on: give at least 1 image")
     if found.left_out == len(found.pages):
-        raise ValueError(
+        raise UserError(
             f"none of the {len(found.pages)} images has annotated text: give pages whose chunks "
             "have text and a box"
         )
     if not found.scores.any():
-        raise ValueError(
+        raise UserError(
             f"{checkpoint.pretrained} says {found.accuracy:.0%} of the annotated characters, and "
             f"of {found.answer_tokens} tokens {found.tokens} could be scored, none of them a hit "
             "of any head: its heads cannot be scored by what it reads"
@@ -120,7 +120,7 @@ class _Run:
         place = len(self.scores) + len(self.waiting)
         if place < len(self.known):
             if self.known[place].digest != page.digest:
-                raise ValueError(
+                raise UserError(
                     f"{self.records.path}: page {place} is not that of this data; give another "
                     "--output, or move it away to begin anew"
                 )

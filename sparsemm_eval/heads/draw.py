@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.heads.attention import ImageAttention, Scene, attend
 from sparsemm_eval.heads.regions import Box, Regions, check_family
 from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.methods.checks import check_int, one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.report.attention_maps import (
     View,
@@ -77,16 +77,16 @@ def read_scene(image: Path | None, question: str | None, box: str | None) -> Sce
     """
     if image is None:
         if question is not None or box is not None:
-            raise ValueError("a question or box without its image: give image=FILE too, or none")
+            raise UserError("a question or box without its image: give image=FILE too, or none")
         return drawn_scene()
     if question is None or not question.strip():
-        raise ValueError(f"image={image} has no question: give question=TEXT")
+        raise UserError(f"image={image} has no question: give question=TEXT")
     place = None if box is None else _parse_box(box)
     try:
         with Image.open(image) as file:
             pixels = file.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image={image} cannot be read ({one_line(error)})") from error
+        raise UserError(f"image={image} cannot be read ({one_line(error)})") from error
     return Scene(pixels, question, place)
 
 
@@ -102,9 +102,9 @@ def parse_heads(text: str, shape: ModelShape) -> list[Head]:
     for part in text.split(","):
         layer, dash, head = part.strip().partition("-")
         if not (dash and layer.isdecimal() and head.isdecimal()):
-            raise ValueError(f"heads={text!r}: {part!r} is no layer-head, such as 3-1,4-0")
+            raise UserError(f"heads={text!r}: {part!r} is no layer-head, such as 3-1,4-0")
         if int(layer) >= shape.layers or int(head) >= shape.query_heads:
-            raise ValueError(
+            raise UserError(
                 f"heads={text!r}: the model has no head {part.strip()}; it has 0-0 to "
                 f"{shape.layers - 1}-{shape.query_heads - 1}"
             )
@@ -124,7 +124,7 @@ def rank_heads(scores: HeadScores, best: int, worst: int) -> list[Head]:
     check_int("worst", worst, least=0)
     count = scores.values.size
     if not 0 < best + worst <= count:
-        raise ValueError(
+        raise UserError(
             f"best={best} and worst={worst} are {best + worst} heads: choose 1 to {count} in all, "
             "as many as the model has"
         )
@@ -277,5 +277,5 @@ def _parse_box(text: str) -> Box:
     try:
         x0, y0, x1, y1 = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"box={text!r}: it must be x0,y0,x1,y1 in pixels of the image") from error
+        raise UserError(f"box={text!r}: it must be x0,y0,x1,y1 in pixels of the image") from error
     return x0, y0, x1, y1

@@ -15,8 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
-from sparsemm_eval.methods.checks import check_choice, check_int
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.report.figures import score_over_silenced
@@ -96,7 +96,7 @@ def run_masking(
         check_int(name, value, least=1)
     for name, given in (("tasks", tasks), ("shares", shares), ("modes", modes)):
         if not given:
-            raise ValueError(f"{name} is empty: give at least one")
+            raise UserError(f"{name} is empty: give at least one")
     for mode in modes:
         check_choice("mode", mode, MASK_MODES)
     cells = list(_cells(dict.fromkeys(shares), seeds, dict.fromkeys(modes)))

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.heads.regions import Box
-from sparsemm_eval.methods.checks import one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.samples import image_hash
 from sparsemm_eval.tiny.documents import (
@@ -126,7 +126,7 @@ def read_pages(data: str, count: int, known_text: bool = True) -> Iterator[Page]
         return islice(_coco_files(Path(folder)) if local else _coco(data, folder), count)
     if Path(data).is_file():
         return _jsonl(Path(data), count)
-    raise ValueError(
+    raise UserError(
         f"data={data!r}: it must be drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER or a JSONL "
         "file that exists"
     )
@@ -208,7 +208,7 @@ def _coco_files(folder: Path) -> Iterator[Page]:
     """COCO's own files: one instances*.json, and images beside it or in a folder beside it."""
     found = sorted(folder.rglob("instances*.json"))
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"data=coco:{folder}: it holds {len(found)} instances*.json files; give a folder with "
             "one of them and its images"
         )
@@ -222,12 +222,12 @@ def _coco_files(folder: Path) -> Iterator[Page]:
                 corners = [x, y, x + width, y + height]
                 boxes[one["image_id"]].append((names[one["category_id"]], corners))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{found[0]}: not a COCO instances file ({one_line(error)})") from error
+        raise UserError(f"{found[0]}: not a COCO instances file ({one_line(error)})") from error
     places = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()}
     for one in table["images"]:
         name = Path(one["file_name"]).name
         if name not in places:
-            raise ValueError(f"{found[0]}: image {one['file_name']} is not in {folder}")
+            raise UserError(f"{found[0]}: image {one['file_name']} is not in {folder}")
         image = _open(places[name], str(found[0]))
         yield _page(image, NAME_PROMPT, boxes[one["id"]], SHORTEST_OF_NAME)
 
@@ -263,13 +263,13 @@ def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], s
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{where}: {field or 'line'}: {first['msg']}") from error
+            raise UserError(f"{where}: {field or 'line'}: {first['msg']}") from error
         chunks = tuple(Chunk(chunk.text, chunk.box) for chunk in line.chunks)
         try:
             with Image.open(path.parent / line.image) as image:
                 _check(chunks, image.size)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{where}: {one_line(error)}") from error
+            raise UserError(f"{where}: {one_line(error)}") from error
         yield line, chunks, where
 
 
@@ -278,7 +278,7 @@ def _rows(data: str, source: str, split: str) -> datasets.IterableDataset:
     try:
         return datasets.load_dataset(source, split=split, streaming=True)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"data={data}: {source} cannot be read ({one_line(error)}); a copy on disk is given as "
             f"{data.partition(':')[0]}:FOLDER"
         ) from error
@@ -286,7 +286,7 @@ def _rows(data: str, source: str, split: str) -> datasets.IterableDataset:
 
 def _column(row: dict[str, Any], name: str, data: str) -> Any:
     if name not in row:
-        raise ValueError(f"data={data}: it has no column {name}, but {', '.join(row)}")
+        raise UserError(f"data={data}: it has no column {name}, but {', '.join(row)}")
     return row[name]
 
 
@@ -301,7 +301,7 @@ def _open(file: Path | io.BytesIO, where: str) -> Image.Image:
     try:
         return Image.open(file).convert("RGB")
     except OSError as error:
-        raise ValueError(f"{where}: the image cannot be read ({one_line(error)})") from error
+        raise UserError(f"{where}: the image cannot be read ({one_line(error)})") from error
 
 
 def _page(
@@ -320,9 +320,9 @@ def _page(
 def _check(chunks: Iterable[Chunk], size: tuple[int, int]) -> None:
     for chunk in chunks:
         if not chunk.text:
-            raise ValueError(f"the chunk at box {chunk.box} has no text")
+            raise UserError(f"the chunk at box {chunk.box} has no text")
         if chunk.box is not None and _clip(chunk.box, size) != chunk.box:
-            raise ValueError(
+            raise UserError(
                 f"box {chunk.box} of chunk {chunk.text!r} is empty or outside its image of "
                 f"{size[0]}x{size[1]} pixels"
             )

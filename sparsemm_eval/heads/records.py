@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from sparsemm_eval.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class PageScore:
@@ -84,12 +86,12 @@ class PageRecords:
             settings, pages = (rows[0], rows[1:]) if rows else (self.settings, [])
             done = [PageScore(**page | {"scores": _array(page["scores"])}) for page in pages]
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: not the pages of a chase ({error}); move it away to begin anew"
             ) from error
         if settings != self.settings:
             other = [name for name in self.settings if settings.get(name) != self.settings[name]]
-            raise ValueError(
+            raise UserError(
                 f"{self.path} holds pages of a chase with another {', '.join(other) or 'setting'}: "
                 "give another --output, or move it away to begin anew"
             )

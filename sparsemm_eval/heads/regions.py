@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.errors import UserError, check_choice
 
 Box = tuple[float, float, float, float]
 IMAGE_TOKENS = ("all", "tiles")
@@ -90,7 +90,7 @@ class Regions(ABC):
         """
         x0, y0, x1, y1 = box
         if not (0 <= x0 < x1 <= self.width and 0 <= y0 < y1 <= self.height):
-            raise ValueError(
+            raise UserError(
                 f"box {box} is empty or outside its image of {self.width}x{self.height} pixels"
             )
         left, top, right, bottom = self.boxes.T
@@ -274,7 +274,7 @@ def find_regions(
 def check_family(model_type: str) -> None:
     """Raise ValueError unless it is known where a family's image tokens lie."""
     if model_type not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"where the image tokens of a {model_type} model lie is not known; it is for "
             f"{', '.join(sorted(FAMILIES))}"
         )
@@ -302,7 +302,7 @@ def image_positions(
     found = (input_ids_row == config.image_token_id).nonzero().flatten().cpu().numpy()
     counts = [one.count for one in regions]
     if len(found) != sum(counts):
-        raise ValueError(
+        raise UserError(
             f"the prompt has {len(found)} image tokens and its images {sum(counts)}: processor "
             "and model config disagree about image sizes"
         )

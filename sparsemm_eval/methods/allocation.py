@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparsemm_eval.methods.checks import check_int, check_share
+from sparsemm_eval.errors import UserError, check_int, check_share
 from sparsemm_eval.methods.head_scores import HeadScores
 from sparsemm_eval.methods.shape import ModelShape
 
@@ -220,9 +220,7 @@ class ByHeadScore(Allocation):
         object.__setattr__(self, "ratio", float(self.ratio))  # 1 and 1.0 are one cell
         if not isinstance(self.head_scores, HeadScores):
             kind = type(self.head_scores).__name__
-            raise ValueError(
-                f"head_scores is a {kind}: it must be HeadScores(array) or .read(path)"
-            )
+            raise UserError(f"head_scores is a {kind}: it must be HeadScores(array) or .read(path)")
 
     def check(self, shape: ModelShape) -> None:
         self.head_scores.check_shape(shape)

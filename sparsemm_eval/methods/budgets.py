@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
+from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.methods.allocation import LayerAllocation, Prompt
-from sparsemm_eval.methods.checks import check_int
 from sparsemm_eval.methods.method import Method
 
 
@@ -33,7 +33,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
     if method.keeps_all(n):
         return np.full((shape.layers, shape.kv_heads), n)
     if isinstance(method.allocation, LayerAllocation):
-        raise ValueError(
+        raise UserError(
             f"method={method.name}: what its heads keep depends on each prompt's attention, not on "
             "its length alone; take a method that shares the budget before it sees a prompt"
         )

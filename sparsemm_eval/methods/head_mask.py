@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsemm_eval.methods.checks import check_choice
+from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.methods.head_scores import HeadScores
 from sparsemm_eval.methods.shape import ModelShape
 
@@ -51,16 +51,16 @@ class HeadMask:
         check_choice("mask_mode", self.mode, MASK_MODES)
         object.__setattr__(self, "heads", tuple(sorted(self.heads)))
         if not self.heads:
-            raise ValueError("mask_heads is empty: name at least one head, such as 3-1")
+            raise UserError("mask_heads is empty: name at least one head, such as 3-1")
         head, times = Counter(self.heads).most_common(1)[0]
         if times > 1:
-            raise ValueError(f"mask_heads: head {_name(head)} is given twice; name each head once")
+            raise UserError(f"mask_heads: head {_name(head)} is given twice; name each head once")
 
     def check_shape(self, shape: ModelShape) -> None:
         """Raise ValueError unless every head is one of a model of this shape."""
         for layer, head in self.heads:
             if not (0 <= layer < shape.layers and 0 <= head < shape.query_heads):
-                raise ValueError(
+                raise UserError(
                     f"mask_heads: the model has no head {_name((layer, head))}; its heads are 0-0 "
                     f"to {_name((shape.layers - 1, shape.query_heads - 1))}"
                 )
@@ -116,7 +116,7 @@ def read_head_mask(
         pairs = (name.split("-") for name in str(text).split("+"))
         heads = tuple((int(layer), int(head)) for layer, head in pairs)
     else:
-        raise ValueError(f"mask_heads={text!r}: it must be {_FORMS}")
+        raise UserError(f"mask_heads={text!r}: it must be {_FORMS}")
     mask = HeadMask(heads, mode)
     mask.check_shape(shape)
     return mask
@@ -162,7 +162,7 @@ def random_heads(scores: HeadScores, share: float, seed: int) -> tuple[tuple[int
     visual = visual_heads(scores, max(share, LEAST_VISUAL))
     count, total = _count(scores, share), scores.values.size
     if count > total - len(visual):
-        raise ValueError(
+        raise UserError(
             f"mask_heads=random:{share:g}:{seed}: only {total - len(visual)} of {total} heads are "
             f"left beside the {len(visual)} visual ones, so {count} random ones cannot be drawn; "
             "take a share of at most 0.5"
@@ -187,7 +187,7 @@ def _share(text: object, number: str) -> float:
     except ValueError:
         share = math.nan
     if not 0 < share < 1:
-        raise ValueError(f"mask_heads={text!r}: it must be {_FORMS}")
+        raise UserError(f"mask_heads={text!r}: it must be {_FORMS}")
     return share
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods.shape import ModelShape
 
 FILE_NAME = "head_scores.json"
@@ -38,7 +39,7 @@ class HeadScores:
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64)
         if values.ndim != 2 or 0 in values.shape:
-            raise ValueError(f"head scores of shape {values.shape}: they must be [layers, heads]")
+            raise UserError(f"head scores of shape {values.shape}: they must be [layers, heads]")
         _check_values(values, "head scores")
         values.setflags(write=False)
         object.__setattr__(self, "values", values)
@@ -69,7 +70,7 @@ class HeadScores:
         else:
             fault = f"{f'{layers}-0' if layers < shape.layers else f'0-{heads}'} has no score"
         wanted = _count((shape.layers, shape.query_heads))
-        raise ValueError(
+        raise UserError(
             f"{source}: {_count((layers, heads))}, but the model has {wanted} ({fault}); use "
             "scores chased on this model"
         )
@@ -78,7 +79,7 @@ class HeadScores:
         """Sum over the query heads of each KV head, [L, H] float64."""
         layers, query_heads = self.values.shape
         if query_heads % kv_heads:
-            raise ValueError(f"{query_heads} query heads cannot be shared by {kv_heads} KV heads")
+            raise UserError(f"{query_heads} query heads cannot be shared by {kv_heads} KV heads")
         return self.values.reshape(layers, kv_heads, -1).sum(-1)
 
     @classmethod
@@ -105,7 +106,7 @@ class HeadScores:
         try:
             pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a JSON file ({error})") from error
+            raise UserError(f"{path}: not a JSON file ({error})") from error
         scores = cls(_pairs_to_array(pairs, path))
         if shape is not None:
             scores.check_shape(shape, str(path))
@@ -151,12 +152,12 @@ def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
     """Pairs and not a dict: a head that is named twice must not count by its place in the file."""
     is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
     if not is_object or not pairs:
-        raise ValueError(f'{path}: it must be a JSON object {{"layer-head": score}}')
+        raise UserError(f'{path}: it must be a JSON object {{"layer-head": score}}')
     entries: dict[tuple[int, int], float] = {}
     for key, value in pairs:
         head = _parse_key(key, path)
         if head in entries:
-            raise ValueError(f"{path}: {key} is there twice")
+            raise UserError(f"{path}: {key} is there twice")
         entries[head] = _mean(key, value, path)
     layers = 1 + max(layer for layer, _ in entries)
     heads = 1 + max(head for _, head in entries)
@@ -167,7 +168,7 @@ def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
         if (layer, head) not in entries
     ]
     if missing:
-        raise ValueError(f"{path}: no score for head {missing[0]} ({len(missing)} are missing)")
+        raise UserError(f"{path}: no score for head {missing[0]} ({len(missing)} are missing)")
     array = np.zeros((layers, heads))
     for (layer, head), value in entries.items():
         array[layer, head] = value
@@ -178,19 +179,19 @@ def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
 def _parse_key(key: str, path: Path) -> tuple[int, int]:
     layer, dash, head = key.partition("-")
     if not (dash and layer.isdecimal() and head.isdecimal()):
-        raise ValueError(f'{path}: key {key!r} is not "layer-head", such as "12-3"')
+        raise UserError(f'{path}: key {key!r} is not "layer-head", such as "12-3"')
     return int(layer), int(head)
 
 
 def _mean(key: str, value: object, path: Path) -> float:
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise ValueError(f"{path}: {key} has no value")
+        raise UserError(f"{path}: {key} has no value")
     for number in values:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         # Compared and not converted: an integer may be too large for a float.
         if not is_number or not 0 <= number <= sys.float_info.max:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {key} is {str(number)[:40]}; a score is finite and not negative"
             )
     return math.fsum(values) / len(values)
@@ -198,15 +199,15 @@ def _mean(key: str, value: object, path: Path) -> float:
 
 def _check_values(values: np.ndarray, source: str) -> None:
     for layer, head in np.argwhere(~np.isfinite(values) | (values < 0))[:1]:
-        raise ValueError(
+        raise UserError(
             f"{source}: {layer}-{head} is {values[layer, head]}; a score is finite and not negative"
         )
     with np.errstate(over="ignore"):
         total = values.sum()
     if not np.isfinite(total):
-        raise ValueError(f"{source}: the scores are too large to be summed; scale them down")
+        raise UserError(f"{source}: the scores are too large to be summed; scale them down")
     if not values.any():
-        raise ValueError(f"{source}: all scores are 0; no budget can be shared by them")
+        raise UserError(f"{source}: all scores are 0; no budget can be shared by them")
 
 
 def _count(shape: tuple[int, int]) -> str:

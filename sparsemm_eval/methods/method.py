@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods.allocation import (
     Adaptive,
     Allocation,
@@ -19,7 +20,6 @@ from sparsemm_eval.methods.allocation import (
     Pyramid,
     Uniform,
 )
-from sparsemm_eval.methods.checks import check_choice, check_int
 from sparsemm_eval.methods.head_scores import HeadScores
 from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
 from sparsemm_eval.methods.shape import ModelShape
@@ -158,7 +158,7 @@ class Method:
 
     def _check_tensors(self, query: Tensor, key: Tensor, layer: int) -> None:
         if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)}: they must be "
                 "[B, Hq, m, d] and [B, H, n, d]"
             )
@@ -166,11 +166,11 @@ class Method:
         if heads != (self.shape.query_heads, self.shape.kv_heads) or not (
             0 <= layer < self.shape.layers
         ):
-            raise ValueError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
+            raise UserError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
         n, window = key.shape[2], self.scorer.window
         # A scorer without a window does not read the query.
         if window and query.shape[2] not in (n, min(window, n)):
-            raise ValueError(
+            raise UserError(
                 f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
                 f"or all {n}"
             )
@@ -179,11 +179,11 @@ class Method:
 def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
     """Tokens of each row, from a mask [rows, n] that is False on left padding only."""
     if valid.shape != (rows, n) or valid.dtype != torch.bool:
-        raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
+        raise UserError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
     holes = (valid[:, :-1] & ~valid[:, 1:]).any(1)
     if holes.any():
         row = int(holes.nonzero()[0])
-        raise ValueError(f"valid is False after a True in row {row}: padding must be on the left")
+        raise UserError(f"valid is False after a True in row {row}: padding must be on the left")
     return valid.sum(-1).tolist()
 
 
@@ -231,9 +231,9 @@ def register_method(
     names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
     twice = sorted({field for field in names if names.count(field) > 1})
     if name in _registry:
-        raise ValueError(f"method {name!r} is registered already; choose another name")
+        raise UserError(f"method {name!r} is registered already; choose another name")
     if twice:
-        raise ValueError(f"method {name!r} has two settings named {', '.join(twice)}")
+        raise UserError(f"method {name!r} has two settings named {', '.join(twice)}")
     _registry[name] = entry
 
 
@@ -289,7 +289,7 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     if not entry.budgeted:
         return Method(name, shape, None, entry.scorer(), entry.allocation())
     if settings.get("budget") is None:
-        raise ValueError(f"method {name} needs a budget: the mean tokens kept per KV head")
+        raise UserError(f"method {name} needs a budget: the mean tokens kept per KV head")
     rounding = settings.get("allocation", "paper")
     check_choice("allocation", rounding, ("paper", "exact"))
     scorer = _build(name, entry.scorer, settings)
@@ -298,7 +298,7 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     budget = settings["budget"]
     if isinstance(budget, int) and budget < scorer.least_budget:
         reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
-        raise ValueError(
+        raise UserError(
             f"budget={budget} is too small for {reserved}: "
             f"{name} needs at least {scorer.least_budget}"
         )
@@ -312,7 +312,7 @@ def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:
     for field in fields(part):
         required = field.default is MISSING and field.default_factory is MISSING
         if required and given.get(field.name) is None:
-            raise ValueError(f"method {name} needs {field.name}")
+            raise UserError(f"method {name} needs {field.name}")
     return part(**given)
 
 
@@ -320,7 +320,7 @@ def _refuse_unknown(name: str, settings: Mapping[str, Any], known: list[str]) ->
     unknown = sorted(set(settings) - set(known))
     if unknown:
         allowed = ", ".join(known) or "no settings"
-        raise ValueError(f"{unknown[0]}={settings[unknown[0]]!r}: method {name} knows {allowed}")
+        raise UserError(f"{unknown[0]}={settings[unknown[0]]!r}: method {name} knows {allowed}")
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemm_eval.methods.checks import check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int
 
 
 class Scorer(Protocol):
@@ -58,7 +58,7 @@ class ObservationWindow:
         check_int("window", self.window, least=1)
         check_int("kernel_size", self.kernel_size, least=1)
         if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size}: it must be odd, such as 5")
+            raise UserError(f"kernel_size={self.kernel_size}: it must be odd, such as 5")
         check_choice("pooling", self.pooling, ("avg", "max"))
         check_choice("group_reduction", self.group_reduction, ("mean", "max"))
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sparsemm_eval.errors import UserError
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -30,9 +32,9 @@ class ModelShape:
         for name in ("layers", "query_heads", "kv_heads"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name}={value!r}: a ModelShape needs a positive integer here")
+                raise UserError(f"{name}={value!r}: a ModelShape needs a positive integer here")
         if self.query_heads % self.kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"query_heads={self.query_heads} is no multiple of kv_heads={self.kv_heads}: "
                 "each KV head must serve the same number of query heads"
             )

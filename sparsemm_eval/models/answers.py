@@ -22,6 +22,8 @@ from typing import Any
 
 from loguru import logger
 
+from sparsemm_eval.errors import UserError
+
 # Cells are read one by one, from files that may hold hundreds of them.
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -127,7 +129,7 @@ class AnswerStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"answers={folder}: no folder can be made there ({error})") from error
+            raise UserError(f"answers={folder}: no folder can be made there ({error})") from error
         self._writer: sqlite3.Connection | None = None
         self._checked: set[Path] = set()
 
@@ -320,7 +322,7 @@ def _query_open(file: sqlite3.Connection, path: Path, statement: str, values: tu
         # Its process was killed before the table was there.
         return []
     if version != _VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path}: written by another version of sparsemm-eval (format {version}, this is "
             f"{_VERSION}); choose another answers folder"
         )

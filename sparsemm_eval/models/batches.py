@@ -13,7 +13,7 @@ from loguru import logger
 from PIL import Image
 from transformers import BatchFeature
 
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import one_line
 from sparsemm_eval.models.answers import Answer, answer_key
 from sparsemm_eval.models.decode import Decoded, shares_prompt
 from sparsemm_eval.models.graph import release

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
-from sparsemm_eval.methods.checks import one_line
 from sparsemm_eval.paths import cache_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -71,14 +71,14 @@ class Checkpoint:
         attn_implementation: str = "sdpa",
     ) -> None:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
+            raise UserError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
         self.pretrained = str(pretrained)
         self.dtype, self.device_map = dtype, device_map
         self.attn_implementation = attn_implementation
         self.folder = _folder(self.pretrained, revision)
         self.config = _read_config(self.folder, self.pretrained)
         if model_type not in (None, self.config.model_type):
-            raise ValueError(
+            raise UserError(
                 f"pretrained={self.pretrained} is a {self.config.model_type} checkpoint; this "
                 f"model takes {model_type}"
             )
@@ -108,11 +108,11 @@ class Checkpoint:
         try:
             processor = AutoProcessor.from_pretrained(self.folder)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"pretrained={self.pretrained}: its processor cannot be read ({one_line(error)})"
             ) from error
         if not getattr(processor, "chat_template", None):
-            raise ValueError(
+            raise UserError(
                 f"pretrained={self.pretrained} has no chat template: add chat_template.jinja"
             )
         processor.tokenizer.padding_side = "left"
@@ -135,7 +135,7 @@ class Checkpoint:
             output_loading_info=True,
         )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(
+            raise UserError(
                 f"pretrained={self.pretrained}: its weight files lack {len(missing)} tensors that "
                 f"its config.json asks for, such as {missing[0]}"
             )
@@ -182,7 +182,7 @@ def _folder(pretrained: str, revision: str | None) -> Path:
             return Path(found)
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             causes.append(error)
-    raise ValueError(
+    raise UserError(
         f"pretrained={pretrained} is no folder and cannot be had from the hub "
         f"({one_line(causes[0])}): give a folder, or a repository that is reachable or cached"
     ) from causes[0]
@@ -194,7 +194,7 @@ def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError
     ) as error:  # fmt: skip
-        raise ValueError(
+        raise UserError(
             f"pretrained={pretrained}: its config.json cannot be read ({one_line(error)})"
         ) from error
 
@@ -207,15 +207,15 @@ def _check_weights(folder: Path, pretrained: str) -> None:
         names = _indexed(index, pretrained)
         missing = sorted(names - {path.name for path in files})
         if missing:
-            raise ValueError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
+            raise UserError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
     if not files:
-        raise ValueError(f"pretrained={pretrained}: no *.safetensors weight file in {folder}")
+        raise UserError(f"pretrained={pretrained}: no *.safetensors weight file in {folder}")
     for path in files:
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"pretrained={pretrained}: {path.name} is broken ({one_line(error)})"
             ) from error
 
@@ -225,7 +225,7 @@ def _indexed(index: Path, pretrained: str) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"pretrained={pretrained}: {index.name} is broken ({one_line(error)})"
         ) from error
 

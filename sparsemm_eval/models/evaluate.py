@@ -19,7 +19,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import handle_non_serializable, sanitize_list
 from tqdm import tqdm
 
-from sparsemm_eval.methods.checks import check_int
+from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.models.answers import SampleFailures
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.llava import LlavaSparseMM
@@ -56,7 +56,7 @@ def make_models(
     """
     model_type = checkpoint.config.model_type
     if model_type not in _FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"pretrained={checkpoint.pretrained} is a {model_type} checkpoint; it must be one of "
             f"{', '.join(_FAMILIES)}"
         )
@@ -213,7 +213,7 @@ def task_manager(tasks: Sequence[str]) -> TaskManager:
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if not unknown:
             return manager
-    raise ValueError(
+    raise UserError(
         f"tasks: there is no task {unknown[0]}; `python -m lmms_eval --tasks list` lists "
         f"lmms-eval's own, {tasks_folder()} holds ours"
     )

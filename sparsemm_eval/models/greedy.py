@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from sparsemm_eval.cache.kernels import resolve_backend
 from sparsemm_eval.cache.static import BACKEND
+from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import HeadMask
-from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.step import Kind
 
 CUDA_GRAPH = ("auto", "compile", "eager", "off")

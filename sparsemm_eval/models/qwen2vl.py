@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import ProcessorMixin
 
-from sparsemm_eval.methods.checks import check_int
+from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.models.wrapper import SparseMMModel
 
 
@@ -29,7 +29,7 @@ class Qwen2VLSparseMM(SparseMMModel):
                 check_int(name, family[name], least=1)
                 size[edge] = family[name]
         if size["shortest_edge"] > size["longest_edge"]:
-            raise ValueError(
+            raise UserError(
                 f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}"
             )
         # Copies: models that share a checkpoint share its processor too.

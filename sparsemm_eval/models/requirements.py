@@ -6,6 +6,8 @@ import re
 import shutil
 from collections.abc import Iterable
 
+from sparsemm_eval.errors import UserError
+
 # Tasks of lmms-eval whose metrics tokenize with a java program; without it lmms-eval fails after
 # generation, and the scores of all other tasks of the run are lost.
 _NEEDS_JAVA = re.compile(
@@ -31,7 +33,7 @@ def check_tasks(tasks: Iterable[str]) -> None:
     needy = sorted({task for task in tasks if _NEEDS_JAVA.fullmatch(task)})
     if needy and shutil.which("java") is None:
         verb, it = ("needs", "it") if len(needy) == 1 else ("need", "them")
-        raise ValueError(
+        raise UserError(
             f"{', '.join(needy)} {verb} java for the metrics, and there is none: install a Java "
             f"runtime (Debian: apt install default-jre-headless) or leave {it} out"
         )

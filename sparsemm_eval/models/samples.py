@@ -12,6 +12,8 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from transformers import ProcessorMixin
 
+from sparsemm_eval.errors import UserError
+
 DEFAULT_NEW_TOKENS = 1024
 # What one bad sample may raise while it is read, processed or generated. Everything else is an
 # error of this program and ends the run.
@@ -116,7 +118,7 @@ def read_chat(
     chat = ChatMessages(messages=messages)
     urls, videos, sounds = chat.extract_media()
     if videos or sounds:
-        raise ValueError("images and text are read, no video or sound: choose tasks without them")
+        raise UserError("images and text are read, no video or sound: choose tasks without them")
     images = tuple(
         url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
     )
@@ -164,7 +166,7 @@ def cut(text: str, until: Sequence[str]) -> str:
 def positive_int(name: str, value: Any) -> int:
     text = str(value)
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{name}={value!r}: it must be an integer of at least 1")
+        raise UserError(f"{name}={value!r}: it must be an integer of at least 1")
     return int(text)
 
 

@@ -8,7 +8,7 @@ from lmms_eval.tasks import get_task_dict
 from PIL import Image
 from tenacity import RetryError
 
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.evaluate import task_manager
 
 
@@ -39,12 +39,12 @@ def visuals(task: str, doc_ids: Iterable[int]) -> dict[int, list[Image.Image]]:
         loaded = get_task_dict([task], task_manager([task]))[task]
     except RetryError as error:
         cause = error.last_attempt.exception()
-        raise ValueError(f"its data cannot be loaded ({one_line(cause)})") from error
+        raise UserError(f"its data cannot be loaded ({one_line(cause)})") from error
     documents = loaded.eval_docs
     images = {}
     for doc_id in doc_ids:
         if not 0 <= doc_id < len(documents):
-            raise ValueError(
+            raise UserError(
                 f"{task} has {len(documents)} documents, and none is number {doc_id}: its data is "
                 "not that of the run"
             )

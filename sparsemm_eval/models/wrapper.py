@@ -17,6 +17,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from sparsemm_eval import __version__
 from sparsemm_eval.cache import BACKENDS, check_backend
+from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadMask,
@@ -28,7 +29,6 @@ from sparsemm_eval.methods import (
     method_settings,
     read_head_mask,
 )
-from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.models.batches import Run
 from sparsemm_eval.models.checkpoint import Checkpoint
@@ -89,9 +89,9 @@ class SparseMMModel(lmms):
         super().__init__()
         self._refuse_unknown(settings)
         if method is None:
-            raise ValueError(f"method is missing: give one of {', '.join(method_names())}")
+            raise UserError(f"method is missing: give one of {', '.join(method_names())}")
         if pretrained is None and checkpoint is None:
-            raise ValueError("pretrained is missing: give a checkpoint's folder or hub repository")
+            raise UserError("pretrained is missing: give a checkpoint's folder or hub repository")
         self.batch_size = positive_int("batch_size", batch_size)
         self.backend = settings.get("backend", "auto")
         check_choice("backend", self.backend, BACKENDS)
@@ -328,7 +328,7 @@ class SparseMMModel(lmms):
         unknown = sorted(set(settings) - known)
         if unknown:
             name = unknown[0]
-            raise ValueError(
+            raise UserError(
                 f"{name}={settings[name]!r}: {self.model_id} has no such setting; it knows "
                 f"{', '.join(sorted(known))}"
             )

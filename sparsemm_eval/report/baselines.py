@@ -6,6 +6,8 @@ from collections.abc import Hashable, Iterator
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
+
 BEST = "best"
 
 
@@ -61,14 +63,14 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
     chosen = chosen if chosen.any() else cells["method"].eq(against)
     if not chosen.any():
         known = sorted(set(cells["method"]) | set(cells["label"]))
-        raise ValueError(f"against={against}: it must be {BEST} or one of {', '.join(known)}")
+        raise UserError(f"against={against}: it must be {BEST} or one of {', '.join(known)}")
     for _, group in _groups(cells):
         candidates = group[chosen[group.index]]
         for cell, budget in group["budget"].items():
             there = candidates[candidates["budget"].isna() | candidates["budget"].eq(budget)]
             if len(there) > 1:
                 several = ", ".join(there["label"])
-                raise ValueError(f"against={against}: it is several here, name one of {several}")
+                raise UserError(f"against={against}: it is several here, name one of {several}")
             if len(there) and there.index[0] != cell:
                 found[cell] = there.index[0]
     return found

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -74,7 +76,7 @@ def benchmark_of(task: str) -> Benchmark:
     """
     found = find_benchmark(task)
     if found is None:
-        raise ValueError(f"task={task}: it is of none of {', '.join(BENCHMARKS)}")
+        raise UserError(f"task={task}: it is of none of {', '.join(BENCHMARKS)}")
     return found
 
 

@@ -11,6 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.styles import COLUMN, LINE, PAGE, house_style, wrapped
 
 _COLOURS = "viridis"
@@ -53,7 +54,7 @@ def budget_maps(panels: Sequence[HeadBudgets], title: str) -> Figure:
         If there is nothing to draw.
     """
     if not panels:
-        raise ValueError("there is no budget to draw: give one or more methods and budgets")
+        raise UserError("there is no budget to draw: give one or more methods and budgets")
     columns, places = _places(panels)
     rows = 1 + max(row for row, _ in places)
     width = COLUMN if columns == 1 else PAGE

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.names import DEFAULTS
 from sparsemm_eval.report.paper import paper_cells
@@ -39,9 +40,9 @@ def checked_shown(names: Sequence[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in SHOWN:
-            raise ValueError(f"show={name}: it must be of {', '.join(SHOWN)}")
+            raise UserError(f"show={name}: it must be of {', '.join(SHOWN)}")
     if not names:
-        raise ValueError(f"show: give at least one of {', '.join(SHOWN)}")
+        raise UserError(f"show: give at least one of {', '.join(SHOWN)}")
     return tuple(dict.fromkeys(names))
 
 

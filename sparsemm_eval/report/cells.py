@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import DEFAULTS, method_label, paper_model
 
 COLUMNS = (
@@ -140,7 +141,7 @@ def _one(group: list[dict[str, Any]], files: list[Mapping[str, Any]]) -> dict[st
     for row in group:
         equal = isclose(row["score"], newest["score"], rel_tol=1e-9)
         if not equal or row["samples"] != newest["samples"]:
-            raise ValueError(_conflict(row, newest, files))
+            raise UserError(_conflict(row, newest, files))
     order = [newest, *(row for row in group if row is not newest)]
     samples = next((row["samples_files"] for row in order if row["samples_files"]), ())
     return newest | {

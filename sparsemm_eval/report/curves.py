@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.panels import Panel, Z, panels
 from sparsemm_eval.report.styles import (
     CHARACTER,
@@ -62,7 +63,7 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
         If there is nothing to draw, or ``over`` is no such axis.
     """
     if over not in AXES:
-        raise ValueError(f"over={over!r}: it must be one of {', '.join(AXES)}")
+        raise UserError(f"over={over!r}: it must be one of {', '.join(AXES)}")
     found = panels(cells, over)
     columns, places = _places(found)
     rows = 1 + max(row for row, _ in places)

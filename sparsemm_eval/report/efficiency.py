@@ -27,6 +27,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import METHOD_NAMES, paper_model
 from sparsemm_eval.report.paper import paper_efficiency
 from sparsemm_eval.report.provenance import SCHEMA
@@ -82,7 +83,7 @@ def gather_efficiency(results: Iterable[str]) -> Efficiency:
     if not frames:
         where = ", ".join(words) or "nothing given"
         cause = f" ({unreadable[0].path}: {unreadable[0].reason})" if unreadable else ""
-        raise ValueError(
+        raise UserError(
             f"{where}: there are no efficiency results here{cause}; give files that "
             f"`sparsemm-eval bench efficiency` wrote, folders that hold some, or the word {PAPER}"
         )
@@ -102,7 +103,7 @@ def _check_twice(rows: pd.DataFrame) -> None:
     if len(twice):
         model, label, tokens, _ = twice.iloc[0][of]
         files = twice.loc[(twice[of] == twice.iloc[0][of]).all(axis=1), "file"]
-        raise ValueError(
+        raise UserError(
             f"{model}, {label}, {tokens} input tokens is there {len(files)} times, in "
             f"{' and '.join(dict.fromkeys(files))}: leave all but one out"
         )
@@ -119,30 +120,30 @@ def read_efficiency(path: Path) -> pd.DataFrame:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: it cannot be read as JSON ({error})") from error
+        raise UserError(f"{path}: it cannot be read as JSON ({error})") from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise ValueError(f'{path}: it is no efficiency file; its "kind" must be "{KIND}"')
+        raise UserError(f'{path}: it is no efficiency file; its "kind" must be "{KIND}"')
     schema = data.get("schema")
     if schema != SCHEMA:
-        raise ValueError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA}")
+        raise UserError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA}")
     rows = data.get("rows")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: "rows" must be a list of measurements, one or more')
+        raise UserError(f'{path}: "rows" must be a list of measurements, one or more')
     return pd.DataFrame([_row(row, f"{path}: rows[{i}]", path) for i, row in enumerate(rows)])
 
 
 def _row(row: Any, place: str, path: Path) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise ValueError(f"{place} is {row!r}: it must be an object")
+        raise UserError(f"{place} is {row!r}: it must be an object")
     for name in ("model", "method"):
         if not isinstance(row.get(name), str) or not row[name]:
-            raise ValueError(f"{place}.{name}={row.get(name)!r}: it must be a name")
+            raise UserError(f"{place}.{name}={row.get(name)!r}: it must be a name")
     engine = row.get("engine")
     if not isinstance(engine, str | None):
-        raise ValueError(f"{place}.engine={engine!r}: it must be a name or null")
+        raise UserError(f"{place}.engine={engine!r}: it must be a name or null")
     tokens = row.get("input_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise ValueError(f"{place}.input_tokens={tokens!r}: it must be an integer of at least 1")
+        raise UserError(f"{place}.input_tokens={tokens!r}: it must be an integer of at least 1")
     numbers = {name: _number(row, name, place) for name in ("budget", *MEASURES, *_OPTIONAL)}
     return {
         "model": paper_model(row["model"]) or row["model"],
@@ -162,7 +163,7 @@ def _number(row: Mapping[str, Any], name: str, place: str) -> float | None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{place}.{name}={value!r}: it must be a number above 0, or null")
+        raise UserError(f"{place}.{name}={value!r}: it must be a number above 0, or null")
     return float(value)
 
 
@@ -175,7 +176,7 @@ def _label(method: str, budget: float | None, engine: str | None = None) -> str:
 def _found(given: Iterable[Path]) -> Iterator[Path]:
     for path in given:
         if not path.exists():
-            raise ValueError(f"{path}: there is no such file or folder")
+            raise UserError(f"{path}: there is no such file or folder")
         if path.is_file():
             yield path
             continue

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.efficiency import MEASURES
 from sparsemm_eval.report.names import MODEL_NAMES
 from sparsemm_eval.report.styles import (
@@ -55,11 +56,11 @@ def efficiency_curves(rows: pd.DataFrame) -> Figure:
     own, paper = (rows[measured], rows[~measured]) if measured.any() else (rows, rows[:0])
     drawn = [name for name in MEASURES if own[name].notna().any()]
     if not drawn:
-        raise ValueError(
+        raise UserError(
             "there is no measurement to draw: give efficiency results, and filters that leave some"
         )
     if len(models) > _MOST_COLUMNS:
-        raise ValueError(
+        raise UserError(
             f"{len(models)} models: {_MOST_COLUMNS} fit side by side; choose among "
             f"{', '.join(models)}"
         )

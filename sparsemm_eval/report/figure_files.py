@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import join_seeds
 from sparsemm_eval.report.curves import score_curves
 from sparsemm_eval.report.efficiency import gather_efficiency
@@ -97,7 +98,7 @@ def draw_scores(
     """
     check_formats(formats)
     if paper and kind == "kept":
-        raise ValueError(
+        raise UserError(
             "paper with kind=kept: the paper does not say what was really kept; leave it out, or "
             "take kind=budget"
         )
@@ -150,7 +151,7 @@ def draw_efficiency(
     """
     check_formats(formats)
     if filters.benchmarks:
-        raise ValueError(
+        raise UserError(
             f"benchmarks={','.join(filters.benchmarks)}: kind=efficiency knows none; leave it out"
         )
     words = [*results, PAPER] if paper and PAPER not in results else results

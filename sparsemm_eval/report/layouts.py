@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.names import DEFAULTS, METHOD_NAMES, MODEL_NAMES
 
@@ -94,7 +95,7 @@ def checked_layout(like: str | None) -> Layout:
         If the paper has no such table.
     """
     if like is not None and like not in LAYOUTS:
-        raise ValueError(f"like={like}: it must be one of {', '.join(LAYOUTS)}")
+        raise UserError(f"like={like}: it must be one of {', '.join(LAYOUTS)}")
     return OWN if like is None else LAYOUTS[like]
 
 

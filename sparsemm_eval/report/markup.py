@@ -10,6 +10,8 @@ from itertools import groupby
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
+
 BOLD, ITALIC, UNDERLINE = "bold", "italic", "underline"
 _MARKDOWN = {BOLD: "**{}**", ITALIC: "*{}*", UNDERLINE: "<u>{}</u>"}
 _HTML = {BOLD: "<b>{}</b>", ITALIC: "<i>{}</i>", UNDERLINE: "<u>{}</u>"}
@@ -75,7 +77,7 @@ def to_format(table: Table, form: str) -> str:
 def checked_format(form: str) -> Callable[[Table], str]:
     """The writer of a format; see `to_format`."""
     if form not in _FORMATS:
-        raise ValueError(f"format={form}: it must be one of {', '.join(_FORMATS)}")
+        raise UserError(f"format={form}: it must be one of {', '.join(_FORMATS)}")
     return _FORMATS[form]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.names import MODEL_NAMES
 
@@ -58,7 +59,7 @@ def panels(cells: pd.DataFrame, over: str = "budget") -> list[Panel]:
     """
     cells = cells[~cells["source"].isin(_ABLATIONS) & cells["score"].notna()]
     if cells.empty:
-        raise ValueError(
+        raise UserError(
             "there is no cell to draw: give results, and filters that leave some of them"
         )
     levels = cells["budget"].isna()
@@ -90,7 +91,7 @@ def panels(cells: pd.DataFrame, over: str = "budget") -> list[Panel]:
                 found.append(Panel(model, title, column, of_task, behind))
     if all(panel.tokens(over).empty for panel in found):
         lack = "a budget" if over == "budget" else f"a budget and {over}"
-        raise ValueError(f"none of the cells has {lack}: there is no curve to draw")
+        raise UserError(f"none of the cells has {lack}: there is no curve to draw")
     return found
 
 

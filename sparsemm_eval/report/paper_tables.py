@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.baselines import BEST
 from sparsemm_eval.report.captions import captions
 from sparsemm_eval.report.cell_text import (
@@ -81,7 +82,7 @@ def paper_table(
     chosen = chosen_cells(cells, like)
     if not len(chosen):
         there = ", ".join(dict.fromkeys((*cells["benchmark"], *cells["label"])))
-        raise ValueError(f"like={like}: it needs {layout.needs}; there is {there or 'nothing'}")
+        raise UserError(f"like={like}: it needs {layout.needs}; there is {there or 'nothing'}")
     ranked = _marked(add_statistics(chosen, scores))
     compared = ranked if against == BEST else add_statistics(chosen, scores, against)
     about = captions(ranked, shown, against, compared)
@@ -107,7 +108,7 @@ def _wide(
     for number, (row, value) in enumerate(zip(cells["row"], cells[layout.column], strict=True)):
         for column in side if pd.isna(value) else [value]:
             if (row, column) in place:
-                raise ValueError(
+                raise UserError(
                     f"{', '.join(filter(None, row))} at {layout.column}={column:g}: there are two "
                     "such cells; leave one out, as by --models or --methods"
                 )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.stats import binom
 
+from sparsemm_eval.errors import UserError
+
 RESAMPLES = 10_000
 _CHUNK = 2**22  # numbers drawn at once: tens of MB
 _EXACT = 14  # non-zero differences up to which all signs are tried
@@ -46,7 +48,7 @@ def bootstrap(
     """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not len(scores) or np.isnan(scores).any():
-        raise ValueError(f"scores={scores.shape}: they must be [samples, columns] without NaN")
+        raise UserError(f"scores={scores.shape}: they must be [samples, columns] without NaN")
     samples, columns = scores.shape
     generator = np.random.default_rng(seed)
     means = np.empty((resamples, columns))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.results_file import (
@@ -129,7 +130,7 @@ def load(paths: Iterable[Path]) -> Results:
             for task in file.without_score
         ]
     if not rows:
-        raise ValueError(_nothing(given, unreadable))
+        raise UserError(_nothing(given, unreadable))
     cells = cells_frame(labelled(counted_once(named(rows), files)))
     return Results(cells, _files(files), tuple(unreadable))
 
@@ -155,7 +156,7 @@ def _found(given: Iterable[Path]) -> tuple[list[Path], list[Unreadable]]:
 
     for path in given:
         if not path.exists():
-            raise ValueError(
+            raise UserError(
                 f"{path}: there is no such file or folder; give results files, folders that hold "
                 f"some, or the word {PAPER}"
             )
@@ -216,7 +217,7 @@ def read_results(paths: Iterable[Path]) -> pd.DataFrame:
             AttributeError,
             TypeError,
         ) as error:
-            raise ValueError(f"{path}: not an lmms-eval results file ({error!r})") from error
+            raise UserError(f"{path}: not an lmms-eval results file ({error!r})") from error
     return pd.DataFrame(rows)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
+
 # A word names a cell if it is what any of these columns holds.
 _COLUMNS = {
     "models": ("model",),
@@ -49,13 +51,13 @@ def select(
     for budget in budgets:
         if not cells["budget"].eq(budget).any():
             known = ", ".join(f"{b:g}" for b in sorted(set(cells["budget"].dropna())))
-            raise ValueError(f"budgets={budget:g}: it must be of {known or 'none, there is none'}")
+            raise UserError(f"budgets={budget:g}: it must be of {known or 'none, there is none'}")
     if budgets:
         kept &= cells["budget"].isna() | cells["budget"].isin(budgets)
     if not kept.any():
         given = ", ".join(f"{word:g}" if isinstance(word, float) else str(word)
                           for word in (*models, *benchmarks, *methods, *budgets))  # fmt: skip
-        raise ValueError(f"{given}: no cell is all of it; name fewer")
+        raise UserError(f"{given}: no cell is all of it; name fewer")
     return cells[kept]
 
 
@@ -67,6 +69,6 @@ def _named(cells: pd.DataFrame, name: str, words: Sequence[str]) -> pd.Series:
             here |= cells[column].str.casefold().eq(word.casefold())
         if not here.any():
             known = sorted({str(v) for column in _COLUMNS[name] for v in cells[column].dropna()})
-            raise ValueError(f"{name}={word}: it must be of {', '.join(known)}")
+            raise UserError(f"{name}={word}: it must be of {', '.join(known)}")
         found |= here
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.baselines import BEST, baselines, ranks
 from sparsemm_eval.report.resampling import RESAMPLES, bootstrap, holm, mcnemar, sign_flips
 
@@ -80,7 +81,7 @@ def add_statistics(
         If `against` is no method of the cells, or several, or the index has duplicates.
     """
     if not cells.index.is_unique:
-        raise ValueError("cells: their index has duplicates; give each cell a label of its own")
+        raise UserError("cells: their index has duplicates; give each cell a label of its own")
     baseline_of = baselines(cells, against)
     place = {cell: number for number, cell in enumerate(cells.index)}
     ends: dict[Hashable, tuple[float, float]] = {}

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import METHOD_NAMES
 
 # Inches: a column and the text's width of a two-column page.
@@ -224,10 +225,10 @@ def check_formats(formats: Sequence[str]) -> None:
     """Raise ValueError unless these are formats in which figures are written."""
     allowed = ", ".join(FORMATS)
     if not formats:
-        raise ValueError(f"format='': it must be one or more of {allowed}, such as svg,png")
+        raise UserError(f"format='': it must be one or more of {allowed}, such as svg,png")
     for form in formats:
         if form not in FORMATS:
-            raise ValueError(f"format={form!r}: it must be one or more of {allowed}")
+            raise UserError(f"format={form!r}: it must be one or more of {allowed}")
 
 
 def _write(figure: Figure, target: Path | io.StringIO, form: str) -> None:

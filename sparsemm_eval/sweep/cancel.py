@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep import slurm
 from sparsemm_eval.sweep.attempt import GRACE
 from sparsemm_eval.sweep.lock import holder
@@ -46,7 +47,7 @@ def cancel(out: Path) -> list[str]:
     before = _states(out)
     records = {name: record for name in before if (record := read_record(out, name))}
     if not records:
-        raise ValueError(f"{out}: nothing was submitted here that could be cancelled")
+        raise UserError(f"{out}: nothing was submitted here that could be cancelled")
     cancelled = _cancel_slurm(out, records, before)
     _end_queue(out)
     local = [
@@ -86,7 +87,7 @@ def _end_queue(out: Path) -> None:
     if other is None:
         return
     if queue is None or not queue.alive:
-        raise ValueError(f"{out}: its queue is {other}, which cannot be ended from here")
+        raise UserError(f"{out}: its queue is {other}, which cannot be ended from here")
     os.kill(queue.pid, signal.SIGTERM)
     end = time.monotonic() + GRACE + 10
     while holder(path) is not None and time.monotonic() < end:

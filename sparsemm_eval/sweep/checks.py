@@ -17,7 +17,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 from tenacity import RetryError
 
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.report.benchmarks import benchmark_of
@@ -51,7 +51,7 @@ def check_space(out: Path, answers: int) -> None:
         folder = folder.parent
     needed, free = answers * BYTES_AN_ANSWER, shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(
+        raise UserError(
             f"{out}: {answers:,} answers and their results need about {_size(needed)}, and "
             f"{_size(free)} are free there: make room, or choose another folder"
         )
@@ -85,7 +85,7 @@ def runnable(tasks: Sequence[str], skip: bool) -> tuple[list[str], list[LeftOut]
             left.append(LeftOut(task, str(error)))
     rest = [task for task in tasks if task not in {lost.task for lost in left}]
     if not rest:
-        raise ValueError(left[0].cause)
+        raise UserError(left[0].cause)
     return rest, left
 
 
@@ -110,7 +110,7 @@ def check_data(manager: TaskManager, tasks: Iterable[str]) -> None:
             f"load_dataset({path!r})" if name is None else f"load_dataset({path!r}, {name!r})"
             for path, name in missing
         )
-        raise ValueError(
+        raise UserError(
             f"the data of {', '.join(dict.fromkeys(missing.values()))} is not in HF_HOME="
             f"{hub.HF_HOME}, and the hub is off (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE): point "
             "HF_HOME to the cache that holds it, or download it where there is a network: "
@@ -143,7 +143,7 @@ def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | N
             count = len(get_task_dict([task], manager)[task].eval_docs)
         except RetryError as error:
             cause = error.last_attempt.exception()
-            raise ValueError(f"{task}: its data cannot be loaded ({one_line(cause)})") from error
+            raise UserError(f"{task}: its data cannot be loaded ({one_line(cause)})") from error
         counts[task] = count if samples is None else min(count, samples)
     return counts
 
@@ -161,7 +161,7 @@ def _checkpoint(model: ModelSpec) -> Checkpoint:
                 f"; the hub is off (HF_HUB_OFFLINE) and HF_HOME={hub.HF_HOME} does not hold it: "
                 f"`hf download {model.source}` downloads it where there is a network"
             )
-        raise ValueError(words) from error
+        raise UserError(words) from error
 
 
 def _data_of(manager: TaskManager, task: str) -> list[tuple[str, str | None]]:

@@ -12,10 +12,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
 from sparsemm_eval.heads.mask import run_masking
 from sparsemm_eval.methods import MASK_MODES, HeadScores
-from sparsemm_eval.methods.checks import check_choice
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.models.visuals import visuals
@@ -114,7 +114,7 @@ def run_demo(
     """
     start = time.perf_counter()
     if not (1 <= samples <= SAMPLES and 0 <= masked <= SAMPLES):
-        raise ValueError(
+        raise UserError(
             f"samples={samples}, masked={masked}: a miniature benchmark has {SAMPLES} samples"
         )
     folders = embedded_checkpoints()

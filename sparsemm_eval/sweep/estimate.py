@@ -13,6 +13,7 @@ from lmms_eval.tasks import TaskManager
 from tabulate import tabulate
 from transformers import AutoConfig
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep.grid import Grid, Job, ModelSpec
@@ -290,9 +291,9 @@ def check_known(tasks: Sequence[str]) -> None:
             continue
         manager = _task_manager()
         if task in manager.all_groups:
-            raise ValueError(f"tasks: {task} is a group of tasks; name those of it that are wanted")
+            raise UserError(f"tasks: {task} is a group of tasks; name those of it that are wanted")
         if task not in manager.all_subtasks:
-            raise ValueError(
+            raise UserError(
                 f"tasks: there is no task {task}; `python -m lmms_eval --tasks list` lists "
                 f"lmms-eval's own, {tasks_folder()} holds ours"
             )

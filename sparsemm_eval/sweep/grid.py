@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadScores,
@@ -33,7 +34,6 @@ from sparsemm_eval.methods import (
     method_names,
     method_settings,
 )
-from sparsemm_eval.methods.checks import check_choice, check_int, one_line
 from sparsemm_eval.models.checkpoint import DTYPES
 from sparsemm_eval.models.greedy import CUDA_GRAPH
 from sparsemm_eval.paths import tasks_folder
@@ -63,7 +63,7 @@ class _Misplaced(ValueError):
 
 def _check_name(value: Any) -> Any:
     if isinstance(value, str) and not _NAME.fullmatch(value):
-        raise ValueError(f"{value!r} names files: it must be letters, digits and any of . _ + -")
+        raise UserError(f"{value!r} names files: it must be letters, digits and any of . _ + -")
     return value
 
 
@@ -337,14 +337,14 @@ def read_grid(name_or_path: str | Path) -> Grid:
         path = grids_folder() / f"{name_or_path}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in grids_folder().glob("*.yaml")))
-        raise ValueError(
+        raise UserError(
             f"grid {name_or_path}: there is no such file and no grid of that name; give the path "
             f"of a YAML file, or one of {known}"
         )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no UTF-8 text ({error.reason})") from error
+        raise UserError(f"{path}: it is no UTF-8 text ({error.reason})") from error
     return parse_grid(text, path)
 
 
@@ -363,20 +363,18 @@ def parse_grid(text: str, path: Path) -> Grid:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: it is no YAML ({one_line(error.problem)})") from error
+        raise UserError(f"{path}{line}: it is no YAML ({one_line(error.problem)})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: it is no YAML ({one_line(error)})") from error
+        raise UserError(f"{path}: it is no YAML ({one_line(error)})") from error
     if twice is not None:
         line = twice.start_mark.line + 1
-        raise ValueError(f"{path}, line {line}: {twice.value} stands there twice: name it once")
+        raise UserError(f"{path}, line {line}: {twice.value} stands there twice: name it once")
     if not isinstance(values, dict):
-        raise ValueError(
-            f"{path}: it must be a mapping with keys such as models, tasks and methods"
-        )
+        raise UserError(f"{path}: it must be a mapping with keys such as models, tasks and methods")
     try:
         return Grid.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise ValueError(_sentence(error, path, root)) from None
+        raise UserError(_sentence(error, path, root)) from None
 
 
 def grids_folder() -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.models.answers import Answer, AnswerStore, tally
 from sparsemm_eval.sweep.grid import Grid, parse_grid
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, write_whole
@@ -103,7 +104,7 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
         version; or if ``out`` holds something.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: it is not empty; choose a new folder to merge into")
+        raise UserError(f"{out}: it is not empty; choose a new folder to merge into")
     grids = [_grid(folder) for folder in folders]
     plans = [_plan(folder) for folder in folders]
     cells = _same_cells(folders, grids, plans)
@@ -138,14 +139,14 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
 def _grid(folder: Path) -> Grid:
     path = folder / "grid.yaml"
     if not path.is_file():
-        raise ValueError(f"{folder}: no sweep was begun here, it has no grid.yaml")
+        raise UserError(f"{folder}: no sweep was begun here, it has no grid.yaml")
     return parse_grid(path.read_text(encoding="utf-8"), path)
 
 
 def _plan(folder: Path) -> Plan:
     plan = Plan.read(folder)
     if plan is None:
-        raise ValueError(f"{folder}: no sweep was begun here, it has no plan.json")
+        raise UserError(f"{folder}: no sweep was begun here, it has no plan.json")
     return plan
 
 
@@ -157,10 +158,10 @@ def _same_cells(
     known: dict[tuple[str, str], PlannedCell] = {}
     for folder, grid, plan in zip(folders, grids, plans, strict=True):
         if grid.model_copy(update={"shards": 1}).resolved() != first:
-            raise ValueError(f"{folder}: its grid is another than that of {folders[0]}")
+            raise UserError(f"{folder}: its grid is another than that of {folders[0]}")
         for cell in plan.cells:
             if known.setdefault((cell.model, cell.words), cell) != cell:
-                raise ValueError(
+                raise UserError(
                     f"{folder}: its answers are of other weights, head scores, data or version of "
                     f"sparsemm-eval than those before it ({cell.model}, {cell.words})"
                 )

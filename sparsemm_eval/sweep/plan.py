@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsemm_eval.errors import UserError
+
 SCHEMA = 1
 
 
@@ -80,7 +82,7 @@ class Plan:
                 tuple(PlannedCell(**cell) for cell in stored["cells"]),
             )
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not a readable plan of a sweep ({error!r}); move it away and run the "
                 "sweep again, its answers stay"
             ) from error

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.attempt import GRACE, Attempt
 from sparsemm_eval.sweep.records import FAILED, LOCAL, QUEUED, STOPPED, Record
 from sparsemm_eval.sweep.signals import Stopped, noted
@@ -78,9 +79,9 @@ def make_slots(
     """
     each = min(1, len(gpus)) if each is None else each
     if not 0 <= each <= len(gpus):
-        raise ValueError(f"gpus={each}: a job can have 0 to {len(gpus)} of this machine's GPUs")
+        raise UserError(f"gpus={each}: a job can have 0 to {len(gpus)} of this machine's GPUs")
     if most is not None and most < 1:
-        raise ValueError(f"max-parallel={most}: it must be an integer of at least 1")
+        raise UserError(f"max-parallel={most}: it must be an integer of at least 1")
     if each == 0:
         count = most or 1
         return (Slot(threads=max(1, threads // count)),) * count

@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.plan import write_whole
 
 OPEN, QUEUED, RUNNING, DONE = "open", "queued", "running", "done"
@@ -140,7 +141,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a readable record of a job ({error}); remove it, answers are elsewhere"
         ) from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.queue import Slot, find_gpus, make_slots
 from sparsemm_eval.sweep.sbatch import Options
 from sparsemm_eval.sweep.slurm import find_submitit
@@ -47,7 +48,7 @@ class Room:
         """
         for name in ("time", "partition", "account", "qos", "setup", "sbatch"):
             if getattr(self, name):
-                raise ValueError(f"{name}: it is Slurm's, and executor is local; leave it out")
+                raise UserError(f"{name}: it is Slurm's, and executor is local; leave it out")
         return make_slots(find_gpus(), self.gpus, self.max_parallel, torch.get_num_threads())
 
     def options(self) -> Options:
@@ -60,7 +61,7 @@ class Room:
         """
         find_submitit()
         if self.time is None:
-            raise ValueError(
+            raise UserError(
                 "time is missing: give a job's limit in minutes, HH:MM:SS or D-HH:MM:SS; a job "
                 "that reaches it is requeued and goes on"
             )

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from loguru import logger
 
-from sparsemm_eval.methods.checks import check_choice, one_line
+from sparsemm_eval.errors import UserError, check_choice, one_line
 from sparsemm_eval.models.evaluate import task_manager
 from sparsemm_eval.sweep.checks import (
     LeftOut,
@@ -108,7 +108,7 @@ def run_sweep(
     _refuse_other_grid(grid, out)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     if world_size not in (None, ranks.num_processes):
-        raise ValueError(
+        raise UserError(
             f"world-size={world_size}: {ranks.num_processes} run together; begin it with "
             f"`torchrun --standalone --nproc_per_node {world_size} -m sparsemm_eval sweep …`"
         )
@@ -204,7 +204,7 @@ def _write(
 def _refuse_other_grid(grid: Grid, out: Path) -> None:
     path = out / "grid.yaml"
     if path.is_file() and path.read_text(encoding="utf-8") != grid.resolved():
-        raise ValueError(
+        raise UserError(
             f"{out}: it holds the sweep of another grid, {path}; choose another folder, or run "
             f"that one on with `sparsemm-eval sweep {path} --out {out}`"
         )

@@ -15,7 +15,7 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 from tqdm import tqdm
 
-from sparsemm_eval.methods.checks import one_line
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.answers import Answer, SampleFailures, tally
 from sparsemm_eval.models.evaluate import answer, make_models, results_path, score
 from sparsemm_eval.models.wrapper import SparseMMModel
@@ -277,7 +277,7 @@ class Runner:
         for cell in self.plan.cells:
             made_of = cell.key, cell.samples
             if known.get((cell.model, cell.words), made_of) != made_of:
-                raise ValueError(
+                raise UserError(
                     f"{self.out}: it holds a sweep of {cell.model} with other weights, head "
                     f"scores, data or version of sparsemm-eval ({cell.words}); choose another "
                     "folder"

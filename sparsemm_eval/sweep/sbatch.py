@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sparsemm_eval.errors import UserError
+
 # Seconds before the time limit at which Slurm announces it.
 _NOTICE = 90
 # srun, which submitit puts before the command, has not taken this over by itself since 22.05.
@@ -54,14 +56,14 @@ class Options:
         """
         self.minutes()
         if self.gpus < 0:
-            raise ValueError(f"gpus={self.gpus}: it must be an integer of at least 0")
+            raise UserError(f"gpus={self.gpus}: it must be an integer of at least 0")
         if self.max_parallel is not None and self.max_parallel < 1:
-            raise ValueError(
+            raise UserError(
                 f"max-parallel={self.max_parallel}: it must be an integer of at least 1"
             )
         for given in self.sbatch:
             if not re.fullmatch(r"[a-z][\w-]*(=.*)?", given):
-                raise ValueError(
+                raise UserError(
                     f"sbatch={given!r}: give sbatch's long options without dashes, such as "
                     "mem=64G or exclusive"
                 )
@@ -76,7 +78,7 @@ class Options:
         """
         found = _TIME.fullmatch(self.time)
         if found is None:
-            raise ValueError(f"time={self.time!r}: give minutes, HH:MM:SS or D-HH:MM:SS")
+            raise UserError(f"time={self.time!r}: give minutes, HH:MM:SS or D-HH:MM:SS")
         first, second, third = (int(found[name] or 0) for name in "abc")
         if found["d"] is not None:
             seconds = int(found["d"]) * 86_400 + first * 3600 + second * 60 + third
@@ -85,7 +87,7 @@ class Options:
         else:  # minutes, or minutes and seconds
             seconds = first * 60 + second
         if seconds == 0:
-            raise ValueError(
+            raise UserError(
                 f"time={self.time}: Slurm takes it for no limit; give minutes, HH:MM:SS or "
                 "D-HH:MM:SS, a job that reaches its limit is requeued and goes on"
             )

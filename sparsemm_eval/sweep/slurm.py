@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.attempt import Attempt
 from sparsemm_eval.sweep.queue import Command
 from sparsemm_eval.sweep.records import DONE, QUEUED, SLURM, Record, read_record
@@ -109,11 +110,11 @@ def find_submitit() -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "executor=slurm needs submitit: pip install 'sparsemm-eval[slurm]'"
         ) from error
     if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise ValueError(
+        raise UserError(
             "executor=slurm: there is no sbatch here; run it on a machine of the cluster, or "
             "choose --executor local"
         )
@@ -229,7 +230,7 @@ def _submit(executor: Any, jobs: Sequence[SlurmJob]) -> list[str]:
         with redirect_stderr(io.StringIO()):
             return [job.job_id for job in executor.submit_array(jobs)]
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError(f"sbatch refused, nothing was submitted: {_words(str(error))}") from error
+        raise UserError(f"sbatch refused, nothing was submitted: {_words(str(error))}") from error
 
 
 def _words(said: str) -> str:

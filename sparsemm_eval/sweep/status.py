@@ -12,6 +12,7 @@ import pandas as pd
 from rich.live import Live
 from rich.text import Text
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.models.answers import Tally, tally
 from sparsemm_eval.sweep.lock import holder
 from sparsemm_eval.sweep.plan import (
@@ -142,7 +143,7 @@ def status(out: Path) -> Status:
     """
     plan = Plan.read(out)
     if plan is None:
-        raise ValueError(
+        raise UserError(
             f"{out}: no sweep was begun here, or it was stopped before it knew its cells; "
             "`sparsemm-eval sweep GRID --out FOLDER` begins one"
         )

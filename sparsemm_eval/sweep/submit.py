@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsemm_eval.methods.checks import check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.sweep import slurm
 from sparsemm_eval.sweep.commands import job_command, scoring_command
 from sparsemm_eval.sweep.grid import Grid, parse_grid
@@ -170,7 +170,7 @@ def submit_local(
     """
     done, todo, under_way = _sort(said)
     if under_way:
-        raise ValueError(
+        raise UserError(
             f"{out}: {under_way[0]} is on its way already; wait for it (`sparsemm-eval status "
             f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
         )
@@ -262,7 +262,7 @@ def _sort(said: Status) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ..
 
 def _refuse_running(out: Path) -> None:
     if (other := holder(lock_file(out, QUEUE))) is not None:
-        raise ValueError(
+        raise UserError(
             f"{out}: its jobs are in the queue of {other}; wait for it (`sparsemm-eval status "
             f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
         )

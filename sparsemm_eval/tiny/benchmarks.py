@@ -20,6 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sparsemm_eval.errors import UserError
+
 from . import samples as drawn
 from .documents import Split, stream
 from .samples import Row
@@ -221,9 +223,9 @@ def build(
         If the name is unknown, or ``samples`` or ``seed`` is out of range.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"no benchmark {name!r}; there is: {', '.join(BENCHMARKS)}")
+        raise UserError(f"no benchmark {name!r}; there is: {', '.join(BENCHMARKS)}")
     if not 1 <= samples <= MOST_SAMPLES or seed < 0:
-        raise ValueError(
+        raise UserError(
             f"samples={samples}, seed={seed}: samples must lie between 1 and {MOST_SAMPLES},"
             " and seed must not be negative"
         )

@@ -17,6 +17,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from sparsemm_eval.errors import UserError
+
 Box = tuple[int, int, int, int]
 
 _KEY_WORDS = (
@@ -96,16 +98,14 @@ class Layout:
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1 or self.columns % SLOT_COLUMNS:
-            raise ValueError(
-                f"columns must be a positive multiple of {SLOT_COLUMNS}, rows positive"
-            )
+            raise UserError(f"columns must be a positive multiple of {SLOT_COLUMNS}, rows positive")
         if not 1 <= self.min_entries <= self.max_entries <= min(self.slots, len(KEYS)):
-            raise ValueError(
+            raise UserError(
                 f"entries must lie between 1 and {min(self.slots, len(KEYS))},"
                 f" not {self.min_entries} to {self.max_entries}"
             )
         if self.cell < 16:
-            raise ValueError("a cell is at least 16 pixels wide")
+            raise UserError("a cell is at least 16 pixels wide")
 
     @property
     def slots(self) -> int:
@@ -208,7 +208,7 @@ class Document:
         """
         stop = question.start + len(question.answer)
         if self.text[question.start : stop] != question.answer:
-            raise ValueError(f"{question.prompt!r} is not a question about this document")
+            raise UserError(f"{question.prompt!r} is not a question about this document")
         return self.text_boxes[question.start : stop]
 
 

@@ -10,6 +10,7 @@ import jinja2
 import pandas as pd
 
 import sparsemm_eval
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import join_seeds
 from sparsemm_eval.report.page.differences import Visuals, browse, find_differences
 from sparsemm_eval.report.page.exhibits import figures, tables
@@ -58,11 +59,11 @@ def write_page(
         If there are no cells, or `samples` or `against` cannot be.
     """
     if results.cells.empty:
-        raise ValueError(
+        raise UserError(
             "there is no score in what was read: give results files, or folders that hold them"
         )
     if samples < 0:
-        raise ValueError(f"samples={samples}: it must be 0 or more")
+        raise UserError(f"samples={samples}: it must be 0 or more")
     scored = score_samples(results.cells)
     joined = join_seeds(results.cells)
     origin = _origin(results.cells, joined)

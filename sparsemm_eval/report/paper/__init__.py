@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.names import METHOD_NAMES, method_label
@@ -47,7 +48,7 @@ def paper_cells(like: str | None = None) -> pd.DataFrame:
         its ratios; Table 2's are local, sparsemm with ratio 1 and sparsemm with ratio 0.1.
     """
     if like is not None and like not in TABLES:
-        raise ValueError(f"like={like}: it must be one of {', '.join(TABLES)}")
+        raise UserError(f"like={like}: it must be one of {', '.join(TABLES)}")
     names = TABLES if like is None else (like,)
     return cells_frame(row for name in names for row in _rows(name))
 

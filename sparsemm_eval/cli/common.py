@@ -1,0 +1,68 @@
+"""What all commands share: errors as one sentence, and options that are lists."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from sparsemm_eval.errors import UserError
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """Bad input ends with its one sentence and exit code 1, not with a traceback."""
+    from sparsemm_eval.errors import one_line
+    from sparsemm_eval.models.answers import SampleFailures
+
+    try:
+        yield
+    except (UserError, OSError, NotImplementedError, SampleFailures) as error:
+        typer.echo(f"sparsemm-eval: {one_line(error)}", err=True)
+        raise typer.Exit(1) from error
+
+
+@contextmanager
+def stoppable(onward: str) -> Iterator[None]:
+    """A process that was asked to end says so, in one sentence, by the shell's exit codes."""
+    from sparsemm_eval.sweep.signals import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        typer.echo(f"sparsemm-eval: {stopped}; every finished answer is safe, {onward}", err=True)
+        raise typer.Exit(128 + stopped.signum) from stopped
+
+
+def quiet() -> None:
+    """Leave the screen to progress and results: other libraries' news only from warnings on."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING")
+
+
+def integers(name: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise UserError(f"{name}={text!r}: it must be integers, such as 256,128,64")
+    return [int(part) for part in parts]
+
+
+def numbers(name: str, text: str, such_as: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise UserError(f"{name}={text!r}: it must be numbers, such as {such_as}") from error
+
+
+def words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def demo_command() -> str:
+    """As it was given, through the front door."""
+    return shlex.join(["./run_eval.sh", *sys.argv[1:]]) if sys.argv[2:] else "./run_eval.sh"

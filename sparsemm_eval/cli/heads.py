@@ -1,0 +1,162 @@
+"""Which heads matter: find, silence and draw them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_eval.cli.common import numbers, one_sentence, quiet
+
+app = typer.Typer()
+
+
+@app.command()
+def chase(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or a hub repository; default: embedded."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Score file; default: where its runs will find it."),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="What is read: drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER, or a JSONL "
+            'file of {"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]} lines.'
+        ),
+    ] = "drawn",
+    count: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 200,
+    image_tokens: Annotated[
+        str, typer.Option(help="Where a box is looked for: all, or tiles only as published code.")
+    ] = "all",
+    batch_size: Annotated[int, typer.Option(help="Images read together.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Where a generated answer ends.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+) -> None:
+    """Find the heads that look at what is being read, and write their visual scores.
+
+    A run that was cut off goes on from OUTPUT.pages.jsonl; so does one with more images.
+    """
+    with one_sentence():
+        from sparsemm_eval.heads.chase import chase as run_chase
+        from sparsemm_eval.heads.findings import write_scores
+        from sparsemm_eval.heads.pages import pages_for
+        from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
+
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        path = output or checkpoint.scores_cache()
+        found = run_chase(
+            checkpoint,
+            pages_for(checkpoint, data, count),
+            count,
+            image_tokens=image_tokens,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            records=path.with_name(f"{path.stem}.pages.jsonl"),
+        )
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        write_scores(found, path, checkpoint, data, image_tokens, command)
+        typer.echo(found.summary())
+        typer.echo(f"wrote {path}")
+        for warning in found.warnings():
+            typer.echo(f"warning: {warning}", err=True)
+
+
+@app.command()
+def draw(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="What is looked at; default: a drawn document.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about the image.")] = None,
+    box: Annotated[
+        str | None, typer.Option(help="Where the answer stands: x0,y0,x1,y1 in its pixels.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Heads to draw, such as 3-1,4-0, not the best and worst.")
+    ] = None,
+    best: Annotated[int, typer.Option(help="Heads of the highest visual scores.")] = 3,
+    worst: Annotated[int, typer.Option(help="Heads of the lowest visual scores.")] = 3,
+    head_scores: Annotated[
+        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path(
+        "results/heads"
+    ),
+    max_new_tokens: Annotated[int, typer.Option(help="Where the answer ends.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+) -> None:
+    """Draw what the heads look at while a question is answered: over the image, and all at once."""
+    with one_sentence():
+        from sparsemm_eval.heads.draw import draw as draw_heads
+        from sparsemm_eval.heads.draw import read_scene
+        from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
+
+        scene = read_scene(image, question, box)
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)
+        typer.echo(f"answer: {drawn.answer}")
+        for line in (*drawn.lines, *(f"wrote {path}" for path in drawn.files)):
+            typer.echo(line)
+
+
+@app.command()
+def mask(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for answers, table and curve.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Benchmarks, comma-separated.")] = "docvqa_mini",
+    shares: Annotated[
+        str, typer.Option(help="Shares of the query heads to silence, comma-separated.")
+    ] = "0.01,0.02,0.05,0.1",
+    seeds: Annotated[int, typer.Option(help="Draws of random heads a share.")] = 3,
+    mode: Annotated[str, typer.Option(help="How heads are silenced: query, output or both.")] = (
+        "query"
+    ),
+    samples: Annotated[int, typer.Option(help="The first so many of each benchmark.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples read together.")] = 8,
+    head_scores: Annotated[
+        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+) -> None:
+    """What benchmarks lose without the visual heads, and without as many random others."""
+    with one_sentence():
+        quiet()
+        from sparsemm_eval.heads.mask import run_masking
+        from sparsemm_eval.methods import MASK_MODES
+        from sparsemm_eval.models.checkpoint import Checkpoint
+        from sparsemm_eval.tiny import default_checkpoint
+
+        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        done = run_masking(
+            checkpoint,
+            out,
+            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            shares=numbers("shares", shares, "0.01,0.05"),
+            seeds=seeds,
+            modes=MASK_MODES if mode == "both" else (mode,),
+            samples=samples,
+            batch_size=batch_size,
+            head_scores=head_scores,
+            command=shlex.join(["sparsemm-eval", *sys.argv[1:]]),
+        )
+        typer.echo(done.markdown)
+        for path in done.files:
+            typer.echo(f"wrote {path}")

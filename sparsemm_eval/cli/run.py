@@ -1,0 +1,116 @@
+"""Runs on this machine: the demo and sweeps."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm_eval.cli.common import demo_command, integers, one_sentence, quiet, stoppable, words
+
+app = typer.Typer()
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for answers, tables and curves.")] = Path(
+        "results/demo"
+    ),
+    samples: Annotated[int, typer.Option(help="Samples of each benchmark, 1 to 200.")] = 50,
+    full: Annotated[bool, typer.Option("--full", help="All 200 samples of each.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples read together.")] = 25,
+    budgets: Annotated[
+        str, typer.Option(help="Mean tokens per KV head, comma-separated.")
+    ] = "256,128,64,32,16,12",
+    tasks: Annotated[str, typer.Option(help="Miniature tasks, comma-separated; all.")] = "",
+    models: Annotated[str, typer.Option(help="Embedded models, comma-separated; all.")] = "",
+    masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 40,
+    allocation: Annotated[str, typer.Option(help="paper or exact.")] = "paper",
+) -> None:
+    """Full KV and five methods over budgets on the embedded models; offline, in minutes."""
+    with one_sentence():
+        quiet()
+        from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
+
+        done = run_demo(
+            out,
+            SAMPLES if full else samples,
+            batch_size,
+            integers("budgets", budgets),
+            words(tasks) or TASKS,
+            words(models),
+            masked,
+            allocation,
+            command=demo_command(),
+        )
+        typer.echo(done.markdown)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[str, typer.Argument(help="A grid of tasks/grids/, or a YAML file's path.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Its folder; default: results/sweeps/GRID.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show cells, jobs and an estimate, and end.")
+    ] = False,
+    job: Annotated[
+        str | None, typer.Option(help="Only this job's answers, by its name; no scores.")
+    ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for another sweep on the folder.")
+    ] = False,
+    skip_missing: Annotated[
+        bool,
+        typer.Option("--skip-missing", help="Leave out tasks whose metrics cannot run here."),
+    ] = False,
+    only_scores: Annotated[
+        bool, typer.Option("--only-scores", help="Score what is answered, answer nothing.")
+    ] = False,
+    world_size: Annotated[
+        int | None, typer.Option(help="Refuse unless so many processes run together (torchrun).")
+    ] = None,
+) -> None:
+    """Run a grid: models x tasks x methods x budgets, each prompt read once for all cells.
+
+    A sweep that was stopped goes on where it was; `sparsemm-eval status FOLDER` shows how far.
+    """
+    with one_sentence(), stoppable("run it again to go on"):
+        quiet()
+        from sparsemm_eval.sweep.grid import read_grid
+
+        chosen = read_grid(grid)
+        if dry_run:
+            from sparsemm_eval.sweep.estimate import describe
+
+            typer.echo(describe(chosen, out))
+            return
+        from sparsemm_eval.sweep.run import leave_ranks, run_sweep
+        from sparsemm_eval.sweep.signals import leaving
+
+        folder = out or Path("results/sweeps") / chosen.name
+        words = [word for word in sys.argv[1:] if word not in ("--wait", "--only-scores")]
+        command = shlex.join(["sparsemm-eval", *words])
+        with leaving():
+            done = run_sweep(
+                chosen, folder, command, job, wait, skip_missing, only_scores, world_size
+            )
+        leave_ranks()
+        typer.echo(done.markdown)
+        typer.echo(done.status)
+        for path in done.files:
+            typer.echo(f"wrote {path}")
+        for lost in done.left_out:
+            typer.echo(f"left out: {lost.cause}")
+        failures = done.status.failures + done.failures
+        if job is not None:
+            failures = done.status.incomplete(job)
+        for line in failures:
+            typer.echo(f"sparsemm-eval: {line}", err=True)
+    raise typer.Exit(1 if failures else 0)
