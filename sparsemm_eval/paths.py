@@ -1,5 +1,7 @@
-"""Where things lie, in a checkout and in an installed wheel alike."""
+"""Where things lie, in a checkout and in an installed wheel alike, and how files get there."""
 
+import os
+import socket
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -20,6 +22,15 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_path  # not on machines that only run kernels
 
     return user_cache_path("sparsemm-eval")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that no reader, and no kill, ever finds half of it; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own: jobs that begin at once, on several machines, write the same files.
+    unfinished = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _data(name: str) -> Path:

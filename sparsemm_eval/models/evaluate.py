@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.models.samples import Memo
 from sparsemm_eval.models.wrapper import SparseMMModel
-from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import OURS
 
 _FAMILIES = {family.model_type: family for family in (LlavaSparseMM, Qwen2VLSparseMM)}
@@ -277,10 +276,10 @@ def score(
     if results is None:  # the results of several ranks are with the first
         return path
     for of_task, lines in results.pop("samples", {}).items():
-        _write(folder / f"{name}_samples_{of_task}.jsonl", map(_sample_line, lines))
+        write_whole(folder / f"{name}_samples_{of_task}.jsonl", "".join(map(_sample_line, lines)))
     if about is not None:
         results[OURS] = dict(about)
-    _write(path, [json.dumps(results, indent=1, default=str)])
+    write_whole(path, json.dumps(results, indent=1, default=str))
     return path
 
 
@@ -299,11 +298,3 @@ def _sample_line(sample: Mapping[str, Any]) -> str:
     if said not in (filtered, [filtered]):
         line["resps"] = said
     return json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n"
-
-
-def _write(path: Path, texts: Iterable[str]) -> None:
-    """Put a file there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(texts)
-    os.replace(unfinished, path)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.models.answers import Answer, AnswerStore, tally
+from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.grid import Grid, parse_grid
-from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, write_whole
+from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder
 
 _SHOWN = 20
 

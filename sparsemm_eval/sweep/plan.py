@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.paths import write_whole
 
 SCHEMA = 1
 
@@ -100,12 +99,3 @@ def answers_folder(out: Path, model: str) -> Path:
 def lock_file(out: Path, name: str) -> Path:
     """Of a job, or of ``scoring``."""
     return out / "locks" / f"{name}.lock"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that no reader, and no kill, ever finds half of it."""
-    # A name of its own: jobs that begin at once, on several machines, write the same files.
-    mine = f"{path.name}.{socket.gethostname()}-{os.getpid()}.unfinished"
-    unfinished = path.with_name(mine)
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

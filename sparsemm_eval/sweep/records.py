@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.sweep.plan import write_whole
+from sparsemm_eval.paths import write_whole
 
 OPEN, QUEUED, RUNNING, DONE = "open", "queued", "running", "done"
 FAILED, STOPPED, CANCELLED = "failed", "stopped", "cancelled"

@@ -19,6 +19,7 @@ from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.answers import Answer, SampleFailures, tally
 from sparsemm_eval.models.evaluate import answer, make_models, results_path, score
 from sparsemm_eval.models.wrapper import SparseMMModel
+from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.benchmarks import main_scores
 from sparsemm_eval.report.results import read_results
 from sparsemm_eval.report.tables import METHOD_NAMES
@@ -38,7 +39,6 @@ from sparsemm_eval.sweep.plan import (
     PlannedJob,
     answers_folder,
     lock_file,
-    write_whole,
 )
 from sparsemm_eval.sweep.seal import (
     Broken,

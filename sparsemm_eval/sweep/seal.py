@@ -12,8 +12,8 @@ from typing import Any
 from loguru import logger
 
 from sparsemm_eval.models.answers import Answer
+from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import OURS
-from sparsemm_eval.sweep.plan import write_whole
 
 _HASHES = ("answers", "samples", "results")
 

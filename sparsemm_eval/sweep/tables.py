@@ -9,11 +9,10 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.tables import fidelity_table, kept_table, score_tables, to_markdown
 from sparsemm_eval.sweep.grid import Grid
-from sparsemm_eval.sweep.plan import write_whole
 from sparsemm_eval.tiny.chance import constant_answer_score
 
 FIDELITY = ("compared", "same_answer", "first_difference", "kl_full")

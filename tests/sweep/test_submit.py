@@ -17,9 +17,9 @@ from sweep.small_demo import tables, write_small_demo
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.commands import job_command
 from sparsemm_eval.sweep.grid import read_grid
-from sparsemm_eval.sweep.plan import write_whole
 from sparsemm_eval.sweep.queue import Slot, run_queue
 from sparsemm_eval.sweep.records import read_record
 from sparsemm_eval.sweep.room import Room
@@ -43,7 +43,7 @@ except Stopped as stopped:
 WRITER = """
 import sys
 from pathlib import Path
-from sparsemm_eval.sweep.plan import write_whole
+from sparsemm_eval.paths import write_whole
 for n in range(300):
     write_whole(Path(sys.argv[1]), sys.argv[2] * 5000)
 """
