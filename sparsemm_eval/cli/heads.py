@@ -46,14 +46,13 @@ def chase(
     """
     with one_sentence():
         from sparsemm_eval.heads.chase import chase as run_chase
-        from sparsemm_eval.heads.findings import write_scores
         from sparsemm_eval.heads.pages import pages_for
         from sparsemm_eval.models.checkpoint import Checkpoint
         from sparsemm_eval.tiny import default_checkpoint
 
         checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
         path = output or checkpoint.scores_cache()
-        found = run_chase(
+        scores = run_chase(
             checkpoint,
             pages_for(checkpoint, data, count),
             count,
@@ -63,10 +62,10 @@ def chase(
             records=path.with_name(f"{path.stem}.pages.jsonl"),
         )
         command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
-        write_scores(found, path, checkpoint, data, image_tokens, command)
-        typer.echo(found.summary())
+        scores.write(path, checkpoint, data, image_tokens, command)
+        typer.echo(scores.summary())
         typer.echo(f"wrote {path}")
-        for warning in found.warnings():
+        for warning in scores.warnings():
             typer.echo(f"warning: {warning}", err=True)
 
 

@@ -1,27 +1,28 @@
-"""Pictures of what heads see: attention over the image, visual scores, regions of its tokens."""
+"""What heads look at while a question is answered: measured, and drawn over the image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from sparsemm_eval.errors import UserError, check_int, one_line
-from sparsemm_eval.heads.attention import ImageAttention, Scene, attend
-from sparsemm_eval.heads.regions import Box, Regions, check_family
-from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.report.attention_maps import (
-    View,
+from sparsemm_eval.heads.capture import WeightCapture, feed, greedy_answers, read_prompts
+from sparsemm_eval.heads.maps import (
     chosen_heads,
     contact_sheet,
     density,
     score_maps,
     token_regions,
 )
+from sparsemm_eval.heads.pages import read_image
+from sparsemm_eval.heads.regions import Box, Regions, check_family, find_regions, image_positions
+from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
 Head = tuple[int, int]
@@ -29,6 +30,61 @@ Head = tuple[int, int]
 # A drawn document of its own: neither a benchmark nor a chase shows it.
 _SEED = 7_002
 _OVERLAY, _SHEET = 512, 2048  # longest edge of an overlay and width of the sheet, in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """An image, a question about it, and where its answer stands.
+
+    Parameters
+    ----------
+    image : Image
+        RGB.
+    question : str
+        As the user asks it; the chat template goes around it.
+    box : tuple or None
+        Where the answer stands, (x0, y0, x1, y1) in pixels of the image, end exclusive.
+    """
+
+    image: Image.Image
+    question: str
+    box: Box | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ImageAttention:
+    """Where all heads looked while the answer was written.
+
+    Parameters
+    ----------
+    answer : str
+        What the model wrote.
+    tokens : int
+        How many tokens it has, over which the weights are averaged.
+    weights : ndarray
+        [L, Hq, image tokens] float32; what is missing to 1 fell on tokens of text.
+    regions : Regions
+        Where the image's tokens lie on it.
+    """
+
+    answer: str
+    tokens: int
+    weights: np.ndarray
+    regions: Regions
+
+    @property
+    def on_image(self) -> np.ndarray:
+        """[L, Hq]: share of a head's attention that falls on the image."""
+        return self.weights.sum(-1)
+
+    def on_box(self, box: Box) -> np.ndarray:
+        """[L, Hq]: share of a head's attention on tokens whose region overlaps a box."""
+        return self.weights[..., self.regions.tokens(box)].sum(-1)
+
+    def on_parts(self) -> dict[str, np.ndarray]:
+        """[L, Hq] for each kind of image token there is: base, tile, newline."""
+        parts = self.regions.parts
+        return {part: self.weights[..., parts == part].sum(-1) for part in dict.fromkeys(parts)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +120,7 @@ def read_scene(image: Path | None, question: str | None, box: str | None) -> Sce
     Parameters
     ----------
     image : Path or None
-        Of any format that PIL reads.
+        A file of any format that PIL reads.
     question : str or None
         What is asked about it.
     box : str or None
@@ -72,7 +128,7 @@ def read_scene(image: Path | None, question: str | None, box: str | None) -> Sce
 
     Raises
     ------
-    ValueError
+    UserError
         If only a part of it is given, the image cannot be read, or the box is none.
     """
     if image is None:
@@ -82,12 +138,7 @@ def read_scene(image: Path | None, question: str | None, box: str | None) -> Sce
     if question is None or not question.strip():
         raise UserError(f"image={image} has no question: give question=TEXT")
     place = None if box is None else _parse_box(box)
-    try:
-        with Image.open(image) as file:
-            pixels = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"image={image} cannot be read ({one_line(error)})") from error
-    return Scene(pixels, question, place)
+    return Scene(read_image(image, f"image={image}"), question, place)
 
 
 def parse_heads(text: str, shape: ModelShape) -> list[Head]:
@@ -95,7 +146,7 @@ def parse_heads(text: str, shape: ModelShape) -> list[Head]:
 
     Raises
     ------
-    ValueError
+    UserError
         If a name is none, or no head of the model.
     """
     heads = []
@@ -117,7 +168,7 @@ def rank_heads(scores: HeadScores, best: int, worst: int) -> list[Head]:
 
     Raises
     ------
-    ValueError
+    UserError
         If that is no head, or more than there are.
     """
     check_int("best", best, least=0)
@@ -131,6 +182,47 @@ def rank_heads(scores: HeadScores, best: int, worst: int) -> list[Head]:
     order = np.argsort(-scores.values, axis=None, kind="stable")
     chosen = [*order[:best], *order[count - worst :][::-1]]
     return [divmod(int(head), scores.values.shape[1]) for head in chosen]
+
+
+def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> ImageAttention:
+    """Answer a scene's question greedily, and look at the attention that wrote the answer.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        A model of a family whose regions are known.
+    scene : Scene
+        What is asked.
+    max_new_tokens : int
+        Where the answer ends at the latest.
+
+    Raises
+    ------
+    UserError
+        If the family is unknown or the box lies outside the image (both before the weights are
+        loaded), or if the answer is empty.
+    """
+    check_int("max_new_tokens", max_new_tokens, least=1)
+    check_family(checkpoint.config.model_type)
+    inputs = read_prompts(checkpoint.processor, [scene.image], [scene.question])
+    regions = find_regions(checkpoint.config, checkpoint.processor, inputs, [scene.image.size])
+    positions = image_positions(checkpoint.config, inputs["input_ids"][0], regions)[0]
+    if scene.box is not None:
+        regions[0].tokens(scene.box)  # raises for a box that is empty or outside
+    model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
+    inputs = inputs.to(model.device, model.dtype)
+    (tokens,) = greedy_answers(checkpoint, inputs, max_new_tokens)
+    special = set(tokenizer.all_special_ids)
+    answer = list(takewhile(lambda token: token not in special, tokens))
+    if not answer:
+        raise UserError(
+            f"the answer to {scene.question!r} is empty: no token of it has attention to draw; "
+            "ask another question"
+        )
+    capture = WeightCapture(checkpoint.shape.layers, len(answer), positions)
+    feed(checkpoint, inputs, [answer], capture)
+    weights = capture.weights()[0].float().numpy()
+    return ImageAttention(tokenizer.decode(answer).strip(), len(answer), weights, regions[0])
 
 
 def draw(
@@ -160,13 +252,13 @@ def draw(
         How many of the highest and of the lowest visual score.
     head_scores : Path, optional
         Score file; default: the checkpoint's own. Where heads are named and there is none, no
-        scores are drawn, and that is said.
+        scores are drawn, and a line says so.
     max_new_tokens : int
         Where the answer ends at the latest.
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    UserError, FileNotFoundError
         Before the weights are loaded, for all that does not fit; after, if the answer is empty.
     """
     check_family(checkpoint.config.model_type)
@@ -221,7 +313,7 @@ def _draw_attention(
     contact_sheet(maps, title, box, files[1])
 
     title = f"{name}: the image's {regions.count} tokens"
-    token_regions(grey, _views(regions, scene.box), title, scene.box, files[2])
+    token_regions(grey, regions, title, scene.box, files[2])
     return files
 
 
@@ -235,17 +327,6 @@ def _maps(weights: np.ndarray, regions: Regions, edge: int) -> np.ndarray:
 def _zoom(regions: Regions, width: int, height: int) -> np.ndarray:
     """What a box is multiplied by, from the image to a map."""
     return np.array([width / regions.width, height / regions.height] * 2)
-
-
-def _views(regions: Regions, box: Box | None) -> list[View]:
-    filled = np.zeros(regions.count, dtype=bool)
-    if box is not None:
-        filled[regions.tokens(box)] = True
-    parts = {"tile": "the image"}
-    if "base" in regions.parts:
-        parts = {"base": "base image", "tile": "tiles"}
-    places = {name: regions.parts == part for part, name in parts.items()}
-    return [View(name, regions.boxes[place], filled[place]) for name, place in places.items()]
 
 
 def _caption(head: Head, looks: ImageAttention, scores: HeadScores | None, box: Box | None) -> str:

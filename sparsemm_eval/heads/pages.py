@@ -40,6 +40,8 @@ READ_PROMPT = "Provide all the OCR results of this image."
 NAME_PROMPT = "Describe the objects in this image."
 SYNTHDOG = "nnethercott/synthdog-en-detection"
 COCO = "detection-datasets/coco"
+# What PIL raises for a file that is no image, or a broken or an enormous one.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 # Shorter tokens, such as "a" or "in", stand in some category's name by chance.
 SHORTEST_OF_NAME = 3
 
@@ -65,14 +67,14 @@ class Page:
     chunks : tuple of Chunk
         What is annotated; none if nothing is.
     aligned : bool
-        Whether the chunks are the characters of all that should be said, in order: then the known
+        Whether the chunks are the characters of the whole right answer, in order: then this known
         text is fed, else the model generates.
     shortest : int
         Characters a generated token has at least to belong to a chunk.
 
     Raises
     ------
-    ValueError
+    UserError
         If a box is empty or not within the image, or a chunk has no text.
     """
 
@@ -87,7 +89,7 @@ class Page:
 
     @property
     def text(self) -> str:
-        """All chunks in order: of aligned ones, what should be said."""
+        """All chunks in order; where they are aligned, the right answer."""
         return "".join(chunk.text for chunk in self.chunks)
 
     @cached_property
@@ -109,11 +111,11 @@ def read_pages(data: str, count: int, known_text: bool = True) -> Iterator[Page]
     count : int
         Pages at most.
     known_text : bool
-        Of drawn documents; see `drawn_pages`.
+        In which form drawn documents come; see `drawn_pages`.
 
     Raises
     ------
-    ValueError
+    UserError
         In one sentence, if there is no such data, or, with the first page, if it cannot be read.
     """
     name, _, folder = data.partition(":")
@@ -143,7 +145,7 @@ def drawn_pages(count: int, known_text: bool = True, layout: Layout = PAGE) -> I
         Whether their characters are the chunks and their transcription is fed, in the way that
         the embedded models are trained; else the entries are, and what is read is generated.
     layout : Layout
-        Of every document.
+        What every document looks like.
     """
     for number in range(count):
         document = draw_document(stream(Split.HELD_OUT, CHASE_SEED, number), layout)
@@ -180,15 +182,30 @@ def union(boxes: Iterable[Box | None]) -> Box | None:
     return min(x0), min(y0), max(x1), max(y1)
 
 
+def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
+    """An image of any format that PIL reads, as RGB.
+
+    Raises
+    ------
+    UserError
+        If it cannot be read; `name` says which it is.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except _UNREADABLE as error:
+        raise UserError(f"{name} cannot be read ({one_line(error)})") from error
+
+
 def _synthdog(data: str, folder: str) -> Iterator[Page]:
     """Column 2_coord: a list of chunk and coord, two corners or a polygon in pixels."""
     for number, row in enumerate(_rows(data, folder or SYNTHDOG, "train")):
-        found = _column(row, "2_coord", data)
+        column = _column(row, "2_coord", data)
         # As `datasets` gives it, or as older versions did: a dict of lists.
         pairs = (
-            zip(found["chunk"], found["coord"], strict=True)
-            if isinstance(found, dict)
-            else ((one["chunk"], one["coord"]) for one in found)
+            zip(column["chunk"], column["coord"], strict=True)
+            if isinstance(column, dict)
+            else ((one["chunk"], one["coord"]) for one in column)
         )
         yield _page(_image(row, data, number), READ_PROMPT, pairs)
 
@@ -206,14 +223,14 @@ def _coco(data: str, folder: str) -> Iterator[Page]:
 
 def _coco_files(folder: Path) -> Iterator[Page]:
     """COCO's own files: one instances*.json, and images beside it or in a folder beside it."""
-    found = sorted(folder.rglob("instances*.json"))
-    if len(found) != 1:
+    files = sorted(folder.rglob("instances*.json"))
+    if len(files) != 1:
         raise UserError(
-            f"data=coco:{folder}: it holds {len(found)} instances*.json files; give a folder with "
+            f"data=coco:{folder}: it holds {len(files)} instances*.json files; give a folder with "
             "one of them and its images"
         )
     try:
-        table = json.loads(found[0].read_text(encoding="utf-8"))
+        table = json.loads(files[0].read_text(encoding="utf-8"))
         names = {one["id"]: one["name"] for one in table["categories"]}
         boxes: dict[int, list[tuple[str, list[float]]]] = {one["id"]: [] for one in table["images"]}
         for one in table["annotations"]:
@@ -222,13 +239,13 @@ def _coco_files(folder: Path) -> Iterator[Page]:
                 corners = [x, y, x + width, y + height]
                 boxes[one["image_id"]].append((names[one["category_id"]], corners))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{found[0]}: not a COCO instances file ({one_line(error)})") from error
+        raise UserError(f"{files[0]}: not a COCO instances file ({one_line(error)})") from error
     places = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()}
     for one in table["images"]:
         name = Path(one["file_name"]).name
         if name not in places:
-            raise UserError(f"{found[0]}: image {one['file_name']} is not in {folder}")
-        image = _open(places[name], str(found[0]))
+            raise UserError(f"{files[0]}: image {one['file_name']} is not in {folder}")
+        image = read_image(places[name], f"{files[0]}: the image")
         yield _page(image, NAME_PROMPT, boxes[one["id"]], SHORTEST_OF_NAME)
 
 
@@ -251,11 +268,15 @@ def _jsonl(path: Path, count: int) -> Iterator[Page]:
     """One page a line: {"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]}."""
     # All lines before the first page: a fault in the last one must not cost hours.
     for line, chunks, where in list(_lines(path, count)):
-        yield Page(_open(path.parent / line.image, where), line.prompt, chunks)
+        image = read_image(path.parent / line.image, f"{where}: the image")
+        yield Page(image, line.prompt, chunks)
 
 
 def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], str]]:
-    texts = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    try:
+        texts = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"data={path}: not a JSONL file ({one_line(error)})") from error
     for number, text in islice(((n, text) for n, text in texts if text.strip()), count):
         where = f"{path}:{number}"
         try:
@@ -268,7 +289,7 @@ def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], s
         try:
             with Image.open(path.parent / line.image) as image:
                 _check(chunks, image.size)
-        except (OSError, ValueError) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{where}: {one_line(error)}") from error
         yield line, chunks, where
 
@@ -293,15 +314,8 @@ def _column(row: dict[str, Any], name: str, data: str) -> Any:
 def _image(row: dict[str, Any], data: str, number: int) -> Image.Image:
     image = _column(row, "image", data)
     if isinstance(image, dict):  # where the file does not say that the column is an image
-        image = _open(io.BytesIO(image["bytes"]), f"data={data}, image {number}")
+        image = read_image(io.BytesIO(image["bytes"]), f"data={data}, image {number}: the image")
     return image.convert("RGB")
-
-
-def _open(file: Path | io.BytesIO, where: str) -> Image.Image:
-    try:
-        return Image.open(file).convert("RGB")
-    except OSError as error:
-        raise UserError(f"{where}: the image cannot be read ({one_line(error)})") from error
 
 
 def _page(

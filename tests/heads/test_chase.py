@@ -1,4 +1,4 @@
-"""Visual scores: against full attention matrices, in batches, and resumed."""
+"""Visual scores: against full attention matrices, in batches, resumed, and token by token."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models.llava_checkpoints import build_llava
 from PIL import Image
 from transformers import AutoModelForImageTextToText, BatchFeature
 
 from sparsemm_eval.heads import chase as module
-from sparsemm_eval.heads.chase import chase
+from sparsemm_eval.heads.chase import characters_found, chase, score_page
 from sparsemm_eval.heads.pages import Chunk, Page, drawn_pages, pages_for
-from sparsemm_eval.heads.regions import find_regions
+from sparsemm_eval.heads.regions import Qwen2VLRegions, find_regions
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import default_checkpoint
 from sparsemm_eval.tiny.documents import Layout
@@ -258,10 +260,13 @@ def test_a_killed_chase_goes_on(
     # The last line was being written.
     path.write_bytes(path.read_bytes()[:-5])
     computed = []
-    score = module._Run._score
-    monkeypatch.setattr(
-        module._Run, "_score", lambda run, some: computed.extend(some) or score(run, some)
-    )
+    score = module._score_annotated
+
+    def counted(checkpoint: Checkpoint, some: list[Page], *more: object) -> list:
+        computed.extend(some)
+        return score(checkpoint, some, *more)
+
+    monkeypatch.setattr(module, "_score_annotated", counted)
     again = chase(reader, pages, max_new_tokens=TOKENS, records=path)
     assert computed == pages[2:4]
     np.testing.assert_array_equal(again.scores, whole.scores)
@@ -317,3 +322,49 @@ def test_a_family_whose_regions_are_unknown_is_refused_before_weights_load() -> 
     with pytest.raises(ValueError, match="paligemma model lie is not known"):
         chase(checkpoint, [Page(white(), "x", (Chunk("A", (0, 0, 4, 4)),))])
     assert "model" not in vars(checkpoint)
+
+
+class Letters:
+    """A tokenizer of one token a character."""
+
+    def __call__(self, text: str, **_: bool) -> dict:
+        return {"offset_mapping": [(place, place + 1) for place in range(len(text))]}
+
+    def decode(self, tokens: list[int], **_: bool) -> str:
+        return "".join(map(chr, tokens))
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_look_at_the_place_counts_by_its_tokens(aligned: bool) -> None:
+    """A over one of four image tokens, B over two; the image begins at position 5."""
+    chunks = (Chunk("A", (0, 0, 10, 10)), Chunk("B", (0, 10, 20, 20)), Chunk("\n", None))
+    page = Page(Image.new("RGB", (20, 20)), "", chunks, aligned)
+    looked = np.array([[[5, 5, 5], [6, 7, 5]], [[0, 8, 5], [5, 7, 5]]])  # [L, Hq, tokens]
+    regions = Qwen2VLRegions(20, 20, "all", 2, 2)
+    answer = [ord(chunk.text) for chunk in chunks]
+    places = np.arange(5, 9)
+    found = score_page(page, answer, Letters(), looked, [True] * 3, regions, places)
+    assert found.scores.tolist() == [[1, 0.5], [0.5, 1.5]]
+    assert (found.answer_tokens, found.scored) == (3, 2)
+    half = score_page(page, answer, Letters(), looked, [True, False, True], regions, places)
+    assert half.scores.tolist() == [[1, 0], [0, 1]]
+    assert half.scored == 1
+
+
+LETTERS = st.text("abcdefgh ", min_size=1, max_size=20)
+
+
+@given(LETTERS, LETTERS, LETTERS)
+def test_a_chunk_within_a_text_is_found_whole(before: str, chunk: str, after: str) -> None:
+    assert characters_found(chunk, before + chunk + after) == len(chunk)
+
+
+@given(LETTERS, LETTERS)
+def test_no_more_is_found_than_there_is(chunk: str, text: str) -> None:
+    assert 0 <= characters_found(chunk, text) <= min(len(chunk), len(text))
+    assert characters_found(chunk, "0123456789") == 0
+
+
+def test_a_misread_letter_costs_itself_only() -> None:
+    text = "first line\nthe qu1ck brown fax\nlast line"
+    assert characters_found("the quick brown fox", text) == 17

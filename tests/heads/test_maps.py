@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsemm_eval.report.attention_maps import density, score_maps
+from sparsemm_eval.heads.maps import density, score_maps
 
 
 def test_cells_of_whole_pixels_are_filled_evenly() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-Box = tuple[float, float, float, float]
+from sparsemm_eval.heads.regions import Box, Regions
 
 _COLOURS = "viridis"
 _OUTLINE = "#D55E00"  # Okabe and Ito's vermilion: told apart from all of viridis and from grey
@@ -25,25 +24,6 @@ _COLUMNS = 3
 _WIDTH, _LINE, _BAR = 6.6, 0.17, 0.7  # inches: figure, line of a title, colour bar
 _DPI = 200
 _HELD_IMAGE = 0.55  # how much of the image is left below the colours
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """One way in which an image is cut into tokens.
-
-    Parameters
-    ----------
-    name : str
-        Such as "base image".
-    boxes : ndarray
-        [tokens, 4], region of each, in pixels of the image.
-    filled : ndarray
-        [tokens] of bool, which of them are stressed.
-    """
-
-    name: str
-    boxes: np.ndarray
-    filled: np.ndarray
 
 
 def density(weights: np.ndarray, boxes: np.ndarray, width: int, height: int) -> np.ndarray:
@@ -57,7 +37,7 @@ def density(weights: np.ndarray, boxes: np.ndarray, width: int, height: int) -> 
         [tokens, 4], region of each in pixels of the map, within it, fractions allowed. A token of
         no region (NaN, or an empty one) is not drawn.
     width, height : int
-        Of the map.
+        Size of the map.
 
     Returns
     -------
@@ -98,9 +78,9 @@ def chosen_heads(
     maps : ndarray
         [heads, …, …], weight per pixel of a map; stretched over the image.
     captions : sequence of str
-        Of the panels.
+        One a panel.
     title : str
-        Of the figure.
+        Title of the figure.
     box : Box or None
         What is outlined, in pixels of the image.
     path : Path
@@ -140,7 +120,7 @@ def contact_sheet(maps: np.ndarray, title: str, box: Box | None, path: Path) -> 
     maps : ndarray
         [L, Hq, height, width], weight per pixel of a map.
     title : str
-        Of the figure.
+        Title of the figure.
     box : Box or None
         What is outlined, in pixels of a map.
     path : Path
@@ -192,7 +172,7 @@ def score_maps(scores: np.ndarray, per_kv_head: np.ndarray, title: str, path: Pa
     per_kv_head : ndarray
         [L, H], sums over the query heads of each KV head.
     title : str
-        Of the figure.
+        Title of the figure.
     path : Path
         Where it goes; the ending chooses the format.
     """
@@ -216,39 +196,48 @@ def score_maps(scores: np.ndarray, per_kv_head: np.ndarray, title: str, path: Pa
 
 
 def token_regions(
-    pixels: np.ndarray, views: Sequence[View], title: str, box: Box | None, path: Path
+    pixels: np.ndarray, regions: Regions, title: str, box: Box | None, path: Path
 ) -> None:
-    """Outline the region of every image token, a panel a view, and fill the stressed ones.
+    """Outline the region of every image token, and fill those on a box.
+
+    Base image and tiles, where a family has both, have a panel each.
 
     Parameters
     ----------
     pixels : ndarray
         The image, [height, width] uint8, grey.
-    views : sequence of View
-        Base image and tiles, or the only one there is.
+    regions : Regions
+        Where the tokens lie on it.
     title : str
-        Of the figure.
+        Title of the figure.
     box : Box or None
         What is outlined strongly, in pixels of the image.
     path : Path
         Where it goes; the ending chooses the format.
     """
+    filled = np.zeros(regions.count, dtype=bool)
+    if box is not None:
+        filled[regions.tokens(box)] = True
+    views = {"tile": "the image"}
+    if "base" in regions.parts:
+        views = {"base": "base image", "tile": "tiles"}
     panel = _WIDTH / len(views) * pixels.shape[0] / pixels.shape[1]
     figure = _figure(panel + _LINE + 0.1, title)
-    for axes, view in zip(np.atleast_1d(figure.subplots(1, len(views))), views, strict=True):
+    panels = np.atleast_1d(figure.subplots(1, len(views)))
+    for axes, (part, name) in zip(panels, views.items(), strict=True):
         axes.set_axis_off()
         _show(axes, pixels)
-        regions = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in view.boxes]
-        stressed = [region for region, filled in zip(regions, view.filled, strict=True) if filled]
+        here = regions.parts == part
+        outlines = [Rectangle((x0, y0), x1 - x0, y1 - y0) for x0, y0, x1, y1 in regions.boxes[here]]
+        stressed = [one for one, on_box in zip(outlines, filled[here], strict=True) if on_box]
         for some, style in (
             (stressed, {"facecolor": _FILL, "edgecolor": "none", "alpha": 0.4}),
-            (regions, {"facecolor": "none", "edgecolor": _GRID, "linewidth": 0.4, "alpha": 0.7}),
+            (outlines, {"facecolor": "none", "edgecolor": _GRID, "linewidth": 0.4, "alpha": 0.7}),
         ):
             axes.add_collection(PatchCollection(some, **style))
         _outline(axes, box)
-        count = int(view.filled.sum())
-        words = f"{view.name}: {len(view.boxes)} tokens"
-        axes.set_title(words if box is None else f"{words}, {count} on the box", fontsize=8)
+        words = f"{name}: {len(outlines)} tokens"
+        axes.set_title(words if box is None else f"{words}, {len(stressed)} on the box", fontsize=8)
     _save(figure, path)
 
 
