@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from sparsemm_eval.cache import RaggedKV
+from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.extension import ExtensionError, build, library
-from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
 
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "datasets")
 _OPTIONAL = ("flash-attn", "flashinfer-python")

@@ -101,7 +101,7 @@ def decode_ours(
         tokens = ids[:, longest - steps - 1 :].cpu()
     else:
         decoder = decoder_of(model)
-        cache = _WatchedCache(methods, rooms=decoder.rooms)
+        cache = _WatchedCache(methods, buffers=decoder.buffers)
         ticks()
         rows = Rows(model, inputs, methods, options, cache)
         ticks()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsemm_eval.bench.layers import Layers, Token
 from sparsemm_eval.bench.shapes import DTYPES, Case
-from sparsemm_eval.cache.kernels import append_attend, resolve_backend
+from sparsemm_eval.cache.backends import append_attend, resolve_backend
 
 
 class Entry:

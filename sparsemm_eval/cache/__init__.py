@@ -1,8 +1,7 @@
 """Where tokens live: a head-budgeted KV cache for transformers models."""
 
-from sparsemm_eval.cache.attending import AttendingLayer
-from sparsemm_eval.cache.attention import ATTENTION, use_head_budget_attention
-from sparsemm_eval.cache.kernels import BACKENDS, check_backend
+from sparsemm_eval.cache.attention import ATTENTION, AttendingLayer, use_head_budget_attention
+from sparsemm_eval.cache.backends import BACKENDS, check_backend
 from sparsemm_eval.cache.layer import HeadBudgetCache
 from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
 

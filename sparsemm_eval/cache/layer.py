@@ -10,13 +10,19 @@ from torch import Tensor
 from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sparsemm_eval.cache.attending import AttendingLayer, SilencingLayer
-from sparsemm_eval.cache.kernels import BACKENDS, resolve_backend
-from sparsemm_eval.cache.prompt import Prompt, prompt_lengths_of
-from sparsemm_eval.cache.ragged import CacheBytes, RaggedKV
-from sparsemm_eval.cache.room import Room
+from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
+from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
+from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.methods import HeadMask, Method, Scorer
+from sparsemm_eval.methods import HeadMask, Method, Scorer, row_lengths
+
+
+class PromptLengths:
+    """What the layers of one cache share: the first finds the lengths for all."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []  # of the samples as they were read
+        self.rows: list[int] = []  # of the rows that are held
 
 
 class RaggedLayer(SilencingLayer):
@@ -32,13 +38,13 @@ class RaggedLayer(SilencingLayer):
         index: int,
         methods: tuple[Method, ...],
         backend: str,
-        prompt: Prompt,
+        prompt: PromptLengths,
         mask: HeadMask | None = None,
-        room: Room | None = None,
+        buffer: Buffer | None = None,
     ) -> None:
         super().__init__(index, mask)
         self.methods, self.requested = methods, backend
-        self.prompt, self.room = prompt, room
+        self.prompt, self.buffer = prompt, buffer
         self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -156,7 +162,7 @@ class RaggedLayer(SilencingLayer):
             for m, chosen in enumerate(kept):
                 rows[sample, m, :, n - length :] = chosen
         self.store = self.store_type.pack(
-            key, value, rows.flatten(0, 1), self._most_kept(), self.room
+            key, value, rows.flatten(0, 1), self._most_kept(), self.buffer
         )
 
     def _most_kept(self) -> int | None:
@@ -199,7 +205,7 @@ class HeadBudgetCache(Cache):
         What attends over the ragged rows.
     mask : HeadMask, optional
         Query heads that are silenced in every row.
-    rooms : sequence of Room, optional
+    buffers : sequence of Buffer, optional
         Memory for each layer's slots, which no other live cache uses.
 
     Raises
@@ -216,7 +222,7 @@ class HeadBudgetCache(Cache):
         methods: Method | Sequence[Method],
         backend: str = "auto",
         mask: HeadMask | None = None,
-        rooms: Sequence[Room] | None = None,
+        buffers: Sequence[Buffer] | None = None,
     ) -> None:
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
@@ -224,14 +230,13 @@ class HeadBudgetCache(Cache):
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
-        prompt = Prompt()
-        layers = range(methods[0].shape.layers)
+        prompt = PromptLengths()
+        layers = methods[0].shape.layers
+        buffers = [None] * layers if buffers is None else buffers
         super().__init__(
             layers=[
-                self.layer_type(
-                    layer, methods, backend, prompt, mask, None if rooms is None else rooms[layer]
-                )
-                for layer in layers
+                self.layer_type(layer, methods, backend, prompt, mask, buffers[layer])
+                for layer in range(layers)
             ]
         )
         self.methods = methods
@@ -296,3 +301,28 @@ class HeadBudgetCache(Cache):
         """Forget the prompt; the next call reads a new one."""
         self._prompt.lengths, self._prompt.rows = [], []
         super().reset()
+
+
+def prompt_lengths_of(mask: Tensor | None, samples: int, n: int) -> list[int]:
+    """Tokens of each sample, from the attention mask of its prompt.
+
+    Raises
+    ------
+    NotImplementedError
+        For a mask that does more than hide padding.
+    """
+    if mask is None:
+        return [n] * samples
+    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n) or not _only_pads(mask[:, 0]):
+        raise NotImplementedError(
+            f"attention mask {tuple(mask.shape)} {mask.dtype}: HeadBudgetCache takes a 2-D padding "
+            "mask, no attention pattern of one's own"
+        )
+    return row_lengths(mask[:, 0, -1], samples, n)
+
+
+def _only_pads(mask: Tensor) -> bool:
+    """Whether a mask [B, n, n] is causal but for keys that no query sees."""
+    n = mask.shape[-1]
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
+    return all(torch.equal(seen, causal & seen[-1]) for seen in mask)

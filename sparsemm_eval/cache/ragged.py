@@ -9,11 +9,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sparsemm_eval.cache.kernels import append_attend
-from sparsemm_eval.cache.room import Room, memory_for
+from sparsemm_eval.cache.backends import append_attend
 
 LEAST_SLACK = 16
 MOST_SLACK = 256
+# Bytes of keys or values that a layer gets beyond what is asked for, at most: for the next prompt.
+HEADROOM = 16 << 20
+
+
+class Buffer:
+    """Memory for one layer's slots that outlives the layer: the next one is laid where it was.
+
+    What reads slots at a fixed place, a CUDA graph, thus stays valid from prompt to prompt, unless
+    more is needed than there is. Only the newest layer that was laid here may be used.
+    """
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def take(self, name: str, slots: int, like: Tensor) -> Tensor:
+        """Hand out [slots, D] of the keys' or values' memory, as it was left there."""
+        held = getattr(self, name)
+        if held is None or len(held) < slots or not _alike(held, like):
+            setattr(self, name, None)  # given back before more is asked for
+            more = min(slots // 4, HEADROOM // (like.shape[-1] * like.element_size()))
+            held = like.new_zeros(slots + more, like.shape[-1])
+            setattr(self, name, held)
+        return held[:slots]
+
+    def bytes(self) -> int:
+        """Bytes held, in use or not."""
+        return sum(held.nbytes for held in (self.keys, self.values) if held is not None)
 
 
 @dataclass(frozen=True)
@@ -69,7 +96,7 @@ class RaggedKV:
         Free slots of each sequence.
     steps : int
         Tokens appended to every sequence since the prompt.
-    room : Room, optional
+    buffer : Buffer, optional
         Where keys and values lie, and will when they are copied.
     """
 
@@ -81,11 +108,11 @@ class RaggedKV:
         shape: tuple[int, int],
         slack: int,
         steps: int = 0,
-        room: Room | None = None,
+        buffer: Buffer | None = None,
     ) -> None:
         self.keys, self.values, self.offsets = keys, values, offsets
         self.rows, self.kv_heads = shape
-        self.slack, self.steps, self.room = slack, steps, room
+        self.slack, self.steps, self.buffer = slack, steps, buffer
         self.lengths = offsets.diff() - slack
 
     @classmethod
@@ -95,7 +122,7 @@ class RaggedKV:
         value: Tensor,
         mask: Tensor,
         most: int | None = None,
-        room: Room | None = None,
+        buffer: Buffer | None = None,
     ) -> RaggedKV:
         """Take the kept tokens out of one layer's dense keys and values.
 
@@ -107,7 +134,7 @@ class RaggedKV:
             [R, H, n] bool with R a multiple of B: rows ``b * R // B ..`` are made of sample b.
         most : int, optional
             At least as many as the mask has True. Without it the device is asked and waited for.
-        room : Room, optional
+        buffer : Buffer, optional
             Where to lay them; new memory otherwise.
         """
         rows, heads, n = mask.shape
@@ -130,12 +157,12 @@ class RaggedKV:
                 source = torch.full((slots + n,), -1, device=device)
                 sources[steps] = source.scatter_(0, place, token.flatten())[:slots]
             source = sources[steps]
-            laid = memory_for(room, name, slots, tokens)
+            laid = memory_for(buffer, name, slots, tokens)
             torch.index_select(tokens.detach(), 0, source.clamp(min=0), out=laid)
             # Free slots are zero and not left as they were: a kernel that reads one and multiplies
             # it by a weight of zero must not meet NaN.
             packed.append(laid.masked_fill_((source < 0)[:, None], 0))
-        return cls(*packed, offsets, (rows, heads), slack, room=room)
+        return cls(*packed, offsets, (rows, heads), slack, buffer=buffer)
 
     @cached_property
     def kept(self) -> Tensor:
@@ -187,7 +214,7 @@ class RaggedKV:
         scale : float
             Of the logits.
         backend : str
-            As resolved by `sparsemm_eval.cache.kernels.resolve_backend`.
+            As resolved by `sparsemm_eval.cache.backends.resolve_backend`.
 
         Returns
         -------
@@ -237,7 +264,7 @@ class RaggedKV:
         """Copy sequences into a new layer with fresh slack."""
         device = self.keys.device
         slack = _slack(kept + self.steps)
-        if self.room is not None:
+        if self.buffer is not None:
             # What reads it there has to be told of every copy: make them rare.
             slack = max(slack, min(self.steps, MOST_SLACK))
         counts = (kept.flatten() + self.steps).to(device, non_blocking=True)
@@ -250,12 +277,12 @@ class RaggedKV:
         places, size = within + new * slack, total + len(sequences) * slack
         gathered = []
         for name, x in (("keys", self.keys), ("values", self.values)):
-            tokens = x[slots]  # a copy: room may be handed out where they lay
-            laid = memory_for(self.room, name, size, tokens).zero_()
+            tokens = x[slots]  # a copy: the buffer may be handed out anew where they lay
+            laid = memory_for(self.buffer, name, size, tokens).zero_()
             laid[places] = tokens
             gathered.append(laid)
         shape = (kept.shape[0], self.kv_heads)
-        grown = RaggedKV(*gathered, _offsets(counts + slack), shape, slack, self.steps, self.room)
+        grown = RaggedKV(*gathered, _offsets(counts + slack), shape, slack, self.steps, self.buffer)
         grown.kept = kept
         return grown
 
@@ -282,3 +309,15 @@ def _in_memory_order(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     if swapped.is_contiguous():
         return swapped.view(-1, dim), (n * heads, 1, heads)
     return x.reshape(-1, dim), (heads * n, n, 1)
+
+
+def memory_for(buffer: Buffer | None, name: str, slots: int, like: Tensor) -> Tensor:
+    """[slots, D] of a buffer's keys or values, or of new memory where there is no buffer."""
+    return (
+        like.new_empty(slots, like.shape[-1]) if buffer is None else buffer.take(name, slots, like)
+    )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    kinds = [(x.dtype, x.device, x.shape[-1]) for x in (one, other)]
+    return kinds[0] == kinds[1]

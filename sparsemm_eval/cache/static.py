@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from sparsemm_eval.cache.attending import SilencingLayer
-from sparsemm_eval.cache.kernels import append_attend
+from sparsemm_eval.cache.attention import SilencingLayer
+from sparsemm_eval.cache.backends import append_attend
 from sparsemm_eval.cache.ragged import RaggedKV
 from sparsemm_eval.methods import HeadMask
 
@@ -58,7 +58,7 @@ class StaticCache(Cache):
         Parameters
         ----------
         stores : sequence of RaggedKV
-            Of all layers, of at most ``rows`` rows, in memory of `Room` that outlives them.
+            Of all layers, of at most ``rows`` rows, in memory of `Buffer` that outlives them.
         ended : Tensor
             [rows] bool.
         """
@@ -72,7 +72,7 @@ class StaticCache(Cache):
         self.finish(ended)
         for layer, store in zip(self.layers, stores, strict=True):
             # All of the memory, whose size changes seldom: torch.compile compiles for each anew.
-            layer.keys, layer.values = store.room.keys, store.room.values
+            layer.keys, layer.values = store.buffer.keys, store.buffer.values
 
     def finish(self, ended: Tensor) -> None:
         """Mark rows [rows] bool as finished, those that are not so yet."""
@@ -85,7 +85,7 @@ class StaticCache(Cache):
 
 
 class StaticLayer(SilencingLayer):
-    """One layer of a StaticCache; what `sparsemm_eval.cache.kernels` calls its slots."""
+    """One layer of a StaticCache; what `sparsemm_eval.cache.backends` calls its slots."""
 
     is_compileable = True
     is_croppable = False

@@ -189,9 +189,7 @@ def _source(model: str | None) -> str:
 def _shape(source: str) -> ModelShape:
     """From the config alone: a hub repository's weights need not be here."""
     try:
-        text = AutoConfig.from_pretrained(source).get_text_config()
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return ModelShape(text.num_hidden_layers, text.num_attention_heads, kv_heads)
+        return ModelShape.from_config(AutoConfig.from_pretrained(source))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"model={source}: its config.json cannot be read ({one_line(error)}); give a folder, "

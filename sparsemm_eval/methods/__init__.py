@@ -1,7 +1,6 @@
 """Which tokens each KV head keeps: pure tensor arithmetic, torch only."""
 
 from sparsemm_eval.methods.allocation import Allocation, LayerAllocation, Prompt
-from sparsemm_eval.methods.budgets import tokens_per_head
 from sparsemm_eval.methods.head_mask import (
     MASK_MODES,
     HeadMask,
@@ -9,7 +8,7 @@ from sparsemm_eval.methods.head_mask import (
     read_head_mask,
     visual_heads,
 )
-from sparsemm_eval.methods.head_scores import HeadScores, find_head_scores
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.methods.method import (
     Method,
     canonical_settings,
@@ -18,9 +17,9 @@ from sparsemm_eval.methods.method import (
     method_settings,
     register_method,
     row_lengths,
+    tokens_per_head,
 )
 from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
-from sparsemm_eval.methods.shape import ModelShape
 
 __all__ = [
     "MASK_MODES",

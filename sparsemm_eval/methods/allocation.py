@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsemm_eval.errors import UserError, check_int, check_share
-from sparsemm_eval.methods.head_scores import HeadScores
-from sparsemm_eval.methods.shape import ModelShape
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.methods.head_scores import HeadScores
-from sparsemm_eval.methods.shape import ModelShape
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 
 MASK_MODES = ("query", "output")
 LEAST_VISUAL = 0.1

@@ -1,22 +1,91 @@
-"""Visual scores of the query heads: read, check, write, sum over groups, find the default.
+"""The heads of a decoder: how many there are, and the visual score of each query head.
 
-File format, the published one: JSON ``{"layer-head": [value per image, or few means]}``.
+A score file has the published format: JSON ``{"layer-head": [value per image, or few means]}``.
 """
 
 import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.methods.shape import ModelShape
 
 FILE_NAME = "head_scores.json"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Layers and heads of a decoder.
+
+    Parameters
+    ----------
+    layers : int
+        Decoder layers (L).
+    query_heads : int
+        Query heads a layer.
+    kv_heads : int
+        KV heads a layer (H). Query head ``q`` reads KV head ``q // group_size``.
+    head_dim : int, optional
+        Numbers in one head's query, key or value (D). No method depends on it, so that it does not
+        make two shapes unequal.
+
+    Raises
+    ------
+    UserError
+        If a count is not a positive integer or ``query_heads`` is no multiple of ``kv_heads``.
+    """
+
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+            value = getattr(self, name)
+            if name == "head_dim" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"{name}={value!r}: a ModelShape needs a positive integer here")
+        if self.query_heads % self.kv_heads:
+            raise UserError(
+                f"query_heads={self.query_heads} is no multiple of kv_heads={self.kv_heads}: "
+                "each KV head must serve the same number of query heads"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one KV head (G)."""
+        return self.query_heads // self.kv_heads
+
+    @classmethod
+    def from_config(cls, config: Any) -> "ModelShape":
+        """Read the decoder's shape from a transformers config, of a whole model or its text part.
+
+        Raises
+        ------
+        UserError
+            If the config does not say how many layers and heads there are, or they do not fit.
+        """
+        text = config.get_text_config()
+        layers = getattr(text, "num_hidden_layers", None)
+        query_heads = getattr(text, "num_attention_heads", None)
+        if layers is None or query_heads is None:
+            raise UserError(
+                f"a config of type {getattr(text, 'model_type', '')!r} names no "
+                f"{'num_hidden_layers' if layers is None else 'num_attention_heads'}: its decoder "
+                "is none that SparseMM-Eval can share a budget in"
+            )
+        # Older configs name neither KV heads, where each query head has its own, nor a head's size.
+        kv_heads = getattr(text, "num_key_value_heads", None) or query_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
+        return cls(layers, query_heads, kv_heads, head_dim)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -20,9 +20,8 @@ from sparsemm_eval.methods.allocation import (
     Pyramid,
     Uniform,
 )
-from sparsemm_eval.methods.head_scores import HeadScores
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
-from sparsemm_eval.methods.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -185,6 +184,45 @@ def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
         row = int(holes.nonzero()[0])
         raise UserError(f"valid is False after a True in row {row}: padding must be on the left")
     return valid.sum(-1).tolist()
+
+
+def tokens_per_head(method: Method, n: int) -> np.ndarray:
+    """Tokens that each KV head keeps of a prompt of n tokens, window included.
+
+    Parameters
+    ----------
+    method : Method
+        Of a rule that looks at prompts' lengths alone (SparseMM, section 3.3).
+    n : int
+        Tokens of the prompt.
+
+    Returns
+    -------
+    ndarray
+        [L, H] int64; `Method.keep` keeps as many.
+
+    Raises
+    ------
+    ValueError
+        If the method looks at the prompt's attention, or n is no number of tokens.
+    """
+    check_int("tokens", n, least=1)
+    shape = method.shape
+    if method.keeps_all(n):
+        return np.full((shape.layers, shape.kv_heads), n)
+    if isinstance(method.allocation, LayerAllocation):
+        raise UserError(
+            f"method={method.name}: what its heads keep depends on each prompt's attention, not on "
+            "its length alone; take a method that shares the budget before it sees a prompt"
+        )
+    window = method.scorer.window
+    prompt = Prompt(shape, method.budget - window, n - window)
+    unseen = torch.empty(shape.kv_heads, 0)
+    counts = [
+        method.allocation.counts(prompt, layer, unseen, method.exact)
+        for layer in range(shape.layers)
+    ]
+    return window + torch.stack(counts).numpy()
 
 
 @dataclass(frozen=True)

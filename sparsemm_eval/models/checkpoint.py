@@ -87,9 +87,7 @@ class Checkpoint:
     @property
     def shape(self) -> ModelShape:
         """Layers and heads of the decoder."""
-        text = self.config.get_text_config()
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return ModelShape(text.num_hidden_layers, text.num_attention_heads, kv_heads)
+        return ModelShape.from_config(self.config)
 
     @cached_property
     def hash(self) -> str:

@@ -151,7 +151,7 @@ def generate_rows(
         rows.decode()
     else:
         decoder = decoder_of(model)
-        cache = HeadBudgetCache(methods, backend, mask, decoder.rooms)
+        cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
         rows = Rows(model, inputs, methods, options, cache)
         rows.decode_static(decoder, kind)
     count = len(methods)

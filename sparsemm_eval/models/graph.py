@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import HeadBudgetCache
-from sparsemm_eval.cache.room import Room
+from sparsemm_eval.cache.ragged import Buffer
 from sparsemm_eval.models.step import Kind, Start, Step
 
 # Steps between looks at whether all rows have ended. A look is at the last look's time, so that the
@@ -31,12 +31,12 @@ class StaticDecoder:
     """
 
     def __init__(self, layers: int) -> None:
-        self.rooms = [Room() for _ in range(layers)]
+        self.buffers = [Buffer() for _ in range(layers)]
         self.steps: dict[Kind, Step] = {}
 
     def bytes(self) -> int:
         """Bytes held for slots, in use or not."""
-        return sum(room.bytes() for room in self.rooms)
+        return sum(buffer.bytes() for buffer in self.buffers)
 
     def decode(
         self,
@@ -54,7 +54,7 @@ class StaticDecoder:
         model : PreTrainedModel
             The one this is kept for.
         cache : HeadBudgetCache
-            In this decoder's rooms, filled.
+            In this decoder's buffers, filled.
         start : Start
             The rows.
         kind : Kind

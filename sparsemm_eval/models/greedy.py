@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache.kernels import resolve_backend
+from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.static import BACKEND
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import HeadMask

@@ -73,7 +73,7 @@ class Rows:
         Parameters
         ----------
         decoder : StaticDecoder
-            Of the model; the cache lies in its rooms.
+            Of the model; the cache lies in its buffers.
         kind : Kind
             Of the steps.
         after_step : callable, optional

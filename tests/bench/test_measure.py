@@ -11,7 +11,7 @@ from sparsemm_eval.bench.layers import Layers
 from sparsemm_eval.bench.measure import TOLERANCES, measure_case, share_memory, worst_error
 from sparsemm_eval.bench.shapes import Case
 from sparsemm_eval.bench.timing import DISTURBED, Disturbance, HostClock, Samples, in_turn
-from sparsemm_eval.cache.kernels import append_attend
+from sparsemm_eval.cache.backends import append_attend
 
 HEAVY = Case("qwen2vl", 20, "heavy", 2, "float32")
 CPU = torch.device("cpu")

@@ -249,10 +249,13 @@ def test_tokens_cannot_be_taken_back() -> None:
 
 
 def test_assisted_decoding(model: PreTrainedModel) -> None:
-    """Both kinds hand over several tokens at once, to take some of them back."""
+    """Both kinds hand over several tokens at once, to take some of them back.
+
+    transformers 5.24 asks the cache whether it can be cropped, earlier ones crop it.
+    """
     inputs = prompt(model, TEXTS[:1])
     method = method_for(model, "snapkv")
-    with pytest.raises(NotImplementedError):
+    with pytest.raises((NotImplementedError, ValueError), match=r"Assisted decoding|not supported"):
         generate_budgeted(model, inputs, method, prompt_lookup_num_tokens=3)
 
 
