@@ -14,7 +14,7 @@ from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.methods import HeadMask, Method, Scorer, row_lengths
+from sparsemm_eval.methods import HeadMask, Method, keep_rows, row_lengths
 
 
 class PromptLengths:
@@ -158,9 +158,10 @@ class RaggedLayer(SilencingLayer):
             samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
         )
         for sample, length in enumerate(self.prompt.lengths):
-            kept = self._keep(query[sample], key[sample, :, n - length :])
-            for m, chosen in enumerate(kept):
-                rows[sample, m, :, n - length :] = chosen
+            start = n - length
+            rows[sample, :, :, start:] = keep_rows(
+                self.methods, query[sample], key[sample, :, start:], self.index
+            )
         self.store = self.store_type.pack(
             key, value, rows.flatten(0, 1), self._most_kept(), self.buffer
         )
@@ -173,20 +174,6 @@ class RaggedLayer(SilencingLayer):
             for method in self.methods
         ]
         return None if None in each else sum(each)
-
-    def _keep(self, query: Tensor, key: Tensor) -> list[Tensor]:
-        """What each method keeps of one prompt; equal scorers score once."""
-        heads, n, _ = key.shape
-        scores: dict[Scorer, Tensor] = {}
-        kept = []
-        for method in self.methods:
-            if n == 0 or method.keeps_all(n):
-                kept.append(torch.ones(heads, n, dtype=torch.bool, device=key.device))
-                continue
-            if method.scorer not in scores:
-                scores[method.scorer] = method.scorer(query, key)
-            kept.append(method.select(scores[method.scorer], self.index, n))
-        return kept
 
 
 class HeadBudgetCache(Cache):

@@ -87,7 +87,8 @@ class RaggedKV:
     Parameters
     ----------
     keys, values : Tensor
-        [T, D], all slots; unfilled ones are zero.
+        [T, D], all slots; free ones are zero, and those that belong to no sequence, behind the last
+        one's, hold any token.
     offsets : Tensor
         [rows * kv_heads + 1] int32.
     shape : (int, int)
@@ -139,29 +140,31 @@ class RaggedKV:
         """
         rows, heads, n = mask.shape
         sequences, device = rows * heads, key.device
-        flat = mask.reshape(sequences, n)
         slack = LEAST_SLACK  # most answers are short; whoever goes on grows in larger steps
-        slots = (int(flat.sum()) if most is None else most) + sequences * slack
-        offsets = _offsets(flat.sum(-1) + slack)
-        # Each kept token's slot; others get places behind, one a position, which are cut off.
-        position = torch.arange(n, device=device)
-        place = offsets[:-1, None] + flat.cumsum(-1) - 1
-        place = torch.where(flat, place, slots + position).flatten()
-        sequence = torch.arange(sequences, device=device)
+        kept = int(torch.count_nonzero(mask)) if most is None else most
+        # Where the mask is True, in its order; what `most` says too much stands at its end.
+        flat = mask.reshape(-1)
+        at = torch.nonzero_static(flat, size=kept, fill_value=len(flat))[:, 0]
+        borders = torch.arange(sequences + 1, device=device)
+        offsets = (torch.searchsorted(at, borders * n) + borders * slack).to(torch.int32)
+        slots = torch.arange(kept, device=device) + (at // n) * slack
+        at = at.clamp(max=len(flat) - 1)
+        sequence, position = at // n, at % n
         sample, head = sequence // heads // (rows // key.shape[0]), sequence % heads
+        free = offsets[1:, None] - torch.arange(1, slack + 1, device=device)
         packed, sources = [], {}
         for name, x in (("keys", key), ("values", value)):
             tokens, steps = _in_memory_order(x)
             if steps not in sources:
-                token = (sample * steps[0] + head * steps[1])[:, None] + position * steps[2]
-                source = torch.full((slots + n,), -1, device=device)
-                sources[steps] = source.scatter_(0, place, token.flatten())[:slots]
+                token = sample * steps[0] + head * steps[1] + position * steps[2]
+                source = at.new_zeros(kept + sequences * slack)
+                sources[steps] = source.scatter_(0, slots, token)
             source = sources[steps]
-            laid = memory_for(buffer, name, slots, tokens)
-            torch.index_select(tokens.detach(), 0, source.clamp(min=0), out=laid)
+            laid = memory_for(buffer, name, len(source), tokens)
+            torch.index_select(tokens.detach(), 0, source, out=laid)
             # Free slots are zero and not left as they were: a kernel that reads one and multiplies
             # it by a weight of zero must not meet NaN.
-            packed.append(laid.masked_fill_((source < 0)[:, None], 0))
+            packed.append(laid.index_fill_(0, free.flatten(), 0))
         return cls(*packed, offsets, (rows, heads), slack, buffer=buffer)
 
     @cached_property

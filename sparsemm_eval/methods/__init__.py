@@ -12,6 +12,7 @@ from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_head_
 from sparsemm_eval.methods.method import (
     Method,
     canonical_settings,
+    keep_rows,
     make_method,
     method_names,
     method_settings,
@@ -19,7 +20,13 @@ from sparsemm_eval.methods.method import (
     row_lengths,
     tokens_per_head,
 )
-from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
+from sparsemm_eval.methods.scoring import (
+    ObservationWindow,
+    Ranking,
+    Recency,
+    Scorer,
+    SinksAndRecent,
+)
 
 __all__ = [
     "MASK_MODES",
@@ -31,11 +38,13 @@ __all__ = [
     "ModelShape",
     "ObservationWindow",
     "Prompt",
+    "Ranking",
     "Recency",
     "Scorer",
     "SinksAndRecent",
     "canonical_settings",
     "find_head_scores",
+    "keep_rows",
     "make_method",
     "method_names",
     "method_settings",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparsemm_eval.errors import UserError, check_int, check_share
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
+from sparsemm_eval.methods.scoring import Ranking
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,13 @@ class Allocation(ABC):
     def wants(self, prompt: Prompt) -> np.ndarray:
         """Unrounded allotments beside the window, [L, H] float64."""
 
-    def counts(self, prompt: Prompt, layer: int, scores: Tensor, exact: bool) -> Tensor:
-        """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
-        counts = torch.from_numpy(_whole_model(self, prompt, exact)[layer])
-        return counts.to(scores.device, non_blocking=True)
+    def counts(self, prompt: Prompt, exact: bool) -> np.ndarray:
+        """Tokens that each KV head keeps beside the window, [L, H] int64."""
+        return _whole_model(self, prompt, exact)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
         """Tokens that a layer's KV heads keep beside the window, all together."""
-        return int(_whole_model(self, prompt, exact)[layer].sum())
+        return int(self.counts(prompt, exact)[layer].sum())
 
 
 class LayerAllocation(ABC):
@@ -77,20 +77,20 @@ class LayerAllocation(ABC):
         """Raise ValueError if the settings do not fit a model of this shape."""
 
     @abstractmethod
-    def paper(self, prompt: Prompt, scores: Tensor) -> Tensor:
-        """Allotments as published from scores [H, candidates], [H] int64, before the cap."""
+    def paper(self, prompt: Prompt, ranking: Ranking) -> Tensor:
+        """Allotments as published from a layer's ranked scores, [H] int64, before the cap."""
 
     @abstractmethod
-    def wants(self, prompt: Prompt, scores: Tensor) -> Tensor:
-        """Unrounded allotments, [H] float64."""
+    def wants(self, prompt: Prompt, ranking: Ranking) -> Tensor:
+        """Unrounded allotments from a layer's ranked scores, [H] float64."""
 
-    def counts(self, prompt: Prompt, layer: int, scores: Tensor, exact: bool) -> Tensor:
+    def counts(self, prompt: Prompt, ranking: Ranking, exact: bool) -> Tensor:
         """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
         if not exact:
-            return self.paper(prompt, scores).clamp(max=prompt.candidates)
-        wants = self.wants(prompt, scores).cpu().numpy()
+            return self.paper(prompt, ranking).clamp(max=prompt.candidates)
+        wants = self.wants(prompt, ranking).cpu().numpy()
         total = prompt.base * prompt.shape.kv_heads
-        return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(scores.device)
+        return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(ranking.order.device)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
         """At most so many tokens a layer's KV heads keep beside the window, all together.
@@ -172,24 +172,16 @@ class Adaptive(LayerAllocation):
         check_share("floor", self.floor)
         object.__setattr__(self, "floor", float(self.floor))  # 1 and 1.0 are one cell
 
-    def _best(self, prompt: Prompt, scores: Tensor) -> Tensor:
-        """How many of the layer's best scores lie in each head, [H] float64."""
-        heads = scores.shape[0]
-        ranked = scores.to(torch.float64).sort(dim=-1, descending=True).values
-        total = ranked.sum(-1, keepdim=True)
-        share = ranked[:, : prompt.base].sum(-1, keepdim=True) / total
-        scaled = ranked * torch.where(total > 0, share, 1.0)
-        order = scaled.flatten().sort(dim=0, descending=True, stable=True).indices
-        best = order[: heads * prompt.base]
-        # Not bincount: on a GPU it would wait for the device to learn its output's length.
-        held = torch.zeros(heads, dtype=torch.float64, device=scores.device)
-        return held.index_add_(0, best // prompt.candidates, held.new_ones(best.shape))
+    def paper(self, prompt: Prompt, ranking: Ranking) -> Tensor:
+        return self.wants(prompt, ranking).round().to(torch.int64)
 
-    def paper(self, prompt: Prompt, scores: Tensor) -> Tensor:
-        return self.wants(prompt, scores).round().to(torch.int64)
-
-    def wants(self, prompt: Prompt, scores: Tensor) -> Tensor:
-        return (1 - self.floor) * self._best(prompt, scores) + int(self.floor * prompt.base)
+    def wants(self, prompt: Prompt, ranking: Ranking) -> Tensor:
+        best = ranking.best
+        total = best.sum(-1, keepdim=True)
+        share = best[:, : prompt.base].sum(-1, keepdim=True) / total
+        scaled = best * torch.where(total > 0, share, 1.0)
+        held = _best_of_all(scaled, prompt.base * len(scaled)).to(torch.float64)
+        return (1 - self.floor) * held + int(self.floor * prompt.base)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
         if exact:
@@ -267,7 +259,7 @@ class ByRandomScore(Allocation):
         return self._scored(prompt.shape).wants(prompt)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)  # as many as a batch of prompts under a grid of methods asks for
 def _whole_model(allocation: Allocation, prompt: Prompt, exact: bool) -> np.ndarray:
     """Counts of all layers; remembered, because each layer of a prompt asks for its own."""
     if exact:
@@ -275,6 +267,30 @@ def _whole_model(allocation: Allocation, prompt: Prompt, exact: bool) -> np.ndar
         total = min(prompt.base * wants.size, prompt.candidates * wants.size)
         return share_out(wants.ravel(), prompt.candidates, total).reshape(wants.shape)
     return np.minimum(allocation.paper(prompt), prompt.candidates).astype(np.int64)
+
+
+def _best_of_all(ranked: Tensor, count: int) -> Tensor:
+    """How many of the ``count`` best of all numbers lie in each row.
+
+    Parameters
+    ----------
+    ranked : Tensor
+        [rows, N], each row from its largest number down.
+    count : int
+        At most as many as there are numbers.
+
+    Returns
+    -------
+    Tensor
+        [rows] int64. Equal numbers: those of the lower row are taken first.
+    """
+    # The rows are ranked already: where all of them are cut is a matter of one number.
+    cut = ranked[:, :count].flatten().topk(count, sorted=False).values.amin()
+    rising, cut = -ranked, -cut.expand(len(ranked), 1)
+    above = torch.searchsorted(rising, cut)[:, 0]
+    ties = torch.searchsorted(rising, cut, right=True)[:, 0] - above
+    lower = ties.cumsum(0) - ties
+    return above + (count - above.sum() - lower).clamp(min=0).minimum(ties)
 
 
 def share_out(wants: np.ndarray, cap: int, total: int) -> np.ndarray:

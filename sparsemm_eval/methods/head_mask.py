@@ -164,7 +164,7 @@ def random_heads(scores: HeadScores, share: float, seed: int) -> tuple[tuple[int
         raise UserError(
             f"mask_heads=random:{share:g}:{seed}: only {total - len(visual)} of {total} heads are "
             f"left beside the {len(visual)} visual ones, so {count} random ones cannot be drawn; "
-            "take a share of at most 0.5"
+            f"take a {'share of at most 0.5' if share > 0.5 else 'smaller share'}"
         )
     drawn = np.random.Generator(np.random.PCG64(seed)).random(total).argsort(kind="stable")
     others = [head for head in _heads(drawn, scores) if head not in visual]

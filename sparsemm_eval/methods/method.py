@@ -1,6 +1,6 @@
 """A method: which tokens of a prompt each KV head keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -21,7 +21,13 @@ from sparsemm_eval.methods.allocation import (
     Uniform,
 )
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
-from sparsemm_eval.methods.scoring import ObservationWindow, Recency, Scorer, SinksAndRecent
+from sparsemm_eval.methods.scoring import (
+    ObservationWindow,
+    Ranking,
+    Recency,
+    Scorer,
+    SinksAndRecent,
+)
 
 
 @dataclass(frozen=True)
@@ -86,43 +92,14 @@ class Method:
         lengths = [n] * rows if valid is None else row_lengths(valid, rows, n)
         mask = torch.zeros(rows, heads, n, dtype=torch.bool, device=key.device)
         for row, length in enumerate(lengths):
-            if length:
-                start = n - length
-                mask[row, :, start:] = self.keep_row(query[row], key[row, :, start:], layer)
+            start = n - length
+            mask[row, :, start:] = keep_rows((self,), query[row], key[row, :, start:], layer)[0]
         return mask
 
-    def keep_row(self, query: Tensor, key: Tensor, layer: int) -> Tensor:
-        """`keep` for one unpadded prompt: query [Hq, m, d] and key [H, n, d] to mask [H, n]."""
-        heads, n, _ = key.shape
-        if self.keeps_all(n):
-            return torch.ones(heads, n, dtype=torch.bool, device=key.device)
-        return self.select(self.scorer(query, key), layer, n)
-
-    def select(self, scores: Tensor, layer: int, n: int) -> Tensor:
-        """Keep the window and each head's best candidates.
-
-        Parameters
-        ----------
-        scores : Tensor
-            [H, n - window], of this method's scorer.
-        layer : int
-            Index of the layer.
-        n : int
-            Tokens of the prompt, more than the budget.
-
-        Returns
-        -------
-        Tensor
-            [H, n] bool. Equal scores: the earlier token is kept.
-        """
+    def prompt(self, n: int) -> Prompt:
+        """What the allocation knows of a prompt of n tokens, more than the budget."""
         window = self.scorer.window
-        prompt = Prompt(self.shape, self.budget - window, n - window)
-        counts = self.allocation.counts(prompt, layer, scores, self.exact)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices
-        ranked = torch.arange(n - window, device=scores.device) < counts[:, None]
-        mask = torch.ones(scores.shape[0], n, dtype=torch.bool, device=scores.device)
-        mask[:, : n - window] = torch.zeros_like(ranked).scatter_(1, order, ranked)
-        return mask
+        return Prompt(self.shape, self.budget - window, n - window)
 
     def most_kept(self, layer: int, n: int) -> int | None:
         """Tokens that a layer keeps of a prompt of n, over all its KV heads, or at most.
@@ -132,10 +109,8 @@ class Method:
         heads = self.shape.kv_heads
         if self.keeps_all(n):
             return heads * n
-        window = self.scorer.window
-        prompt = Prompt(self.shape, self.budget - window, n - window)
-        beside = self.allocation.most(prompt, layer, self.exact)
-        return None if beside is None else beside + heads * window
+        beside = self.allocation.most(self.prompt(n), layer, self.exact)
+        return None if beside is None else beside + heads * self.scorer.window
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -173,6 +148,57 @@ class Method:
                 f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
                 f"or all {n}"
             )
+
+
+def keep_rows(methods: Sequence[Method], query: Tensor, key: Tensor, layer: int) -> Tensor:
+    """Choose the tokens of one layer that each KV head keeps of one prompt, under each method.
+
+    Equal scorers score and rank the prompt once.
+
+    Parameters
+    ----------
+    methods : sequence of Method
+        Of one shape.
+    query : Tensor
+        [Hq, m, d] after RoPE: the last ``window`` positions at least.
+    key : Tensor
+        [H, n, d] after RoPE, without padding.
+    layer : int
+        Index of the layer.
+
+    Returns
+    -------
+    Tensor
+        [M, H, n] bool: the window and each head's best candidates. Equal scores: the earlier token
+        is kept.
+    """
+    heads, n, _ = key.shape
+    sharing: dict[Scorer, list[int]] = {}
+    for row, method in enumerate(methods):
+        if not method.keeps_all(n):
+            sharing.setdefault(method.scorer, []).append(row)
+    kept = None
+    for scorer, rows in sharing.items():
+        ranking = Ranking(scorer(query, key))
+        ranks = ranking.ranks(scorer.window)
+        # No rank is n or more: under methods that do not share this scorer it leaves out nothing.
+        known = np.full((len(methods), heads), n, dtype=np.int64)
+        asked: dict[int, Tensor] = {}
+        for row in rows:
+            method = methods[row]
+            prompt, allocation = method.prompt(n), method.allocation
+            if isinstance(allocation, LayerAllocation):
+                asked[row] = allocation.counts(prompt, ranking, method.exact)
+            else:
+                known[row] = allocation.counts(prompt, method.exact)[layer]
+        counts = torch.from_numpy(known).to(ranks.device, ranks.dtype, non_blocking=True)
+        for row, count in asked.items():
+            counts[row] = count
+        chosen = ranks < counts[:, :, None]
+        kept = chosen if kept is None else kept & chosen
+    if kept is None:
+        return torch.ones(len(methods), heads, n, dtype=torch.bool, device=key.device)
+    return kept
 
 
 def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
@@ -215,14 +241,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
             f"method={method.name}: what its heads keep depends on each prompt's attention, not on "
             "its length alone; take a method that shares the budget before it sees a prompt"
         )
-    window = method.scorer.window
-    prompt = Prompt(shape, method.budget - window, n - window)
-    unseen = torch.empty(shape.kv_heads, 0)
-    counts = [
-        method.allocation.counts(prompt, layer, unseen, method.exact)
-        for layer in range(shape.layers)
-    ]
-    return window + torch.stack(counts).numpy()
+    return method.scorer.window + method.allocation.counts(method.prompt(n), method.exact)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ def test_random_heads_are_as_many_others(
     size: tuple[int, int], share: float, seed: int, scores_seed: int
 ) -> None:
     scores = HeadScores(np.random.default_rng(scores_seed).random(size))
+    if 2 * round(share * scores.values.size) > scores.values.size:  # 2 of 3 are half of them
+        with pytest.raises(ValueError, match="smaller share"):
+            random_heads(scores, share, seed)
+        return
     visual, drawn = visual_heads(scores, share), random_heads(scores, share, seed)
     assert len(set(drawn)) == len(drawn) == len(visual) == max(1, round(share * size[0] * size[1]))
     assert not set(drawn) & set(visual)
