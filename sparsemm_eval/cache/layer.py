@@ -14,15 +14,16 @@ from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.methods import HeadMask, Method, keep_rows, row_lengths
+from sparsemm_eval.methods import Checks, HeadMask, Method, keep_rows, row_lengths
 
 
-class PromptLengths:
-    """What the layers of one cache share: the first finds the lengths for all."""
+class ReadPrompt:
+    """What the layers of one cache share of the prompt they read; the first finds its lengths."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []  # of the samples as they were read
         self.rows: list[int] = []  # of the rows that are held
+        self.checks = Checks()  # of all layers, not yet looked at
 
 
 class RaggedLayer(SilencingLayer):
@@ -38,7 +39,7 @@ class RaggedLayer(SilencingLayer):
         index: int,
         methods: tuple[Method, ...],
         backend: str,
-        prompt: PromptLengths,
+        prompt: ReadPrompt,
         mask: HeadMask | None = None,
         buffer: Buffer | None = None,
     ) -> None:
@@ -80,19 +81,25 @@ class RaggedLayer(SilencingLayer):
             out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
             self._compress(query, key, value, mask)
             return out
-        if query.shape[0] != self.store.rows:
+        store = self.filled()
+        if query.shape[0] != store.rows:
             raise UserError(
-                f"{query.shape[0]} rows to decode, but the cache holds {self.store.rows} "
+                f"{query.shape[0]} rows to decode, but the cache holds {store.rows} "
                 f"(samples x {len(self.methods)} methods)"
             )
         scale = kwargs.get("scaling")
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return self.store.append_attend(query, key, value, scale, self.resolved)
+        return store.append_attend(query, key, value, scale, self.resolved)
 
     def filled(self) -> RaggedKV:
-        """The compressed keys and values; RuntimeError before a prompt was read."""
+        """The compressed keys and values; RuntimeError before a prompt was read.
+
+        Whoever reads them first after a prompt learns whether its methods' scores and counts were
+        sound: UserError if not. The layers did not wait for the device to know.
+        """
         if self.store is None:
             raise RuntimeError("the cache is empty: run the model on a prompt first")
+        self.prompt.checks.settle()
         return self.store
 
     def get_seq_length(self) -> int:
@@ -160,7 +167,7 @@ class RaggedLayer(SilencingLayer):
         for sample, length in enumerate(self.prompt.lengths):
             start = n - length
             rows[sample, :, :, start:] = keep_rows(
-                self.methods, query[sample], key[sample, :, start:], self.index
+                self.methods, query[sample], key[sample, :, start:], self.index, self.prompt.checks
             )
         self.store = self.store_type.pack(
             key, value, rows.flatten(0, 1), self._most_kept(), self.buffer
@@ -217,7 +224,7 @@ class HeadBudgetCache(Cache):
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
-        prompt = PromptLengths()
+        prompt = ReadPrompt()
         layers = methods[0].shape.layers
         buffers = [None] * layers if buffers is None else buffers
         super().__init__(
@@ -286,7 +293,7 @@ class HeadBudgetCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt; the next call reads a new one."""
-        self._prompt.lengths, self._prompt.rows = [], []
+        self._prompt.lengths, self._prompt.rows, self._prompt.checks = [], [], Checks()
         super().reset()
 
 

@@ -21,6 +21,7 @@ from sparsemm_eval.methods.method import (
     tokens_per_head,
 )
 from sparsemm_eval.methods.scoring import (
+    Checks,
     ObservationWindow,
     Ranking,
     Recency,
@@ -31,6 +32,7 @@ from sparsemm_eval.methods.scoring import (
 __all__ = [
     "MASK_MODES",
     "Allocation",
+    "Checks",
     "HeadMask",
     "HeadScores",
     "LayerAllocation",

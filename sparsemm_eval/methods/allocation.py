@@ -60,12 +60,14 @@ class Allocation(ABC):
         """Unrounded allotments beside the window, [L, H] float64."""
 
     def counts(self, prompt: Prompt, exact: bool) -> np.ndarray:
-        """Tokens that each KV head keeps beside the window, [L, H] int64."""
-        return _whole_model(self, prompt, exact)
+        """Tokens that each KV head keeps beside the window, [L, H] int64.
 
-    def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
-        """Tokens that a layer's KV heads keep beside the window, all together."""
-        return int(self.counts(prompt, exact)[layer].sum())
+        Raises
+        ------
+        UserError
+            If the allotments have another shape, or are no numbers that tokens can be kept by.
+        """
+        return _whole_model(self, prompt, exact)
 
 
 class LayerAllocation(ABC):
@@ -85,12 +87,32 @@ class LayerAllocation(ABC):
         """Unrounded allotments from a layer's ranked scores, [H] float64."""
 
     def counts(self, prompt: Prompt, ranking: Ranking, exact: bool) -> Tensor:
-        """Tokens that each KV head of a layer keeps beside the window, [H] int64."""
+        """Tokens that each KV head of a layer keeps beside the window, [H] int64.
+
+        What only the device knows, that none is negative, is left to the caller.
+
+        Raises
+        ------
+        UserError
+            If the allotments have another shape or type, or cannot be shared out.
+        """
+        allotted = self.wants(prompt, ranking) if exact else self.paper(prompt, ranking)
+        kind = allotted.dtype if isinstance(allotted, Tensor) else type(allotted).__name__
+        form = tuple(getattr(allotted, "shape", ()))
+        whole = isinstance(kind, torch.dtype) and not (
+            kind.is_floating_point or kind.is_complex or kind == torch.bool
+        )
+        if form != (prompt.shape.kv_heads,) or not (whole or exact):
+            raise UserError(
+                f"{_called(self, exact)} gives {kind} of shape {form}: it must give a tensor of "
+                f"{prompt.shape.kv_heads} {'numbers' if exact else 'integers'}, one a KV head"
+            )
         if not exact:
-            return self.paper(prompt, ranking).clamp(max=prompt.candidates)
-        wants = self.wants(prompt, ranking).cpu().numpy()
+            return allotted.clamp(max=prompt.candidates)
+        wants = allotted.to("cpu", torch.float64).numpy()
+        _check_numbers(self, wants, exact)
         total = prompt.base * prompt.shape.kv_heads
-        return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(ranking.order.device)
+        return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(allotted.device)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
         """At most so many tokens a layer's KV heads keep beside the window, all together.
@@ -262,11 +284,38 @@ class ByRandomScore(Allocation):
 @lru_cache(maxsize=4096)  # as many as a batch of prompts under a grid of methods asks for
 def _whole_model(allocation: Allocation, prompt: Prompt, exact: bool) -> np.ndarray:
     """Counts of all layers; remembered, because each layer of a prompt asks for its own."""
+    allotted = np.asarray(allocation.wants(prompt) if exact else allocation.paper(prompt))
+    wanted = (prompt.shape.layers, prompt.shape.kv_heads)
+    if allotted.shape != wanted or allotted.dtype.kind not in "iuf":
+        raise UserError(
+            f"{_called(allocation, exact)} gives {allotted.dtype} of shape {allotted.shape}: it "
+            f"must give numbers of shape {wanted}, one a layer and KV head"
+        )
+    _check_numbers(allocation, allotted, exact)
     if exact:
-        wants = allocation.wants(prompt)
-        total = min(prompt.base * wants.size, prompt.candidates * wants.size)
-        return share_out(wants.ravel(), prompt.candidates, total).reshape(wants.shape)
-    return np.minimum(allocation.paper(prompt), prompt.candidates).astype(np.int64)
+        total = min(prompt.base, prompt.candidates) * allotted.size
+        wants = allotted.astype(np.float64).ravel()
+        return share_out(wants, prompt.candidates, total).reshape(wanted)
+    return np.minimum(allotted, prompt.candidates).astype(np.int64)
+
+
+def _called(allocation: Allocation | LayerAllocation, exact: bool) -> str:
+    return f"{type(allocation).__name__}.{'wants' if exact else 'paper'}"
+
+
+def _check_numbers(
+    allocation: Allocation | LayerAllocation, allotted: np.ndarray, exact: bool
+) -> None:
+    """Raise UserError unless tokens can be kept by these numbers: no kept token is arbitrary."""
+    sound = np.isfinite(allotted) & (allotted >= 0)
+    if not exact:
+        sound &= allotted == np.floor(allotted)
+    for place in np.argwhere(~sound)[:1]:
+        head = "-".join(map(str, place))
+        raise UserError(
+            f"{_called(allocation, exact)} gives {allotted[tuple(place)]} for head {head}: an "
+            f"allotment is {'finite' if exact else 'whole'} and not negative"
+        )
 
 
 def _best_of_all(ranked: Tensor, count: int) -> Tensor:
@@ -299,7 +348,7 @@ def share_out(wants: np.ndarray, cap: int, total: int) -> np.ndarray:
     Parameters
     ----------
     wants : ndarray
-        [heads] float64, not negative.
+        [heads] float64, finite and not negative.
     cap : int
         Most tokens one head can keep.
     total : int
@@ -308,11 +357,14 @@ def share_out(wants: np.ndarray, cap: int, total: int) -> np.ndarray:
     Returns
     -------
     ndarray
-        [heads] int64: what is clipped goes to the unclipped heads in proportion to their want
-        (equally if all of these are 0), then the largest remainders are rounded up, ties to the
-        lower head.
+        [heads] int64: wants of more than ``total`` are scaled down to it; what is clipped goes to
+        the unclipped heads in proportion to their want (equally if all of these are 0); then the
+        largest remainders are rounded up, ties to the lower head.
     """
     shares = np.minimum(wants, cap)
+    if shares.sum() > total + _ROUNDING * wants.size:
+        wants = wants * (total / wants.sum())
+        shares = np.minimum(wants, cap)
     full = shares >= cap
     # Each round fills at least one more head or ends.
     while not full.all():

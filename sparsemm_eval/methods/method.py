@@ -22,6 +22,7 @@ from sparsemm_eval.methods.allocation import (
 )
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 from sparsemm_eval.methods.scoring import (
+    Checks,
     ObservationWindow,
     Ranking,
     Recency,
@@ -84,8 +85,9 @@ class Method:
 
         Raises
         ------
-        ValueError
-            If shapes do not fit the model or each other, or the padding is not on the left.
+        UserError
+            If shapes do not fit the model or each other, the padding is not on the left, or the
+            method's scores or counts are none that tokens can be kept by.
         """
         self._check_tensors(query, key, layer)
         rows, heads, n, _ = key.shape
@@ -109,8 +111,74 @@ class Method:
         heads = self.shape.kv_heads
         if self.keeps_all(n):
             return heads * n
+        window = heads * self.scorer.window
+        if not isinstance(self.allocation, LayerAllocation):
+            return window + int(self.counts(n)[layer].sum())
         beside = self.allocation.most(self.prompt(n), layer, self.exact)
-        return None if beside is None else beside + heads * self.scorer.window
+        return None if beside is None else window + beside
+
+    def counts(self, n: int) -> np.ndarray:
+        """Tokens beside the window of a prompt of n by an `Allocation`, [L, H] int64.
+
+        Raises
+        ------
+        UserError
+            Naming the method, if its allotments are none that tokens can be kept by.
+        """
+        try:
+            return self.allocation.counts(self.prompt(n), self.exact)
+        except UserError as error:
+            raise UserError(f"method={self.name}: {error}") from error
+
+    def counts_of_layer(self, n: int, layer: int, ranking: Ranking, checks: Checks) -> Tensor:
+        """Tokens beside the window of a prompt of n by a `LayerAllocation`, [H] int64.
+
+        Raises
+        ------
+        UserError
+            As `counts`; what only the device knows is added to the checks.
+        """
+        prompt = self.prompt(n)
+        try:
+            counts = self.allocation.counts(prompt, ranking, self.exact)
+        except UserError as error:
+            raise UserError(f"method={self.name}: {error}") from error
+        most = self.allocation.most(prompt, layer, self.exact)
+        within = counts.amin() >= 0
+        if most is not None:
+            within &= counts.sum() <= most
+        checks.add(
+            within,
+            f"method={self.name}: {type(self.allocation).__name__} gives a KV head of layer "
+            f"{layer} a negative number of tokens, or the layer more than its `most`, {most}",
+        )
+        return counts
+
+    def ranking(self, query: Tensor, key: Tensor, layer: int, checks: Checks) -> Ranking:
+        """Score and rank the candidates of one prompt: query [Hq, m, d] and key [H, n, d].
+
+        Raises
+        ------
+        UserError
+            Naming the method, if the scores have another shape or are no floats; that they are
+            finite and not negative is added to the checks.
+        """
+        scores = self.scorer(query, key)
+        wanted = (key.shape[0], key.shape[1] - self.scorer.window)
+        scorer = f"method={self.name}: {type(self.scorer).__name__}"
+        if tuple(scores.shape) != wanted or not scores.dtype.is_floating_point:
+            raise UserError(
+                f"{scorer} gives {scores.dtype} of shape {tuple(scores.shape)}: it must give "
+                f"floats of shape {wanted}, one a KV head and token beside the window"
+            )
+        low, high = scores.aminmax()
+        checks.add(
+            (low >= 0) & (high < torch.inf),
+            f"{scorer} gives a score that is NaN, infinite or negative in layer {layer}: a score "
+            f"is finite and not negative (or the model's own numbers are not finite in "
+            f"{key.dtype}; take another dtype)",
+        )
+        return Ranking(scores)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -150,7 +218,13 @@ class Method:
             )
 
 
-def keep_rows(methods: Sequence[Method], query: Tensor, key: Tensor, layer: int) -> Tensor:
+def keep_rows(
+    methods: Sequence[Method],
+    query: Tensor,
+    key: Tensor,
+    layer: int,
+    checks: Checks | None = None,
+) -> Tensor:
     """Choose the tokens of one layer that each KV head keeps of one prompt, under each method.
 
     Equal scorers score and rank the prompt once.
@@ -165,13 +239,22 @@ def keep_rows(methods: Sequence[Method], query: Tensor, key: Tensor, layer: int)
         [H, n, d] after RoPE, without padding.
     layer : int
         Index of the layer.
+    checks : Checks, optional
+        Where to leave what only the device knows of scores and counts; the caller settles it before
+        what is kept is used. Without, it is settled here.
 
     Returns
     -------
     Tensor
         [M, H, n] bool: the window and each head's best candidates. Equal scores: the earlier token
         is kept.
+
+    Raises
+    ------
+    UserError
+        Naming the method, if its scores or counts are none that tokens can be kept by.
     """
+    left = Checks() if checks is None else checks
     heads, n, _ = key.shape
     sharing: dict[Scorer, list[int]] = {}
     for row, method in enumerate(methods):
@@ -179,23 +262,24 @@ def keep_rows(methods: Sequence[Method], query: Tensor, key: Tensor, layer: int)
             sharing.setdefault(method.scorer, []).append(row)
     kept = None
     for scorer, rows in sharing.items():
-        ranking = Ranking(scorer(query, key))
+        ranking = methods[rows[0]].ranking(query, key, layer, left)
         ranks = ranking.ranks(scorer.window)
         # No rank is n or more: under methods that do not share this scorer it leaves out nothing.
         known = np.full((len(methods), heads), n, dtype=np.int64)
         asked: dict[int, Tensor] = {}
         for row in rows:
             method = methods[row]
-            prompt, allocation = method.prompt(n), method.allocation
-            if isinstance(allocation, LayerAllocation):
-                asked[row] = allocation.counts(prompt, ranking, method.exact)
+            if isinstance(method.allocation, LayerAllocation):
+                asked[row] = method.counts_of_layer(n, layer, ranking, left)
             else:
-                known[row] = allocation.counts(prompt, method.exact)[layer]
+                known[row] = method.counts(n)[layer]
         counts = torch.from_numpy(known).to(ranks.device, ranks.dtype, non_blocking=True)
         for row, count in asked.items():
             counts[row] = count
         chosen = ranks < counts[:, :, None]
         kept = chosen if kept is None else kept & chosen
+    if checks is None:
+        left.settle()
     if kept is None:
         return torch.ones(len(methods), heads, n, dtype=torch.bool, device=key.device)
     return kept
@@ -241,7 +325,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
             f"method={method.name}: what its heads keep depends on each prompt's attention, not on "
             "its length alone; take a method that shares the budget before it sees a prompt"
         )
-    return method.scorer.window + method.allocation.counts(method.prompt(n), method.exact)
+    return method.scorer.window + method.counts(n)
 
 
 @dataclass(frozen=True)
@@ -352,14 +436,13 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     scorer = _build(name, entry.scorer, settings)
     allocation = _build(name, entry.allocation, settings)
     allocation.check(shape)
-    budget = settings["budget"]
-    if isinstance(budget, int) and budget < scorer.least_budget:
+    budget, least = settings["budget"], max(scorer.least_budget, scorer.window + 1)
+    if isinstance(budget, int) and budget < least:
         reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
         raise UserError(
-            f"budget={budget} is too small for {reserved}: "
-            f"{name} needs at least {scorer.least_budget}"
+            f"budget={budget} is too small for {reserved}: {name} needs at least {least}"
         )
-    check_int("budget", budget, least=scorer.least_budget)
+    check_int("budget", budget, least=least)
     exact = rounding == "exact" and allocation.rounds
     return Method(name, shape, budget, scorer, allocation, exact)
 

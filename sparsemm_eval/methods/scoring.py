@@ -32,6 +32,34 @@ class Scorer(Protocol):
         """Scores [H, n - window] from query [Hq, window or more, d] and key [H, n, d]."""
 
 
+class Checks:
+    """What must hold of numbers on a device, looked at once for all: until then nobody waits."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[Tensor, str]] = []
+
+    def add(self, holds: Tensor, otherwise: str) -> None:
+        """Note a condition, one bool on its device, and the sentence for the user if it fails."""
+        self._open.append((holds, otherwise))
+
+    def settle(self) -> None:
+        """Ask the device.
+
+        Raises
+        ------
+        UserError
+            With the sentence of the first condition that does not hold.
+        """
+        if not self._open:
+            return
+        asked, self._open = self._open, []
+        device = asked[0][0].device
+        held = torch.stack([holds.to(device) for holds, _ in asked]).tolist()
+        for fine, (_, otherwise) in zip(held, asked, strict=True):
+            if not fine:
+                raise UserError(otherwise)
+
+
 class Ranking:
     """The candidates of one prompt in one layer, ranked by score within each KV head.
 

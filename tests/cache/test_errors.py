@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import BACKENDS, HeadBudgetCache, use_head_budget_attention
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import ModelShape, make_method
 
 SHAPE = ModelShape(1, 4, 2)
@@ -257,6 +258,37 @@ def test_assisted_decoding(model: PreTrainedModel) -> None:
     method = method_for(model, "snapkv")
     with pytest.raises((NotImplementedError, ValueError), match=r"Assisted decoding|not supported"):
         generate_budgeted(model, inputs, method, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache: feed(cache, 0, draw(3, (4, 2), 1, 8)),
+        HeadBudgetCache.kept,
+        HeadBudgetCache.bytes,
+        lambda cache: cache.stores,
+    ],
+    ids=["decode", "kept", "bytes", "stores"],
+)
+def test_scores_that_are_not_finite(use: Callable[[HeadBudgetCache], object]) -> None:
+    """No layer waits to know; whatever is done with what was kept, the method is named instead."""
+    shape = ModelShape(2, 4, 2)
+    names = ("fullkv", "snapkv", "local")
+    methods = [
+        make_method(name, shape, **({} if name == "fullkv" else {"budget": 40})) for name in names
+    ]
+    cache = HeadBudgetCache(methods)
+    for layer in range(2):
+        query, key, value = draw(1, (4, 2), 50, 8)
+        if layer == 1:
+            key[0, 0, 3] = torch.nan
+        feed(cache, layer, [query, key, value])
+    with pytest.raises(UserError, match=r"method=snapkv.*layer 1"):
+        use(cache)
+    cache.reset()
+    for layer in range(2):
+        feed(cache, layer, draw(1, (4, 2), 50, 8))
+    assert cache.kept()[:, 0, 0].tolist() == [50, 40, 40]
 
 
 def test_a_failed_prompt_leaves_the_cache_usable_after_reset(model: PreTrainedModel) -> None:

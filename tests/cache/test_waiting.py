@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsemm_eval.cache import HeadBudgetCache
 from sparsemm_eval.cache.layer import RaggedLayer
-from sparsemm_eval.methods import Ranking, make_method
+from sparsemm_eval.methods import Checks, Ranking, make_method
 
 # Operations whose result, or its size, the host has to know before it goes on.
 # `nonzero_static` is told its result's size.
@@ -90,6 +90,6 @@ def test_adakvs_bound_holds_whatever_the_scores() -> None:
             method = make_method("adakv", shape, budget=budget, window=WINDOW, floor=floor)
             for n in (budget + 1, budget + 7, 3 * budget):
                 scores = torch.rand(shape.kv_heads, n - WINDOW, generator=generator) ** 8
-                counts = method.allocation.counts(method.prompt(n), Ranking(scores), method.exact)
+                counts = method.counts_of_layer(n, 0, Ranking(scores), Checks())
                 kept = int(counts.sum()) + WINDOW * shape.kv_heads
                 assert kept <= method.most_kept(0, n) <= kept + shape.kv_heads
