@@ -23,7 +23,7 @@ from sparsemm_eval.bench.machine import describe, find_device, threads
 from sparsemm_eval.bench.models import LARGE, Subject, subject
 from sparsemm_eval.bench.timing import DeviceClock
 from sparsemm_eval.errors import check_int, one_line
-from sparsemm_eval.methods import Method, make_method, method_settings
+from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
 from sparsemm_eval.models.decode import Decoded, generate, generate_rows
 from sparsemm_eval.report.provenance import provenance
 
@@ -92,7 +92,7 @@ def run_shared_prefill(
     place = find_device(device)
     with threads(cpu_threads):
         measured = subject(model, place, samples, batch_size)
-        methods = _methods(measured, model in LARGE)
+        methods = grid_methods(measured.shape, measured.heads, model in LARGE)
         passes, unlike = _measure(measured, methods, repeats)
         found = {
             **provenance(command),
@@ -138,12 +138,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _methods(measured: Subject, large: bool) -> list[Method]:
-    made = [make_method("fullkv", measured.shape)]
+def grid_methods(shape: ModelShape, heads: HeadScores, large: bool) -> list[Method]:
+    """The cells of a grid of 31: full KV, and five methods at six budgets.
+
+    Parameters
+    ----------
+    shape : ModelShape
+        The decoder.
+    heads : HeadScores
+        For the methods that take them.
+    large : bool
+        Budgets 2048 to 64 with a window of 32, as the paper's; else the demo's, 256 to 12 with 8.
+    """
+    made = [make_method("fullkv", shape)]
     for name in METHODS:
-        heads = {"head_scores": measured.heads} if "head_scores" in method_settings(name) else {}
+        scores = {"head_scores": heads} if "head_scores" in method_settings(name) else {}
         made += [
-            make_method(name, measured.shape, budget=budget, window=WINDOW[large], **heads)
+            make_method(name, shape, budget=budget, window=WINDOW[large], **scores)
             for budget in BUDGETS[large]
         ]
     return made

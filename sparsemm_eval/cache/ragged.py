@@ -143,22 +143,23 @@ class RaggedKV:
         slack = LEAST_SLACK  # most answers are short; whoever goes on grows in larger steps
         kept = int(torch.count_nonzero(mask)) if most is None else most
         # Where the mask is True, in its order; what `most` says too much stands at its end.
-        flat = mask.reshape(-1)
-        at = torch.nonzero_static(flat, size=kept, fill_value=len(flat))[:, 0]
+        at = torch.nonzero_static(mask.reshape(-1), size=kept, fill_value=mask.numel())[:, 0]
         borders = torch.arange(sequences + 1, device=device)
         offsets = (torch.searchsorted(at, borders * n) + borders * slack).to(torch.int32)
-        slots = torch.arange(kept, device=device) + (at // n) * slack
-        at = at.clamp(max=len(flat) - 1)
-        sequence, position = at // n, at % n
-        sample, head = sequence // heads // (rows // key.shape[0]), sequence % heads
+        sequence = at // n
+        slots = torch.arange(kept, device=device) + sequence * slack
+        sample, head = borders // heads // (rows // key.shape[0]), borders % heads
         free = offsets[1:, None] - torch.arange(1, slack + 1, device=device)
         packed, sources = [], {}
         for name, x in (("keys", key), ("values", value)):
             tokens, steps = _in_memory_order(x)
             if steps not in sources:
-                token = sample * steps[0] + head * steps[1] + position * steps[2]
+                # A token's place is its sequence's and so many steps; behind all, the first one's.
+                begin = sample * steps[0] + head * steps[1] - borders * n * steps[2]
+                begin[-1] = -mask.numel() * steps[2]
                 source = at.new_zeros(kept + sequences * slack)
-                sources[steps] = source.scatter_(0, slots, token)
+                source.scatter_(0, slots, begin[sequence] + at * steps[2])
+                sources[steps] = source
             source = sources[steps]
             laid = memory_for(buffer, name, len(source), tokens)
             torch.index_select(tokens.detach(), 0, source, out=laid)

@@ -176,3 +176,23 @@ def shared_prefill(
         if "byte_bound" in found:
             typer.echo(f"byte bound: {found['byte_bound']}")
         typer.echo(f"wrote {out}")
+
+
+@bench_app.command()
+def selection(
+    shape: Annotated[str, typer.Option(help="A layer of vicuna, mistral or qwen2vl.")] = "vicuna",
+    tokens: Annotated[int, typer.Option(help="Of the prompt, more than 2048.")] = 2900,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: CUDA where it is.")] = "",
+    dtype: Annotated[str, typer.Option(help="Default: float16 on CUDA, float32 on the CPU.")] = "",
+    threads: Annotated[int, typer.Option(help="On the CPU; 0: torch's choice.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Of each measure, in turn.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for the JSON file.")] = Path("results/kernels"),
+) -> None:
+    """Selecting and packing a layer under all 31 cells of a grid, beside scoring it once."""
+    with one_sentence():
+        from sparsemm_eval.bench.selection import describe_selection, run_selection
+
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        made, path = run_selection(out, shape, tokens, device, dtype, threads, repeats, command)
+        typer.echo(describe_selection(made))
+        typer.echo(f"wrote {path}")

@@ -199,10 +199,12 @@ class Adaptive(LayerAllocation):
 
     def wants(self, prompt: Prompt, ranking: Ranking) -> Tensor:
         best = ranking.best
+        count = len(best) * prompt.base
         total = best.sum(-1, keepdim=True)
         share = best[:, : prompt.base].sum(-1, keepdim=True) / total
-        scaled = best * torch.where(total > 0, share, 1.0)
-        held = _best_of_all(scaled, prompt.base * len(scaled)).to(torch.float64)
+        # Negated, so that each head's scores rise; more than `count` of one head are never taken.
+        scaled = best[:, :count] * -torch.where(total > 0, share, 1.0)
+        held = _least_of_all(scaled, count).to(torch.float64)
         return (1 - self.floor) * held + int(self.floor * prompt.base)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
@@ -318,13 +320,13 @@ def _check_numbers(
         )
 
 
-def _best_of_all(ranked: Tensor, count: int) -> Tensor:
-    """How many of the ``count`` best of all numbers lie in each row.
+def _least_of_all(rising: Tensor, count: int) -> Tensor:
+    """How many of the ``count`` least of all numbers lie in each row.
 
     Parameters
     ----------
-    ranked : Tensor
-        [rows, N], each row from its largest number down.
+    rising : Tensor
+        [rows, N], each row from its least number up.
     count : int
         At most as many as there are numbers.
 
@@ -333,13 +335,13 @@ def _best_of_all(ranked: Tensor, count: int) -> Tensor:
     Tensor
         [rows] int64. Equal numbers: those of the lower row are taken first.
     """
-    # The rows are ranked already: where all of them are cut is a matter of one number.
-    cut = ranked[:, :count].flatten().topk(count, sorted=False).values.amin()
-    rising, cut = -ranked, -cut.expand(len(ranked), 1)
-    above = torch.searchsorted(rising, cut)[:, 0]
-    ties = torch.searchsorted(rising, cut, right=True)[:, 0] - above
+    # The rows are sorted already: where all of them are cut is a matter of one number.
+    cut = rising.flatten().topk(count, largest=False, sorted=False).values.amax()
+    cut = cut.repeat(len(rising), 1)
+    below = torch.searchsorted(rising, cut)[:, 0]
+    ties = torch.searchsorted(rising, cut, right=True)[:, 0] - below
     lower = ties.cumsum(0) - ties
-    return above + (count - above.sum() - lower).clamp(min=0).minimum(ties)
+    return below + (count - below.sum() - lower).clamp(min=0).minimum(ties)
 
 
 def share_out(wants: np.ndarray, cap: int, total: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsemm_eval.cache import CacheBytes, RaggedKV
+from sparsemm_eval.cache.extension import load_extension
 
 # Inputs are rounded to the dtype before both sides see them. What is left is the output's own
 # rounding (half an ulp of values up to about 4) and, for float32, the order of summation.
@@ -26,6 +27,14 @@ TOLERANCE = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled() -> None:
+    """A model's cache loads the op when it resolves its backend; here there is none."""
+    load_extension("cpu")
+
+
 # What a sequence may keep of its prompt, from none to all.
 SHARES = (0.0, 0.02, 0.3, 0.9, 1.0)
 
@@ -165,6 +174,22 @@ def test_free_slots_are_zero() -> None:
     for _ in range(20):
         kv.append_attend(key[:, :, :1], key[:, :, :1], key[:, :, :1], 1.0, "torch")
         assert kv.keys.sum() == kv.values.sum() == 3 * 8 * sum(kv.host_lengths())
+
+
+@quick(60)
+@given(cases(), st.integers(0, 9))
+def test_a_bound_on_what_is_kept_packs_the_same(case: Case, more: int) -> None:
+    """Where nobody waits to know how many tokens there are; what is too much belongs to nobody."""
+    key, value, mask = case.prompt()
+    known, bound = (
+        RaggedKV.pack(key, value, mask, most) for most in (None, int(mask.sum()) + more)
+    )
+    assert len(bound.keys) == len(bound.values) == len(known.keys) + more
+    assert torch.equal(known.offsets, bound.offsets)
+    assert torch.equal(known.lengths, bound.lengths)
+    assert_same_sequences(known, bound)
+    assert torch.equal(known.keys, bound.keys[: len(known.keys)])
+    assert torch.equal(known.values, bound.values[: len(known.values)])
 
 
 def test_a_sequence_with_nothing_in_it_has_only_its_answer() -> None:
