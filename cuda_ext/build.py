@@ -38,8 +38,8 @@ def toolkit() -> str:
     if nvcc is None:
         missing("nvcc was not found; install the CUDA toolkit and put its nvcc on the PATH")
     command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    printed = subprocess.run(command, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", printed, re.MULTILINE)
     if top is None:
         missing(f"{nvcc} names no toolkit folder; put the nvcc of a CUDA toolkit on the PATH")
     return str(Path(top[1]).resolve())

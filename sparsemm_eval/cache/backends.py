@@ -55,7 +55,7 @@ def check_backend(name: str, device: str) -> None:
 
     Raises
     ------
-    ValueError
+    UserError
         For an unknown name, or one that cannot run here whatever the model.
     """
     check_choice("backend", name, BACKENDS)
@@ -79,13 +79,13 @@ def resolve_backend(
     name : {"auto", "cuda_ext", "varlen", "torch"}
         As set by the user; auto takes the fastest that can run.
     device, dtype, head_dim
-        Of keys and values.
+        What keys and values are like.
     group : int
         Query heads a KV head.
 
     Raises
     ------
-    ValueError
+    UserError
         For an unknown name, or one that cannot run here.
     """
     check_choice("backend", name, BACKENDS)

@@ -70,7 +70,7 @@ def load_extension(device: torch.device | str) -> None:
     Parameters
     ----------
     device : torch.device or str
-        Of the tensors it will be given.
+        Where the tensors lie that it will be given.
 
     Raises
     ------
@@ -121,15 +121,15 @@ def library(kind: str, arches: Sequence[str] = ()) -> Library:
 
 
 def _library(kind: str, flags: tuple[str, ...], cuda_flags: tuple[str, ...] = ()) -> Library:
-    made_of = hashlib.sha256(
+    digest = hashlib.sha256(
         repr((torch.__version__, platform.machine(), sys.version_info[:2], flags)).encode()
     )
-    made_of.update(repr(cuda_flags).encode())
+    digest.update(repr(cuda_flags).encode())
     headers = [path.name for path in _folder().glob("*.*h")]
     for name in (*SOURCES[kind], *sorted(headers)):
-        made_of.update(name.encode() + (_folder() / name).read_bytes())
+        digest.update(name.encode() + (_folder() / name).read_bytes())
     root = Path(torch.hub.get_dir()).parent / "sparsemm_eval"
-    return Library(kind, root / f"{kind}-{made_of.hexdigest()[:12]}", flags, cuda_flags)
+    return Library(kind, root / f"{kind}-{digest.hexdigest()[:12]}", flags, cuda_flags)
 
 
 def build(wanted: Library) -> Path:
@@ -198,13 +198,13 @@ def _compile(wanted: Library, folder: Path) -> None:
 
 
 def _detected() -> tuple[str, ...]:
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    if not found:
+    capabilities = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    if not capabilities:
         raise ExtensionError(
             "the CUDA op cannot be built: no GPU was found to build for; name architectures with "
             "`sparsemm-eval doctor --build --arches 8.0,9.0`"
         )
-    return tuple(f"{major}.{minor}" for major, minor in sorted(found))
+    return tuple(f"{major}.{minor}" for major, minor in sorted(capabilities))
 
 
 def _architecture_flags(arches: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
-from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import Checks, HeadMask, Method, keep_rows, row_lengths
 
 
@@ -83,7 +83,7 @@ class RaggedLayer(SilencingLayer):
             return out
         store = self.filled()
         if query.shape[0] != store.rows:
-            raise UserError(
+            raise ValueError(
                 f"{query.shape[0]} rows to decode, but the cache holds {store.rows} "
                 f"(samples x {len(self.methods)} methods)"
             )
@@ -151,7 +151,7 @@ class RaggedLayer(SilencingLayer):
         samples, heads, n, dim = key.shape
         shape = self.methods[0].shape
         if (query.shape[1], heads) != (shape.query_heads, shape.kv_heads):
-            raise UserError(
+            raise ValueError(
                 f"a layer of this model has {query.shape[1]} query heads and {heads} KV heads, "
                 f"but the methods are made for {shape}"
             )
@@ -204,9 +204,10 @@ class HeadBudgetCache(Cache):
 
     Raises
     ------
+    UserError
+        For an unknown backend, or a head to silence that the model does not have.
     ValueError
-        For an unknown backend, no method, methods for different models, or a head to silence
-        that the model does not have.
+        For no method, or methods for different models.
     """
 
     layer_type: ClassVar[type[RaggedLayer]] = RaggedLayer
@@ -220,7 +221,7 @@ class HeadBudgetCache(Cache):
     ) -> None:
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
-            raise UserError("methods of one cache must be at least one and of one ModelShape")
+            raise ValueError("methods of one cache must be at least one and of one ModelShape")
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
@@ -245,7 +246,7 @@ class HeadBudgetCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[AttendingLayer, AttendingLayer]:
         if layer_idx >= len(self.layers):
-            raise UserError(
+            raise ValueError(
                 f"the model has a layer {layer_idx}, but the methods are for {len(self.layers)} "
                 "layers: make them with the model's own ModelShape"
             )
@@ -261,7 +262,7 @@ class HeadBudgetCache(Cache):
         return torch.stack([store.kept for store in stores], 1)
 
     def _offsets(self) -> list[Tensor]:
-        """Of each layer, on the first one's device."""
+        """Offsets of each layer, on the first one's device."""
         return [store.offsets.to(self.stores[0].offsets.device) for store in self.stores]
 
     def count_tokens(self, tokens: int) -> None:

@@ -50,7 +50,7 @@ class CacheBytes:
     Parameters
     ----------
     keys, values : int
-        Of tokens that are there.
+        Bytes of the tokens that are there.
     slack : int
         Slots reserved for tokens to come.
     metadata : int
@@ -216,7 +216,7 @@ class RaggedKV:
         key, value : Tensor
             [R, H, 1, D].
         scale : float
-            Of the logits.
+            What the logits are multiplied by.
         backend : str
             As resolved by `sparsemm_eval.cache.backends.resolve_backend`.
 

@@ -58,7 +58,7 @@ class StaticCache(Cache):
         Parameters
         ----------
         stores : sequence of RaggedKV
-            Of all layers, of at most ``rows`` rows, in memory of `Buffer` that outlives them.
+            What each layer holds, at most ``rows`` rows, in a `Buffer` that outlives it.
         ended : Tensor
             [rows] bool.
         """

@@ -49,7 +49,7 @@ class Allocation(ABC):
     """False where `paper` and `exact` are the same, so that a cell has one name."""
 
     def check(self, shape: ModelShape) -> None:
-        """Raise ValueError if the settings do not fit a model of this shape."""
+        """Raise UserError if the settings do not fit a model of this shape."""
 
     @abstractmethod
     def paper(self, prompt: Prompt) -> np.ndarray:
@@ -76,7 +76,7 @@ class LayerAllocation(ABC):
     rounds: ClassVar[bool] = True
 
     def check(self, shape: ModelShape) -> None:
-        """Raise ValueError if the settings do not fit a model of this shape."""
+        """Raise UserError if the settings do not fit a model of this shape."""
 
     @abstractmethod
     def paper(self, prompt: Prompt, ranking: Ranking) -> Tensor:
@@ -260,7 +260,7 @@ class ByRandomScore(Allocation):
     ratio : float
         Share of the budget given to every head alike.
     seed : int
-        Of numpy's PCG64; the scores are drawn once, one a query head.
+        Seed of numpy's PCG64; the scores are drawn once, one a query head.
     """
 
     ratio: float = 0.1

@@ -39,7 +39,7 @@ class HeadMask:
 
     Raises
     ------
-    ValueError
+    UserError
         For no head, a head that is there twice, or an unknown mode.
     """
 
@@ -56,7 +56,7 @@ class HeadMask:
             raise UserError(f"mask_heads: head {_name(head)} is given twice; name each head once")
 
     def check_shape(self, shape: ModelShape) -> None:
-        """Raise ValueError unless every head is one of a model of this shape."""
+        """Raise UserError unless every head is one of a model of this shape."""
         for layer, head in self.heads:
             if not (0 <= layer < shape.layers and 0 <= head < shape.query_heads):
                 raise UserError(
@@ -102,7 +102,7 @@ def read_head_mask(
 
     Raises
     ------
-    ValueError
+    UserError
         In one sentence, if the text is none of these, or names heads that are not there.
     """
     # lmms-eval makes a number of a text such as 3.
@@ -129,8 +129,8 @@ def visual_heads(scores: HeadScores, share: float) -> tuple[tuple[int, int], ...
     scores : HeadScores
         [L, Hq].
     share : float
-        Of all query heads, between 0 and 1; at least one head is taken. Equal scores: the lower
-        (layer, head).
+        Which part of all query heads is taken, between 0 and 1, and at least one head. Of equal
+        scores the lower (layer, head) comes first.
     """
     best = np.argsort(-scores.values, axis=None, kind="stable")
     return _heads(best[: _count(scores, share)], scores)
@@ -141,21 +141,21 @@ def random_heads(scores: HeadScores, share: float, seed: int) -> tuple[tuple[int
 
     Visual are at least the best 10%: one of them must not be drawn against a smaller share.
 
-    Of one seed, a larger share adds to the heads of a smaller one, but for those that have become
-    visual ones.
+    A larger share adds heads to those that a smaller one draws with the same seed, but for those
+    that have become visual ones.
 
     Parameters
     ----------
     scores : HeadScores
         [L, Hq].
     share : float
-        Of all query heads, between 0 and 1.
+        Which part of all query heads is taken, between 0 and 1.
     seed : int
-        Of numpy's PCG64.
+        Seed of numpy's PCG64.
 
     Raises
     ------
-    ValueError
+    UserError
         If there are not as many other heads.
     """
     visual = visual_heads(scores, max(share, LEAST_VISUAL))

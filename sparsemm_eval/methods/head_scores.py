@@ -99,7 +99,7 @@ class HeadScores:
 
     Raises
     ------
-    ValueError
+    UserError
         If the array has another number of dimensions or holds a value that is not allowed.
     """
 
@@ -129,7 +129,7 @@ class HeadScores:
         return hashlib.sha256(shape + self.values.astype("<f8").tobytes()).hexdigest()
 
     def check_shape(self, shape: ModelShape, source: str = "head scores") -> None:
-        """Raise ValueError unless these are scores for a model of this shape."""
+        """Raise UserError unless these are scores for a model of this shape."""
         layers, heads = self.values.shape
         if (layers, heads) == (shape.layers, shape.query_heads):
             return
@@ -166,7 +166,7 @@ class HeadScores:
         ------
         FileNotFoundError
             If there is no such file.
-        ValueError
+        UserError
             Naming file, key and value, if the file is no score file or does not fit.
         """
         path = Path(path)

@@ -85,9 +85,10 @@ class Method:
 
         Raises
         ------
+        ValueError
+            If shapes do not fit the model or each other, or the padding is not on the left.
         UserError
-            If shapes do not fit the model or each other, the padding is not on the left, or the
-            method's scores or counts are none that tokens can be kept by.
+            If the method's scores or counts are none that tokens can be kept by.
         """
         self._check_tensors(query, key, layer)
         rows, heads, n, _ = key.shape
@@ -200,7 +201,7 @@ class Method:
 
     def _check_tensors(self, query: Tensor, key: Tensor, layer: int) -> None:
         if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0]:
-            raise UserError(
+            raise ValueError(
                 f"query {tuple(query.shape)} and key {tuple(key.shape)}: they must be "
                 "[B, Hq, m, d] and [B, H, n, d]"
             )
@@ -208,11 +209,11 @@ class Method:
         if heads != (self.shape.query_heads, self.shape.kv_heads) or not (
             0 <= layer < self.shape.layers
         ):
-            raise UserError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
+            raise ValueError(f"layer {layer} with {heads} (query, KV) heads is not in {self.shape}")
         n, window = key.shape[2], self.scorer.window
         # A scorer without a window does not read the query.
         if window and query.shape[2] not in (n, min(window, n)):
-            raise UserError(
+            raise ValueError(
                 f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
                 f"or all {n}"
             )
@@ -232,7 +233,7 @@ def keep_rows(
     Parameters
     ----------
     methods : sequence of Method
-        Of one shape.
+        All made for one shape.
     query : Tensor
         [Hq, m, d] after RoPE: the last ``window`` positions at least.
     key : Tensor
@@ -288,11 +289,11 @@ def keep_rows(
 def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
     """Tokens of each row, from a mask [rows, n] that is False on left padding only."""
     if valid.shape != (rows, n) or valid.dtype != torch.bool:
-        raise UserError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
+        raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
     holes = (valid[:, :-1] & ~valid[:, 1:]).any(1)
     if holes.any():
         row = int(holes.nonzero()[0])
-        raise UserError(f"valid is False after a True in row {row}: padding must be on the left")
+        raise ValueError(f"valid is False after a True in row {row}: padding must be on the left")
     return valid.sum(-1).tolist()
 
 
@@ -302,7 +303,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
     Parameters
     ----------
     method : Method
-        Of a rule that looks at prompts' lengths alone (SparseMM, section 3.3).
+        One that looks at prompts' lengths alone, as SparseMM does (section 3.3).
     n : int
         Tokens of the prompt.
 
@@ -313,7 +314,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
 
     Raises
     ------
-    ValueError
+    UserError
         If the method looks at the prompt's attention, or n is no number of tokens.
     """
     check_int("tokens", n, least=1)
@@ -384,7 +385,7 @@ def method_names() -> list[str]:
 
 
 def method_settings(name: str) -> list[str]:
-    """Settings that a method reads; ValueError for an unknown method."""
+    """Settings that a method reads; UserError for an unknown method."""
     check_choice("method", name, method_names())
     return _registry[name].known()
 
