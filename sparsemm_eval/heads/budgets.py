@@ -24,6 +24,7 @@ from sparsemm_eval.methods import (
     canonical_settings,
     make_method,
     method_settings,
+    shown_name,
     tokens_per_head,
 )
 from sparsemm_eval.models.checkpoint import Checkpoint
@@ -147,7 +148,7 @@ def head_budgets(
         for budget in budgets if "budget" in method_settings(method) else [None]:
             nominal = {} if budget is None else {"budget": budget}
             kept = tokens_per_head(make_method(method, shape, **nominal, **own, **given), tokens)
-            label = method_label(method, own)
+            label = method_label(shown_name(method), own)
             panels.append(HeadBudgets(label, tokens if budget is None else budget, kept))
     return name, panels
 

@@ -18,6 +18,7 @@ from sparsemm_eval.methods.method import (
     method_settings,
     register_method,
     row_lengths,
+    shown_name,
     tokens_per_head,
 )
 from sparsemm_eval.methods.scoring import (
@@ -54,6 +55,7 @@ __all__ = [
     "read_head_mask",
     "register_method",
     "row_lengths",
+    "shown_name",
     "tokens_per_head",
     "visual_heads",
 ]

@@ -1,5 +1,6 @@
 """A method: which tokens of a prompt each KV head keeps."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
@@ -334,6 +335,7 @@ class _Entry:
     allocation: type
     scorer: type
     budgeted: bool
+    label: str
 
     def parts(self) -> tuple[type, type]:
         return self.scorer, self.allocation
@@ -344,39 +346,80 @@ class _Entry:
         names = [field.name for part in self.parts() for field in fields(part)]
         return sorted({"budget", "allocation", *names})
 
+    def source(self) -> str:
+        """Where its classes are from: equal for classes that are defined anew by the same code."""
+        return " and ".join(f"{part.__module__}.{part.__qualname__}" for part in self.parts())
+
 
 _registry: dict[str, _Entry] = {}
 
 
 def register_method(
-    name: str, allocation: type, scorer: type = ObservationWindow, budgeted: bool = True
+    name: str,
+    allocation: type,
+    scorer: type = ObservationWindow,
+    budgeted: bool = True,
+    label: str = "",
 ) -> None:
     """Make ``make_method(name, …)`` and ``--model_args method=name`` known.
 
     Parameters
     ----------
     name : str
-        Not registered before.
+        Letters, digits, ``_``, ``-`` and ``.``; of no other method.
     allocation : type
         Frozen dataclass deriving from `Allocation` or `LayerAllocation`; its fields are settings.
     scorer : type
         Frozen dataclass with the face of `Scorer`; its fields are settings too.
     budgeted : bool
         False for a method that keeps everything.
+    label : str
+        How tables and figures show it; its name when empty.
 
     Raises
     ------
-    ValueError
-        If the name is taken or both classes have a field of the same name.
+    UserError
+        If the name is none or another method's, a class is no such dataclass, or both have a field
+        of the same name. The same class may be registered again, such as by a notebook's cell.
     """
-    entry = _Entry(allocation, scorer, budgeted)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"method {name!r}: a name is made of letters, digits, _, - and .")
+    _check_part(name, "allocation", allocation, (Allocation, LayerAllocation))
+    _check_part(name, "scorer", scorer)
+    entry = _Entry(allocation, scorer, budgeted, label)
     names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
     twice = sorted({field for field in names if names.count(field) > 1})
-    if name in _registry:
-        raise UserError(f"method {name!r} is registered already; choose another name")
+    if name in _registry and _registry[name].source() != entry.source():
+        raise UserError(
+            f"method {name!r} is registered already, by {_registry[name].source()}; choose another "
+            "name"
+        )
     if twice:
         raise UserError(f"method {name!r} has two settings named {', '.join(twice)}")
     _registry[name] = entry
+
+
+def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()) -> None:
+    """Raise UserError unless a class can be a method's allocation or scorer."""
+    given = f"method {name!r}: {role} {getattr(part, '__qualname__', repr(part))}"
+    if not isinstance(part, type) or (bases and not issubclass(part, bases)):
+        derived = " deriving from Allocation or LayerAllocation" if bases else ""
+        raise UserError(f"{given} must be a class{derived}")
+    # A class inherits the fields of a dataclass, but not its own annotations as fields.
+    if "__dataclass_fields__" not in vars(part) or not part.__dataclass_params__.frozen:
+        raise UserError(f"{given} must be a frozen dataclass: put @dataclass(frozen=True) above it")
+    known = {field.name for field in fields(part)}
+    wanted = () if bases else ("window", "least_budget", "__call__")
+    missing = [want for want in wanted if want not in known and not hasattr(part, want)]
+    missing += sorted(getattr(part, "__abstractmethods__", ()))
+    if missing:
+        raise UserError(f"{given} has no {' and no '.join(missing)}")
+
+
+def shown_name(name: str) -> str:
+    """How tables and figures show a method: its label, or its name; UserError if it is unknown."""
+    check_choice("method", name, method_names())
+    return _registry[name].label or name
 
 
 def method_names() -> list[str]:
@@ -395,7 +438,7 @@ def canonical_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]
 
     Raises
     ------
-    ValueError
+    UserError
         For a setting that no registered method knows.
     """
     known = method_settings(name)
@@ -421,7 +464,7 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
 
     Raises
     ------
-    ValueError
+    UserError
         Naming the setting, its value and what is allowed.
     """
     _refuse_unknown(name, settings, method_settings(name))
@@ -454,7 +497,15 @@ def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:
         required = field.default is MISSING and field.default_factory is MISSING
         if required and given.get(field.name) is None:
             raise UserError(f"method {name} needs {field.name}")
-    return part(**given)
+    made = part(**given)
+    try:
+        hash(made)  # prompts of one length share its counts, and methods with equal scorers theirs
+    except TypeError as error:
+        raise UserError(
+            f"method {name}: {part.__qualname__} cannot be hashed ({error}); its settings must be "
+            "numbers, text or tuples of them"
+        ) from error
+    return made
 
 
 def _refuse_unknown(name: str, settings: Mapping[str, Any], known: list[str]) -> None:
