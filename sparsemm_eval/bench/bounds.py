@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.methods import Method
+from sparsemm_eval.methods import Method, ModelShape
 
 GIB = 1 << 30
 # Datasheets' memory bandwidth in GB/s; a large copy reaches about 0.9 of it.
@@ -23,9 +23,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 def token_bytes(model: PreTrainedModel) -> int:
     """Bytes of the key and value of one token in one KV head."""
-    text = model.config.get_text_config()
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * dim * model.dtype.itemsize
+    return 2 * ModelShape.from_config(model.config).head_dim * model.dtype.itemsize
 
 
 def kept_tokens(methods: Sequence[Method], tokens: int) -> int:

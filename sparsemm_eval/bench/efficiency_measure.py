@@ -67,10 +67,7 @@ class Subject:
             self.model = endless(loaded.to(device))
             found = Path(folder) / "head_scores.json"
             scores = HeadScores.read(found) if found.is_file() else None
-        text = self.model.config.get_text_config()
-        self.shape = ModelShape(
-            text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads
-        )
+        self.shape = ModelShape.from_config(self.model.config)
         self.scores = scores or heavy_scores(self.shape.layers, self.shape.query_heads)
 
     def method(self, name: str, budget: int | None) -> Method:

@@ -113,12 +113,12 @@ def _large(
     name: str, device: torch.device, samples: int, batch_size: int, tokens: int, new: int
 ) -> Subject:
     model = large_model(name, device)
-    text = model.config.get_text_config()
     batches = [
         {"input_ids": part, "attention_mask": torch.ones_like(part)}
         for part in random_prompts(model, samples, tokens).split(batch_size)
     ]
-    heads = heavy_scores(text.num_hidden_layers, text.num_attention_heads)
+    shape = ModelShape.from_config(model.config)
+    heads = heavy_scores(shape.layers, shape.query_heads)
     return _subject(model, batches, heads, new)
 
 
@@ -169,9 +169,7 @@ def _subject(
     model: PreTrainedModel, batches: list[Mapping[str, Tensor]], heads: HeadScores, new: int
 ) -> Subject:
     use_head_budget_attention(model.eval())
-    text = model.config.get_text_config()
-    shape = ModelShape(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
-    return Subject(model, batches, shape, heads, new)
+    return Subject(model, batches, ModelShape.from_config(model.config), heads, new)
 
 
 def _chat(processor: object, question: str) -> str:

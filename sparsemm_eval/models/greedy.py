@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.static import BACKEND
 from sparsemm_eval.errors import check_choice
-from sparsemm_eval.methods import HeadMask
+from sparsemm_eval.methods import HeadMask, ModelShape
 from sparsemm_eval.models.step import Kind
 
 CUDA_GRAPH = ("auto", "compile", "eager", "off")
@@ -111,7 +111,6 @@ def _runs_static(model: PreTrainedModel, backend: str, longest: int) -> bool:
         return False
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return False
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    group = text.num_attention_heads // kv_heads
-    return resolve_backend(backend, model.device, model.dtype, dim, group) == BACKEND
+    shape = ModelShape.from_config(model.config)
+    runs = resolve_backend(backend, model.device, model.dtype, shape.head_dim, shape.group_size)
+    return runs == BACKEND

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import HeadBudgetCache
 from sparsemm_eval.cache.static import StaticCache
-from sparsemm_eval.methods import HeadMask
+from sparsemm_eval.methods import HeadMask, ModelShape
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Step:
     def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
         text, device = model.config.get_text_config(), model.device
         self.kind = kind
-        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        self.cache = StaticCache(text.num_hidden_layers, kind.rows, kv_heads, device, kind.mask)
+        shape = ModelShape.from_config(model.config)
+        self.cache = StaticCache(shape.layers, kind.rows, shape.kv_heads, device, kind.mask)
         self.ids = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
         self.ended = torch.ones(kind.rows, dtype=torch.bool, device=device)

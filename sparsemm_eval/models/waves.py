@@ -8,7 +8,7 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from sparsemm_eval.methods import Method
+from sparsemm_eval.methods import Method, ModelShape
 from sparsemm_eval.models.graph import held_bytes
 
 # What planned rows may take of the memory that is free: the rest is for the prompt's own pass (one
@@ -77,10 +77,8 @@ def plan_waves(
 
 def token_bytes(model: PreTrainedModel) -> int:
     """Bytes of one token's keys and values in all layers and KV heads."""
-    text = model.config.get_text_config()
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * dim * model.dtype.itemsize
+    shape = ModelShape.from_config(model.config)
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize
 
 
 def free_memory(model: PreTrainedModel) -> int:

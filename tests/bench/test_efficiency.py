@@ -24,7 +24,8 @@ from sparsemm_eval.bench.efficiency_options import ENGINES, EfficiencyOptions
 from sparsemm_eval.bench.efficiency_page import aims, table
 from sparsemm_eval.bench.engines import decode_concatenated, decode_ours, decode_stock
 from sparsemm_eval.cache import HeadBudgetCache
-from sparsemm_eval.cli import app, efficiency
+from sparsemm_eval.cli import app
+from sparsemm_eval.cli.measure import efficiency
 from sparsemm_eval.report.efficiency import read_efficiency
 
 ROOT = Path(__file__).parents[2]

@@ -73,8 +73,7 @@ def prompt(model: PreTrainedModel, samples: int, tokens: int) -> dict[str, Tenso
 
 
 def methods(model: PreTrainedModel, budget: int = 48) -> list[Method]:
-    text = model.config.get_text_config()
-    shape = ModelShape(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    shape = ModelShape.from_config(model.config)
     scores = heavy_scores(shape.layers, shape.query_heads)
     return [
         make_method("fullkv", shape),
