@@ -275,7 +275,7 @@ def keep_rows(
                 asked[row] = method.counts_of_layer(n, layer, ranking, left)
             else:
                 known[row] = method.counts(n)[layer]
-        counts = torch.from_numpy(known).to(ranks.device, ranks.dtype, non_blocking=True)
+        counts = torch.from_numpy(known).to(ranks.dtype).to(ranks.device, non_blocking=True)
         for row, count in asked.items():
             counts[row] = count
         chosen = ranks < counts[:, :, None]
