@@ -1,7 +1,8 @@
 """A method: which tokens of a prompt each KV head keeps."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -127,10 +128,8 @@ class Method:
         UserError
             Naming the method, if its allotments are none that tokens can be kept by.
         """
-        try:
+        with self._named():
             return self.allocation.counts(self.prompt(n), self.exact)
-        except UserError as error:
-            raise UserError(f"method={self.name}: {error}") from error
 
     def counts_of_layer(self, n: int, layer: int, ranking: Ranking, checks: Checks) -> Tensor:
         """Tokens beside the window of a prompt of n by a `LayerAllocation`, [H] int64.
@@ -141,10 +140,8 @@ class Method:
             As `counts`; what only the device knows is added to the checks.
         """
         prompt = self.prompt(n)
-        try:
+        with self._named():
             counts = self.allocation.counts(prompt, ranking, self.exact)
-        except UserError as error:
-            raise UserError(f"method={self.name}: {error}") from error
         most = self.allocation.most(prompt, layer, self.exact)
         within = counts.amin() >= 0
         if most is not None:
@@ -199,6 +196,14 @@ class Method:
     def __str__(self) -> str:
         inside = ",".join(f"{name}={_short(value)}" for name, value in self.settings.items())
         return f"{self.name}({inside})"
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """An allocation knows its class, and not what it is registered as."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"method={self.name}: {error}") from error
 
     def _check_tensors(self, query: Tensor, key: Tensor, layer: int) -> None:
         if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0]:
