@@ -14,6 +14,8 @@ import torch
 from sparsemm_eval.cache import RaggedKV
 from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.extension import ExtensionError, build, library
+from sparsemm_eval.errors import UserError
+from sparsemm_eval.libraries import check_libraries, differences, mending
 
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "datasets")
 _OPTIONAL = ("flash-attn", "flashinfer-python")
@@ -50,6 +52,8 @@ def examine() -> Iterator[Finding]:
         yield Finding(name, _version(name) or "not installed")
     for name in _OPTIONAL:
         yield Finding(name, _version(name) or "not installed, and not needed")
+    yield _lock()
+    yield _libraries()
     yield Finding("CPU", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
     yield from _gpus()
     yield from _tools()
@@ -83,6 +87,22 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _lock() -> Finding:
+    off = differences()
+    if not off:
+        return Finding("lock", "every package has the version that was tested")
+    shown = "; ".join(map(str, off[:5])) + (f"; and {len(off) - 5} more" if len(off) > 5 else "")
+    return Finding("lock", f"{len(off)} packages are not as tested: {shown}", mending())
+
+
+def _libraries() -> Finding:
+    try:
+        check_libraries()
+    except UserError as error:
+        return Finding("libraries", str(error), broken=True)
+    return Finding("libraries", "work together: one question went through lmms-eval")
 
 
 def _gpus() -> Iterator[Finding]:

@@ -17,6 +17,16 @@ def cuda_ext_folder() -> Path:
     return _data("cuda_ext")
 
 
+def lock_file() -> Path:
+    """Every package that this was tested with, in pip's form; in a checkout a link to the root."""
+    return _PACKAGE / "requirements.lock"
+
+
+def checkout() -> Path | None:
+    """Root of the checkout this package runs from; None where it was installed from a wheel."""
+    return _PACKAGE.parent if (_PACKAGE.parent / "run_eval.sh").is_file() else None
+
+
 def cache_folder() -> Path:
     """This user's cache: drawn benchmarks and chased head scores."""
     from platformdirs import user_cache_path  # not on machines that only run kernels

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
-from sparsemm_eval.cli import heads, jobs, measure, run, show
+from sparsemm_eval.cli import common, evaluate, heads, jobs, measure, run, show
 
 app = typer.Typer(
     name="sparsemm-eval",
@@ -16,9 +18,14 @@ app = typer.Typer(
 
 
 @app.callback()
-def main() -> None:
+def main(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of what you can mend, too.")
+    ] = False,
+) -> None:
     """Evaluate head-budgeted KV-cache compression of multimodal LLMs."""
+    common.debug = debug
 
 
-for group in (run, jobs, show, heads, measure):
+for group in (run, evaluate, jobs, show, heads, measure):
     app.add_typer(group.app)

@@ -11,16 +11,21 @@ import typer
 
 from sparsemm_eval.errors import UserError
 
+# Set by `sparsemm-eval --debug`.
+debug = False
+
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Bad input ends with its one sentence and exit code 1, not with a traceback."""
+    """Bad input ends with its one sentence and exit code 1; its traceback only with --debug."""
     from sparsemm_eval.errors import one_line
     from sparsemm_eval.models.answers import SampleFailures
 
     try:
         yield
     except (UserError, OSError, NotImplementedError, SampleFailures) as error:
+        if debug:
+            raise
         typer.echo(f"sparsemm-eval: {one_line(error)}", err=True)
         raise typer.Exit(1) from error
 

@@ -12,6 +12,7 @@ import typer
 
 from sparsemm_eval.cli.common import one_sentence, words
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.libraries import check_libraries
 
 app = typer.Typer()
 bench_app = typer.Typer(help="Measure how fast it is.", no_args_is_help=True)
@@ -26,9 +27,16 @@ def doctor(
     arches: Annotated[
         str, typer.Option(help="With --build: GPU architectures, such as 8.0,9.0; default: found.")
     ] = "",
+    libraries: Annotated[
+        bool,
+        typer.Option("--libraries", help="Only whether what runs stand on works."),
+    ] = False,
 ) -> None:
     """What this machine has, which backends work on it, and what would mend the rest."""
     with one_sentence():
+        if libraries:
+            check_libraries()
+            return
         from sparsemm_eval import doctor as doctors
 
         if arches and not build:

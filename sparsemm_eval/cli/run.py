@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_eval.cli.common import demo_command, integers, one_sentence, quiet, stoppable, words
+from sparsemm_eval.libraries import check_libraries
 
 app = typer.Typer()
 
@@ -17,7 +18,7 @@ app = typer.Typer()
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for answers, tables and curves.")] = Path(
-        "results/demo"
+        "results/demo_run"
     ),
     samples: Annotated[int, typer.Option(help="Samples of each benchmark, 1 to 200.")] = 50,
     full: Annotated[bool, typer.Option("--full", help="All 200 samples of each.")] = False,
@@ -33,6 +34,7 @@ def demo(
     """Full KV and five methods over budgets on the embedded models; offline, in minutes."""
     with one_sentence():
         quiet()
+        check_libraries()
         from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
 
         done = run_demo(
@@ -91,6 +93,7 @@ def sweep(
 
             typer.echo(describe(chosen, out))
             return
+        check_libraries()
         from sparsemm_eval.sweep.run import leave_ranks, run_sweep
         from sparsemm_eval.sweep.signals import leaving
 
