@@ -14,6 +14,6 @@ python3 -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
 # One lock for Python 3.10 to 3.14 and for every platform: markers say which package is for which.
 "$work/venv/bin/uv" pip compile --quiet --universal --python-version 3.10 --generate-hashes \
-  --no-header --extra dev "$upgrade" "$@" pyproject.toml --output-file requirements.lock
+  --no-header --no-annotate --extra dev "$upgrade" "$@" pyproject.toml --output-file requirements.lock
 git diff --stat -- requirements.lock
 ./run_eval.sh test
