@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, StoppingCriteria
 
-from sparsemm_eval.cache import HeadBudgetCache, RaggedKV, use_head_budget_attention
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV, use_head_budget_attention
 from sparsemm_eval.cache.layer import RaggedLayer
 from sparsemm_eval.methods import Method
 from sparsemm_eval.models.graph import decoder_of, release
@@ -96,7 +96,7 @@ def decode_ours(
         cache = _WatchedCache(methods)
         ticks()
         ids = model.generate(
-            **inputs, past_key_values=cache, **options, stopping_criteria=[_Ticking(ticks)]
+            **inputs, **{CACHE_ARGUMENT: cache}, **options, stopping_criteria=[_Ticking(ticks)]
         )
         tokens = ids[:, longest - steps - 1 :].cpu()
     else:
@@ -121,7 +121,7 @@ def decode_concatenated(
     half = model.dtype in (torch.float16, torch.bfloat16)
     backend = "varlen" if model.device.type == "cuda" and half else "torch"
     cache = _ConcatenatedCache(method, backend)
-    tokens, ticks = _generate(model, inputs, steps, past_key_values=cache)
+    tokens, ticks = _generate(model, inputs, steps, **{CACHE_ARGUMENT: cache})
     timed = ticks.timed(tokens, cache.bytes().total)
     return replace(timed, backend=cache.backend())
 

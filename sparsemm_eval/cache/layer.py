@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
@@ -15,6 +16,14 @@ from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import Checks, HeadMask, Method, keep_rows, row_lengths
+
+# What models and `generate` call the cache: transformers 5.24 renamed the argument, and 5.40 takes
+# only the new name.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
 
 
 class ReadPrompt:

@@ -47,7 +47,9 @@ def quiet() -> None:
     from loguru import logger
 
     logger.remove()
-    logger.add(sys.stderr, level="WARNING")
+    logger.add(
+        sys.stderr, level="WARNING", filter=lambda record: not record["extra"].get("of_cell")
+    )
 
 
 def integers(name: str, text: str) -> list[int]:

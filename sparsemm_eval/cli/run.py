@@ -36,6 +36,7 @@ def demo(
         quiet()
         check_libraries()
         from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
+        from sparsemm_eval.sweep.tables import uncompressed_cells
 
         done = run_demo(
             out,
@@ -51,6 +52,8 @@ def demo(
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
+        if uncompressed := uncompressed_cells(done.frame):
+            typer.echo(f"sparsemm-eval: {uncompressed}", err=True)
 
 
 @app.command()
@@ -96,6 +99,7 @@ def sweep(
         check_libraries()
         from sparsemm_eval.sweep.run import leave_ranks, run_sweep
         from sparsemm_eval.sweep.signals import leaving
+        from sparsemm_eval.sweep.tables import uncompressed_cells
 
         folder = out or Path("results/sweeps") / chosen.name
         words = [word for word in sys.argv[1:] if word not in ("--wait", "--only-scores")]
@@ -109,6 +113,8 @@ def sweep(
         typer.echo(done.status)
         for path in done.files:
             typer.echo(f"wrote {path}")
+        if uncompressed := uncompressed_cells(done.frame):
+            typer.echo(f"sparsemm-eval: {uncompressed}", err=True)
         for lost in done.left_out:
             typer.echo(f"left out: {lost.cause}")
         failures = done.status.failures + done.failures

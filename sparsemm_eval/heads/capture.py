@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from transformers import BatchFeature, Cache, ProcessorMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sparsemm_eval.cache import AttendingLayer
+from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.samples import generation_options
 
@@ -157,7 +157,7 @@ def feed(
         Input ids [B, n], padded on the left, and logits [B, logits_to_keep, vocabulary].
     """
     forced = teacher_forced(inputs, answers, checkpoint.processor.tokenizer.pad_token_id)
-    given = {"past_key_values": capture, "use_cache": True, "logits_to_keep": logits_to_keep}
+    given = {CACHE_ARGUMENT: capture, "use_cache": True, "logits_to_keep": logits_to_keep}
     return forced["input_ids"], checkpoint.model(**forced, **given).logits
 
 

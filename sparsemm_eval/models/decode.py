@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import HeadMask, Method
 from sparsemm_eval.models.graph import decoder_of
 from sparsemm_eval.models.greedy import ends_of, static_kind
@@ -95,7 +95,7 @@ def generate(
     start = time.perf_counter()
     cache = HeadBudgetCache(method, backend, mask)
     length = inputs["input_ids"].shape[1]
-    out = model.generate(**inputs, past_key_values=cache, **options)[:, length:]
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **options)[:, length:]
     # A beam search holds every beam as a row of its own; they share the prompt.
     beams = cache.kept().shape[0] // out.shape[0]
     kept = cache.kept()[::beams]

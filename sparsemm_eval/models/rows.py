@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, StoppingCriteria
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method
 from sparsemm_eval.models.graph import StaticDecoder
 from sparsemm_eval.models.greedy import ends_of
@@ -157,7 +157,7 @@ class Rows:
         }
         return self.model.generate(
             **given,
-            past_key_values=self.cache,
+            **{CACHE_ARGUMENT: self.cache},
             stopping_criteria=[_Pause(ends_of(self.model), once)],
             return_dict_in_generate=True,
             output_logits=output_logits,

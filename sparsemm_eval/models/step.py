@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cache.static import StaticCache
 from sparsemm_eval.methods import HeadMask, ModelShape
 
@@ -139,7 +139,7 @@ def _forward(step: Step, model: PreTrainedModel) -> Tensor:
         input_ids=step.ids,
         position_ids=step.positions.expand(3, -1, -1) if step.threefold else step.positions,
         attention_mask=step.unmasked,
-        past_key_values=step.cache,
+        **{CACHE_ARGUMENT: step.cache},
         use_cache=True,
         logits_to_keep=1,
     )

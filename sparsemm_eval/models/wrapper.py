@@ -282,7 +282,8 @@ class SparseMMModel(lmms):
             },
         )
         if self.method.budget is not None and whole > count / 2:
-            logger.warning(
+            # Of many cells one line says it for all: `cli.common.quiet` leaves these out.
+            logger.bind(of_cell=True).warning(
                 f"{self.method.name} left {whole} of {count} samples uncompressed: their prompts "
                 f"fit budget={self.method.budget}, so this is mostly a full-KV result"
             )

@@ -72,6 +72,30 @@ def write_tables(
     return markdown, tuple(written)
 
 
+def uncompressed_cells(frame: pd.DataFrame) -> str | None:
+    """Say which cells compressed hardly anything, in one line for all; None if there are none.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One row a scored cell.
+    """
+    if frame.empty:
+        return None
+    budgeted = frame[frame["budget"].notna()]
+    whole = budgeted[budgeted["share_uncompressed"] > 0.5]
+    if whole.empty:
+        return None
+    where = "; ".join(
+        f"{model} at {budget:.0f} on {', '.join(dict.fromkeys(cells['task']))}"
+        for (model, budget), cells in whole.groupby(["model", "budget"], sort=False)
+    )
+    return (
+        f"{len(whole)} of {len(budgeted)} cells are mostly full KV, as most of their prompts fit "
+        f"the budget: {where}"
+    )
+
+
 def _parts(
     frame: pd.DataFrame, grid: Grid, chance: Mapping[str, tuple[str, float]]
 ) -> Sequence[str]:

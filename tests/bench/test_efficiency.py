@@ -23,7 +23,7 @@ from sparsemm_eval.bench.efficiency_measure import Subject
 from sparsemm_eval.bench.efficiency_options import ENGINES, EfficiencyOptions
 from sparsemm_eval.bench.efficiency_page import aims, table
 from sparsemm_eval.bench.engines import decode_concatenated, decode_ours, decode_stock
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cli import app
 from sparsemm_eval.cli.measure import efficiency
 from sparsemm_eval.report.efficiency import read_efficiency
@@ -137,7 +137,7 @@ def test_bounds_count_what_is_kept(subject: Subject, name: str) -> None:
     method = subject.method(name, 24)
     cache = HeadBudgetCache(method)
     with torch.inference_mode():
-        subject.model(**subject.prompt(90), past_key_values=cache, logits_to_keep=1)
+        subject.model(**subject.prompt(90), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     assert kept_tokens([method], 90) == int(cache.kept().sum())
     held = cache.bytes()
     assert held.keys + held.values == kept_tokens([method], 90) * token_bytes(subject.model)

@@ -23,7 +23,7 @@ from transformers import (
 
 from sparsemm_eval.bench.efficiency import main
 from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import HeadMask, Method, ModelShape, make_method
 from sparsemm_eval.methods.scoring import ObservationWindow
 from sparsemm_eval.models.decode import Decoded, generate, generate_rows
@@ -183,7 +183,7 @@ def test_a_prompt_is_compressed_without_waiting(model: PreTrainedModel) -> None:
     for method in methods(model):
         for watch in (nullcontext, no_waiting):  # the first time kernels are loaded
             cache = HeadBudgetCache(method)
-            given = {"input_ids": ids, "position_ids": positions, "past_key_values": cache}
+            given = {"input_ids": ids, "position_ids": positions, CACHE_ARGUMENT: cache}
             with watch():
                 model(**given, use_cache=True, logits_to_keep=1)
         assert cache.kept().shape[1:] == (3, 2)

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method
 
 ORACLE = "evicted-tokens-masked"
@@ -97,7 +97,7 @@ def generate_budgeted(
 ) -> tuple[GenerateOutput, HeadBudgetCache]:
     """Generate on the cache under test."""
     cache = HeadBudgetCache(methods, backend)
-    return run(model, inputs, past_key_values=cache, **options), cache
+    return run(model, inputs, **{CACHE_ARGUMENT: cache}, **options), cache
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> GenerateOutput:

@@ -10,7 +10,7 @@ from cache.sequences import draw, feed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import BACKENDS, HeadBudgetCache, use_head_budget_attention
+from sparsemm_eval.cache import BACKENDS, CACHE_ARGUMENT, HeadBudgetCache, use_head_budget_attention
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import ModelShape, make_method
 
@@ -54,7 +54,7 @@ def test_sliding_window_shorter_than_the_prompt() -> None:
     for samples in (TEXTS[:1], TEXTS):
         cache = HeadBudgetCache(method)
         with pytest.raises(NotImplementedError, match="sliding window"):
-            model(**prompt(model, samples), past_key_values=cache)
+            model(**prompt(model, samples), **{CACHE_ARGUMENT: cache})
 
 
 def test_sliding_window_shorter_than_the_text() -> None:
@@ -84,7 +84,7 @@ def test_second_turn(model: PreTrainedModel) -> None:
     more = torch.cat([inputs["attention_mask"], torch.ones(2, 9, dtype=torch.long)], 1)
     turn = {"input_ids": ids, "attention_mask": more}
     with pytest.raises(NotImplementedError, match="second turn"):
-        run(model, turn, past_key_values=cache)
+        run(model, turn, **{CACHE_ARGUMENT: cache})
 
 
 @pytest.mark.parametrize("chunk", [16, 30])
@@ -118,7 +118,7 @@ def test_attention_pattern_of_ones_own(
         positions = positions.expand(3, rows, 40)
     cache = HeadBudgetCache(method_for(model, "snapkv"))
     with pytest.raises(NotImplementedError, match="padding"):
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache})
 
 
 def test_a_pattern_that_is_padding_is_none_of_ones_own() -> None:
@@ -298,8 +298,8 @@ def test_a_failed_prompt_leaves_the_cache_usable_after_reset(model: PreTrainedMo
     wrong = {**inputs, "attention_mask": inputs["attention_mask"].flip(1)}
     assert lengths(wrong) == lengths(inputs)
     with pytest.raises(ValueError, match="left"):
-        run(model, wrong, past_key_values=cache)
+        run(model, wrong, **{CACHE_ARGUMENT: cache})
     cache.reset()
-    again = run(model, inputs, past_key_values=cache)
+    again = run(model, inputs, **{CACHE_ARGUMENT: cache})
     fresh, _ = generate_budgeted(model, inputs, method)
     assert torch.equal(new_tokens(again, inputs), new_tokens(fresh, inputs))

@@ -7,7 +7,7 @@ from cache.oracle import logits, new_tokens, run
 from cache.sequences import assert_books_agree, draw, sequences, softmax_attention
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import HeadBudgetCache, RaggedKV
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV
 
 pytestmark = pytest.mark.gpu
 ROWS, KV_HEADS, TOKENS = 3, 2, 300
@@ -85,7 +85,7 @@ def test_keep_all_gives_stock_tokens(family: str, seed: int, samples: tuple) -> 
     model, stock = budgeted(family, seed).cuda(), build(family, seed).cuda()
     inputs = {name: x.cuda() for name, x in _on_cpu(family, seed, samples).items()}
     cache = HeadBudgetCache(method_for(model, "fullkv"))
-    out = run(model, inputs, past_key_values=cache, max_new_tokens=32)
+    out = run(model, inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=32)
     assert torch.equal(out.sequences, run(stock, inputs, max_new_tokens=32).sequences)
     assert cache.backend() == "torch"
 
@@ -102,7 +102,7 @@ def test_auto_takes_varlen_in_half_precision(family: str, dtype: torch.dtype) ->
     outs = {}
     for backend, resolved in (("auto", "varlen"), ("torch", "torch")):
         cache = HeadBudgetCache(method_for(model, "adakv"), backend)
-        outs[backend] = run(model, inputs, past_key_values=cache, max_new_tokens=2)
+        outs[backend] = run(model, inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=2)
         assert cache.backend() == resolved
     # The first token comes from the dense prompt; both then read the same second step.
     first = [new_tokens(out, inputs)[:, 0] for out in outs.values()]

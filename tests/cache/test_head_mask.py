@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import MASK_MODES, HeadMask
 
 # A layer with none, one head of a group and two heads that share no group.
@@ -75,7 +75,7 @@ def silenced(
     """Generate on the cache under test, under one method or several."""
     methods = [method_for(model, name) for name in names]
     cache = HeadBudgetCache(methods, mask=mask)
-    return run(model, inputs, past_key_values=cache, **STEPS | more), cache
+    return run(model, inputs, **{CACHE_ARGUMENT: cache}, **STEPS | more), cache
 
 
 @pytest.mark.parametrize("mode", MASK_MODES)
@@ -146,7 +146,7 @@ def test_methods_that_share_a_prefill_share_the_mask(
     caches = []
     for names in (("snapkv", "adakv"), ("snapkv",), ("adakv",)):
         cache = HeadBudgetCache([method_for(model, name) for name in names], mask=mask)
-        model(**inputs, past_key_values=cache, use_cache=True)
+        model(**inputs, **{CACHE_ARGUMENT: cache}, use_cache=True)
         caches.append(cache)
     both, *alone = caches
     assert torch.equal(both.kept(), torch.cat([cache.kept() for cache in alone]))

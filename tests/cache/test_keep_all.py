@@ -18,7 +18,7 @@ from cache.models import (
 from cache.oracle import generate_budgeted, logits, new_tokens, run
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from sparsemm_eval.cache import ATTENTION, use_head_budget_attention
+from sparsemm_eval.cache import ATTENTION, CACHE_ARGUMENT, use_head_budget_attention
 
 BATCHES = {"one": SAMPLES[:1], "padded": SAMPLES}
 BEAMS: dict[str, Any] = {"num_beams": 3, "output_scores": True}
@@ -121,8 +121,8 @@ def test_a_stock_cache_gets_sdpa_to_the_bit(
     model, stock = one_pair
     inputs = prompt(model, samples)
     config = model.config.get_text_config()
-    out = run(model, inputs, past_key_values=DynamicCache(config=config))
-    wanted = run(stock, inputs, past_key_values=DynamicCache(config=config))
+    out = run(model, inputs, **{CACHE_ARGUMENT: DynamicCache(config=config)})
+    wanted = run(stock, inputs, **{CACHE_ARGUMENT: DynamicCache(config=config)})
     assert torch.equal(out.sequences, wanted.sequences)
     assert torch.equal(logits(out), logits(wanted))
 

@@ -11,7 +11,7 @@ from cache.sequences import assert_books_agree, device_tensors, draw, feed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import CacheBytes, HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, CacheBytes, HeadBudgetCache
 from sparsemm_eval.cache.layer import RaggedLayer
 from sparsemm_eval.methods import ModelShape, make_method
 
@@ -53,7 +53,7 @@ def assert_exact(cache: HeadBudgetCache, steps: int, token: int) -> CacheBytes:
 @pytest.mark.parametrize("name", NAMES)
 def test_4096_tokens_at_budget_256(model: PreTrainedModel, name: str) -> None:
     cache = HeadBudgetCache(method_for(model, name, BUDGET))
-    run(model, long_prompt(model), past_key_values=cache, max_new_tokens=1)
+    run(model, long_prompt(model), **{CACHE_ARGUMENT: cache}, max_new_tokens=1)
     held = assert_exact(cache, steps=0, token=TOKEN)
     assert cache.prompt_lengths() == [TOKENS]
     # Right after the prompt the bound holds for the cache as a whole too.
@@ -69,7 +69,7 @@ def test_4096_tokens_at_budget_256(model: PreTrainedModel, name: str) -> None:
 def test_bytes_while_an_answer_grows(model: PreTrainedModel) -> None:
     """Exact after every token, through several re-packs."""
     cache = HeadBudgetCache(method_for(model, "sparsemm", BUDGET))
-    run(model, long_prompt(model), past_key_values=cache, max_new_tokens=1)
+    run(model, long_prompt(model), **{CACHE_ARGUMENT: cache}, max_new_tokens=1)
     shape = shape_of(model)
     for step in range(200):
         for layer in range(LAYERS):
@@ -107,7 +107,7 @@ def test_one_dense_layer_at_a_time(
     monkeypatch.setattr(RaggedLayer, "update", spy)
     inputs = long_prompt(model)
     cache = HeadBudgetCache(method_for(model, name, BUDGET))
-    run(model, inputs, past_key_values=cache, max_new_tokens=3)
+    run(model, inputs, **{CACHE_ARGUMENT: cache}, max_new_tokens=3)
     assert alive[: LAYERS + 1] == [0] * (LAYERS + 1), "a dense layer outlives its attention"
     # The new tokens are copied into their slots too.
     assert alive == [0] * 3 * LAYERS

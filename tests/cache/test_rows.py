@@ -19,7 +19,7 @@ from cache.oracle import generate_budgeted, logits, new_tokens, run
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method
 
 STEPS = 24
@@ -57,14 +57,14 @@ def _decode_rows(
         # LLaVA-NeXT's forward counts positions from the padding, generate counts from the text.
         given["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        out = model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(**given, **{CACHE_ARGUMENT: cache}, use_cache=True, logits_to_keep=1)
     if "mm_token_type_ids" in inputs:
         model.model.rope_deltas = model.model.rope_deltas.repeat_interleave(len(methods), 0)
     first = out.logits[:, -1].argmax(-1, keepdim=True)
     ids = torch.cat([inputs["input_ids"], first], 1).repeat_interleave(len(methods), 0)
     mask = torch.cat([mask, torch.ones_like(first)], 1).repeat_interleave(len(methods), 0)
     rows = {"input_ids": ids, "attention_mask": mask}
-    rest = run(model, rows, past_key_values=cache, max_new_tokens=STEPS - 1)
+    rest = run(model, rows, **{CACHE_ARGUMENT: cache}, max_new_tokens=STEPS - 1)
     return rest.sequences[:, inputs["input_ids"].shape[1] :], logits(rest), cache
 
 
@@ -123,10 +123,10 @@ def test_reset_leaves_nothing_behind(model: PreTrainedModel) -> None:
     first, second = prompt(model, SAMPLES), prompt(model, [Sample(30, (6, 6), 70)])
     fresh, fresh_cache = generate_budgeted(model, second, method)
     cache = HeadBudgetCache(method)
-    run(model, first, past_key_values=cache)
+    run(model, first, **{CACHE_ARGUMENT: cache})
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = run(model, second, past_key_values=cache)
+    again = run(model, second, **{CACHE_ARGUMENT: cache})
     assert torch.equal(again.sequences, fresh.sequences)
     assert torch.equal(logits(again), logits(fresh))
     assert torch.equal(cache.kept(), fresh_cache.kept())

@@ -12,7 +12,7 @@ import torch
 from cache.models import COMPRESSING, SAMPLES, WINDOW, budgeted, method_for, prompt, shape_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cache.layer import RaggedLayer
 from sparsemm_eval.methods import Checks, Ranking, make_method
 
@@ -74,7 +74,7 @@ def test_layers_ask_nothing(family: str, samples: tuple, asked: dict[int, Counte
     ]
     cache = HeadBudgetCache([method_for(model, "fullkv"), *methods])
     with torch.inference_mode():
-        model.generate(**prompt(model, samples), past_key_values=cache, max_new_tokens=1)
+        model.generate(**prompt(model, samples), **{CACHE_ARGUMENT: cache}, max_new_tokens=1)
     assert sorted(asked) == [0, 1, 2]
     assert not any(asked[layer] for layer in (1, 2))
     if len(samples) == 1:

@@ -8,7 +8,7 @@ import torch
 from models.fixtures import LAYOUTS, Stock, ask, pages, rows
 from torch import Tensor
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method, make_method
 from sparsemm_eval.models.answers import Answer, AnswerStore
 from sparsemm_eval.models.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ def second_logits(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], method: 
     with torch.no_grad():
         out = checkpoint.model.generate(
             **inputs,
-            past_key_values=HeadBudgetCache(method),
+            **{CACHE_ARGUMENT: HeadBudgetCache(method)},
             max_new_tokens=2,
             min_new_tokens=2,
             do_sample=False,

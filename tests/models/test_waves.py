@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models.fixtures import ask, log, pages, rows
 
-from sparsemm_eval.cache import HeadBudgetCache
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method, ModelShape, make_method
 from sparsemm_eval.models import batches, wrapper
 from sparsemm_eval.models.answers import SampleFailures
@@ -126,7 +126,11 @@ def test_a_row_is_no_larger_than_planned(reader: Checkpoint) -> None:
         )
         cache = HeadBudgetCache(chosen)
         reader.model.generate(
-            **given, past_key_values=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False
+            **given,
+            **{CACHE_ARGUMENT: cache},
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
         )
         held = cache.bytes()
         planned = row_bytes(chosen, length, new, token_bytes(reader.model))
