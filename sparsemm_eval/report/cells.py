@@ -12,10 +12,10 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import DEFAULTS, method_label, paper_model
 
 COLUMNS = (
-    "model", "task", "benchmark", "metric", "metric_label", "method", "label", "budget", "ratio",
-    "allocation", "seed", "window", "settings", "score", "spread", "seeds", "stderr", "samples",
-    "expected", "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "source", "digits",
-    "percent", "file", "files_of", "samples_files",
+    "model", "task", "benchmark", "metric", "metric_label", "higher_is_better", "bounded",
+    "percent", "method", "label", "budget", "ratio", "allocation", "seed", "window", "settings",
+    "score", "spread", "seeds", "stderr", "samples", "expected", "kept_tokens_per_head",
+    "kept_kv_bytes", "prompt_tokens", "source", "digits", "file", "files_of", "samples_files",
 )  # fmt: skip
 _NUMBERS = (
     "budget", "ratio", "seed", "window", "score", "spread", "stderr", "samples", "expected",
@@ -35,9 +35,8 @@ def cells_frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     frame = frame.where(frame.notna(), None)
     numbers = {name: pd.to_numeric(frame[name]).astype(float) for name in _NUMBERS}
     integers = {name: frame[name].astype("Int64") for name in ("file", "digits")}
-    return frame.assign(
-        **numbers, **integers, seeds=frame["seeds"].astype(int), percent=frame["percent"].eq(True)
-    )
+    flags = {name: frame[name].eq(True) for name in ("higher_is_better", "bounded", "percent")}
+    return frame.assign(**numbers, **integers, **flags, seeds=frame["seeds"].astype(int))
 
 
 def labelled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -55,7 +54,7 @@ def _varied(rows: list[dict[str, Any]]) -> dict[tuple, dict[str, None]]:
     """Names of settings that vary, by model and method."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        of = (row["model"], row["method"], row["task"], _budget(row))
+        of = (row["model"], row["method"], row["task"], row["metric"], _budget(row))
         groups.setdefault(of, []).append(keyed(row["settings"]))
     found: dict[tuple, dict[str, None]] = {}
     for (model, method, *_), settings in groups.items():
@@ -129,7 +128,7 @@ def _identity(row: Mapping[str, Any]) -> tuple:
     settings = {name: value for name, value in DEFAULTS.items() if name != "seed"}
     settings |= {"seed": 0} | keyed(row["settings"])
     words = tuple(sorted((name, str(_plain(value))) for name, value in settings.items()))
-    return row["model"], row["task"], row["method"], _budget(row), words
+    return row["model"], row["task"], row["metric"], row["method"], _budget(row), words
 
 
 def _plain(value: Any) -> Any:

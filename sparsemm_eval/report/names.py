@@ -1,12 +1,75 @@
-"""What models and methods are called in the paper."""
+"""What is known of the paper's benchmarks, models and methods: names, scales, and their order.
+
+This is for showing only. A task, model or method that is not here is shown by its own name, on the
+scale and in the direction that lmms-eval states, behind those of the paper.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-# The paper's names, in its order; methods of one's own follow by name.
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark of the paper.
+
+    Parameters
+    ----------
+    title : str
+        Its name.
+    metric : str
+        lmms-eval's name of the metric that counts.
+    label : str
+        The metric in prose.
+    top : float
+        Best score on lmms-eval's own scale; CIDEr has none and is left as it is.
+    percent : bool
+        Whether the paper prints its scores in percent.
+    binary : bool
+        Whether a sample is right or wrong and nothing between.
+    bounded : bool
+        Whether its scale has an end.
+    """
+
+    title: str
+    metric: str
+    label: str
+    top: float = 1.0
+    percent: bool = False
+    binary: bool = False
+    bounded: bool = True
+
+
+# In the paper's order, by the task's name without `_val`, `_mini` and the like.
+BENCHMARKS = {
+    "docvqa": Benchmark("DocVQA", "anls", "ANLS"),
+    "ocrbench": Benchmark("OCRBench", "ocrbench_accuracy", "accuracy", binary=True),
+    "textvqa": Benchmark("TextVQA", "exact_match", "VQA accuracy"),
+    "chartqa": Benchmark("ChartQA", "relaxed_overall", "relaxed accuracy", binary=True),
+    "textcaps": Benchmark("TextCaps", "textcaps_CIDEr", "CIDEr", bounded=False),
+    "mmbench": Benchmark(
+        "MMBench", "gpt_eval_score", "accuracy", top=100.0, percent=True, binary=True
+    ),
+    "gqa": Benchmark("GQA", "exact_match", "accuracy", percent=True, binary=True),
+    "vqav2": Benchmark("VQAv2", "exact_match", "VQA accuracy", percent=True),
+}
+OCR_RICH = ("DocVQA", "OCRBench", "TextVQA", "ChartQA", "TextCaps")
+GENERAL = ("MMBench", "GQA", "VQAv2")
+
+# What may follow: other tasks, such as ocrbench_v2 and mmbench_cn_dev, are other benchmarks.
+_PARTS = {
+    "", "val", "mini", "lite", "val_lite", "en_dev", "en_dev_static", "en_dev_lite",
+}  # fmt: skip
+
+# lmms-eval divides by this number whatever the number of samples; our miniature does not.
+_DIVISORS = {"ocrbench": 1000}
+
+# The paper's names of methods, in its order.
 METHOD_NAMES = {
     "fullkv": "FullKV",
     "sparsemm": "SparseMM",
@@ -44,6 +107,33 @@ DEFAULTS: Mapping[str, Any] = {
 }
 
 
+def find_benchmark(task: str) -> Benchmark | None:
+    """The paper's benchmark a task is of, such as of ``docvqa_val`` or ``docvqa_mini``."""
+    name, _, rest = task.partition("_")
+    return BENCHMARKS.get(name) if rest in _PARTS else None
+
+
+def top_score(task: str, metric: str, samples: float | None) -> float:
+    """The best score of a task on lmms-eval's scale; 1 where no other is known.
+
+    Parameters
+    ----------
+    task : str
+        Such as ``docvqa_val``.
+    metric : str
+        lmms-eval's name of it; only the one that counts has a known scale.
+    samples : float or None
+        How many were scored, if that is known.
+    """
+    benchmark = find_benchmark(task)
+    if benchmark is None or benchmark.metric != metric:
+        return 1.0
+    scale = benchmark.top
+    if task in _DIVISORS and samples:
+        scale *= samples / _DIVISORS[task]
+    return scale
+
+
 def paper_model(name: str) -> str | None:
     """The paper's name of a model; None if it is none of the paper's.
 
@@ -76,3 +166,45 @@ def method_label(method: str, settings: Mapping[str, Any]) -> str:
 
 def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+_ORDERS: Mapping[str, Mapping[str, int]] = {
+    column: {name: place for place, name in enumerate(names)}
+    for column, names in (
+        ("benchmark", [benchmark.title for benchmark in BENCHMARKS.values()]),
+        ("model", MODEL_NAMES),
+        ("method", METHOD_NAMES),
+    )
+}
+# A table's rows; what is wanted side by side comes last.
+ROWS = ("benchmark", "task", "model", "method", "label", "source", "budget")
+
+
+def in_order(cells: pd.DataFrame, by: Iterable[str] = ROWS) -> pd.DataFrame:
+    """Sort cells: benchmarks, models and methods as the paper has them, one's own behind by name.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        With the columns named.
+    by : iterable of str
+        Columns, the outermost first. Budgets fall, and what has none comes first; what was
+        measured stands before the paper's; all else ascends, missing values first.
+    """
+    columns = [[_place(name, value) for value in cells[name]] for name in by]
+    keys = list(zip(*columns, strict=True))
+    return cells.iloc[sorted(range(len(cells)), key=keys.__getitem__)]
+
+
+def _place(column: str, value: Any) -> tuple:
+    if column == "source":
+        return (value != "measured",)
+    if pd.isna(value):
+        return (False,)
+    if column == "budget":
+        return True, -value
+    if column in _ORDERS:
+        order = _ORDERS[column]
+        return True, order.get(value, len(order)), value
+    # Settings with more digits stand behind those with fewer.
+    return (True, len(value), value) if column == "label" else (True, value)

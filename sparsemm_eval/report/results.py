@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,7 @@ import pandas as pd
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results_file import (
-    MEASURED,
-    SUFFIX,
-    NotResults,
-    parse_model_args,
-    read_file,
-    scores_of,
-)
+from sparsemm_eval.report.results_file import SUFFIX, NotResults, read_file
 
 PAPER = "paper"
 FILE_COLUMNS = (
@@ -61,8 +53,8 @@ class Results:
     ----------
     cells : DataFrame
         One row a (results file, task), its metric that counts: the columns of
-        `sparsemm_eval.report.cells.COLUMNS`. Scores end at 1 but for CIDEr and for benchmarks
-        that are none of the paper's, which are as lmms-eval has them.
+        `sparsemm_eval.report.cells.COLUMNS`. Scores end at 1 where they are ``bounded``: of the
+        paper's benchmarks but for CIDEr; all others are as lmms-eval has them.
     files : DataFrame
         One row a results file, by the number in `cells`' ``file``: `FILE_COLUMNS`.
     unreadable : tuple of Unreadable
@@ -91,7 +83,7 @@ def gather(results: Iterable[str]) -> Results:
     return Results(pd.concat(tables, ignore_index=True), own.files, own.unreadable)
 
 
-def load(paths: Iterable[Path]) -> Results:
+def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
     """Read results files, and all in folders.
 
     Parameters
@@ -99,6 +91,8 @@ def load(paths: Iterable[Path]) -> Results:
     paths : iterable of Path
         Results files; folders are searched for ``*_results.json``, but for those below them named
         answers, submissions (what metrics write) and mask (the study of silenced heads).
+    all_metrics : bool
+        Whether each metric of a task is a row, or only the one that counts.
 
     Returns
     -------
@@ -119,7 +113,7 @@ def load(paths: Iterable[Path]) -> Results:
         try:
             if left is not None:
                 raise NotResults(left)
-            file = read_file(path)
+            file = read_file(path, all_metrics)
         except NotResults as error:
             unreadable.append(Unreadable(str(path), str(error)))
             continue
@@ -184,55 +178,3 @@ def _nothing(given: list[Path], unreadable: list[Unreadable]) -> str:
         f"{where}: nothing here could be read, {len(unreadable)} tried, first {first.path}: "
         f"{first.reason}"
     )
-
-
-def read_results(paths: Iterable[Path]) -> pd.DataFrame:
-    """One row a (file, task, metric).
-
-    Parameters
-    ----------
-    paths : iterable of Path
-        Results files as lmms-eval writes them.
-
-    Returns
-    -------
-    DataFrame
-        Columns task, metric, score, stderr, samples, the settings of model_args (method, budget,
-        …), what was kept, and file.
-
-    Raises
-    ------
-    ValueError
-        Naming a file that is no lmms-eval results file.
-    """
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        try:
-            results = json.loads(Path(path).read_text(encoding="utf-8"))
-            rows.extend(_rows(results, Path(path)))
-        except (
-            json.JSONDecodeError,
-            UnicodeDecodeError,
-            KeyError,
-            AttributeError,
-            TypeError,
-        ) as error:
-            raise UserError(f"{path}: not an lmms-eval results file ({error!r})") from error
-    return pd.DataFrame(rows)
-
-
-def _rows(results: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    settings = parse_model_args(results["config"]["model_args"])
-    measured = {name: results.get("throughput", {}).get(key) for key, name in MEASURED.items()}
-    for task, values in results["results"].items():
-        for metric, (score, stderr) in scores_of(values):
-            yield {
-                "task": task,
-                "metric": metric,
-                "score": score,
-                "stderr": stderr,
-                "samples": results.get("n-samples", {}).get(task, {}).get("effective"),
-                **settings,
-                **measured,
-                "file": str(path),
-            }

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_eval.report.benchmarks import Benchmark, brought_to_one, find_benchmark
-from sparsemm_eval.report.names import last_part
+from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.provenance import OURS, SCHEMA
 
 SUFFIX = "_results.json"
@@ -20,7 +19,6 @@ MEASURED = {
     "avg_kept_tokens_per_head": "kept_tokens_per_head",
     "avg_kept_kv_bytes": "kept_kv_bytes",
     "avg_prompt_tokens": "prompt_tokens",
-    "avg_share_uncompressed": "share_uncompressed",
 }
 # Of our entry; what is not there is unknown.
 _ENTRY = {
@@ -43,7 +41,7 @@ class ResultsFile:
     about : dict
         What it says of its making.
     rows : list of dict
-        One a task that has a score.
+        One a task that has a score, or one a score.
     without_score : tuple of str
         Its other tasks.
     """
@@ -53,8 +51,15 @@ class ResultsFile:
     without_score: tuple[str, ...]
 
 
-def read_file(path: Path) -> ResultsFile:
+def read_file(path: Path, all_metrics: bool = False) -> ResultsFile:
     """Read a results file, ours or plain lmms-eval's.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    all_metrics : bool
+        Whether each metric of a task is a row, or only the one that counts.
 
     Raises
     ------
@@ -68,14 +73,15 @@ def read_file(path: Path) -> ResultsFile:
     # A group's line repeats its tasks.
     groups = {name for name, tasks in _dict(content, "group_subtasks").items() if tasks}
     tasks = [task for task in _dict(content, "results") if task not in groups]
-    scored = {task: main for task in tasks if (main := _main(content, task)) is not None}
+    scored = {task: rows for task in tasks if (rows := _scored(content, task))}
     if not scored:
         raise NotResults("it holds no scores")
     where = {"model": _model(entry, settings, content, path), **_method(settings, config)}
     measured = _measured(content, len(tasks))
     rows = [
-        {**where, **measured, **main, "samples_files": _samples_files(path, task)}
-        for task, main in scored.items()
+        {**where, **measured, **row, "samples_files": _samples_files(path, task)}
+        for task, scores in scored.items()
+        for row in (scores if all_metrics else scores[:1])
     ]
     without = tuple(task for task in tasks if task not in scored)
     return ResultsFile(_about(path, content, entry, config), rows, without)
@@ -176,33 +182,42 @@ def _model(
     return last_part(str(content.get("model_name") or _dict(content, "config").get("model")))
 
 
-def _main(content: Mapping[str, Any], task: str) -> dict[str, Any] | None:
-    """Score of the metric that counts; of an unknown benchmark the first one, as it is."""
+def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """A row a metric that has a score, the one that counts first.
+
+    That is the paper's of a benchmark of the paper, else the first that the task names.
+    """
     scores: dict[str, tuple[float, float | None]] = {}
-    for metric, found in scores_of(_dict(_dict(content, "results"), task)):
-        scores.setdefault(metric, found)
-    if not scores:
-        return None
+    for metric, pair in scores_of(_dict(_dict(content, "results"), task)):
+        scores.setdefault(metric, pair)
     benchmark = find_benchmark(task)
-    if benchmark is not None and benchmark.metric not in scores:
-        return None
-    if benchmark is None:
-        first = next(iter(scores))
-        benchmark = Benchmark(task, first, first)
+    listed = _dict(_dict(content, "configs"), task).get("metric_list")
+    named = [one.get("metric") for one in listed or () if isinstance(one, Mapping)]
+    first = [*([] if benchmark is None else [benchmark.metric]), *named, *scores]
+    rising = _dict(_dict(content, "higher_is_better"), task)
     counts = _dict(_dict(content, "n-samples"), task)
     samples = number(counts.get("effective"))
-    score, stderr = scores[benchmark.metric]
-    return {
-        "task": task,
-        "benchmark": benchmark.title,
-        "metric": benchmark.metric,
-        "metric_label": benchmark.label,
-        "percent": benchmark.percent,
-        "score": brought_to_one(task, score, samples),
-        "stderr": None if stderr is None else brought_to_one(task, stderr, samples),
-        "samples": samples,
-        "expected": number(counts.get("original")),
-    }
+    rows = []
+    for metric in dict.fromkeys(metric for metric in first if metric in scores):
+        known = benchmark is not None and benchmark.metric == metric
+        top = top_score(task, metric, samples)
+        score, stderr = scores[metric]
+        rows.append(
+            {
+                "task": task,
+                "benchmark": task if benchmark is None else benchmark.title,
+                "metric": metric,
+                "metric_label": benchmark.label if known else metric,
+                "higher_is_better": rising.get(metric) is not False,
+                "bounded": known and benchmark.bounded,
+                "percent": known and benchmark.percent,
+                "score": score / top,
+                "stderr": None if stderr is None else stderr / top,
+                "samples": samples,
+                "expected": number(counts.get("original")),
+            }
+        )
+    return rows
 
 
 def scores_of(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float | None]]]:
@@ -225,9 +240,7 @@ def number(value: Any) -> float | None:
 def _measured(content: Mapping[str, Any], tasks: int) -> dict[str, float | None]:
     """What was kept; unknown where a file holds several tasks, as lmms-eval adds them up."""
     throughput = _dict(content, "throughput") if tasks == 1 else {}
-    kept = [name for name in MEASURED.values() if name != "share_uncompressed"]
-    keys = {name: key for key, name in MEASURED.items()}
-    return {name: number(throughput.get(keys[name])) for name in kept}
+    return {name: number(throughput.get(key)) for key, name in MEASURED.items()}
 
 
 def _samples_files(path: Path, task: str) -> tuple[str, ...]:

@@ -11,9 +11,8 @@ from typing import Any
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.cells import cells_frame
-from sparsemm_eval.report.names import METHOD_NAMES, method_label
+from sparsemm_eval.report.names import BENCHMARKS, METHOD_NAMES, method_label
 
 _FILES = {
     "table1": "table1_ratio_ablation.csv",
@@ -96,6 +95,8 @@ def _rows(table: str) -> Iterator[dict[str, Any]]:
             "seeds": 1,
             "source": row["source"],
             "digits": len(row["score"].partition(".")[2]),
+            "higher_is_better": True,
+            "bounded": benchmark.bounded,
             "percent": benchmark.percent,
             "files_of": (),
             "samples_files": (),
