@@ -21,7 +21,7 @@ from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.report.figures import score_over_silenced
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.results import read_results
+from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
@@ -117,8 +117,9 @@ def run_masking(
         for path in files
     )
     measured = ["file", "task", "metric", "score", "stderr", "samples"]
-    results = read_results(path for files in paths for path in files)
-    frame = results[measured].merge(studied, on="file").drop(columns="file")
+    results = load((path for files in paths for path in files), all_metrics=True)
+    scores = results.cells.assign(file=results.cells["file"].map(results.files["path"]))
+    frame = scores[measured].merge(studied, on="file").drop(columns="file")
     return _write(frame, checkpoint, out, command, time.perf_counter() - start)
 
 

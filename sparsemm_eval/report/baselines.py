@@ -27,8 +27,7 @@ def ranks(cells: pd.DataFrame) -> pd.Series:
     found = pd.Series(float("nan"), index=cells.index)
     for _, rivals in _columns(cells):
         if len(rivals) > 1:
-            scores = rivals["score"].round(9)
-            found[rivals.index] = scores.rank(method="dense", ascending=False)
+            found[rivals.index] = _gain(rivals).round(9).rank(method="dense", ascending=False)
     return found
 
 
@@ -55,7 +54,8 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
     found: dict[Hashable, Hashable | None] = dict.fromkeys(cells.index)
     if against == BEST:
         for here, rivals in _columns(cells):
-            best = list(rivals.sort_values("score", ascending=False, kind="stable").index[:2])
+            gains = _gain(rivals).sort_values(ascending=False, kind="stable")
+            best = list(gains.index[:2])
             for cell in here.index:
                 found[cell] = next((other for other in best if other != cell), None)
         return found
@@ -74,6 +74,11 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
             if len(there) and there.index[0] != cell:
                 found[cell] = there.index[0]
     return found
+
+
+def _gain(cells: pd.DataFrame) -> pd.Series:
+    """Scores, turned round where lower is better."""
+    return cells["score"].where(cells["higher_is_better"], -cells["score"])
 
 
 def _groups(cells: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:

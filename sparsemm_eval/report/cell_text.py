@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.names import DEFAULTS
 from sparsemm_eval.report.paper import paper_cells
 
@@ -25,7 +24,6 @@ SHOWN = {
     "n": "n",
     "spread": "spread",
 }
-_BOUNDED = {benchmark.title for benchmark in BENCHMARKS.values() if benchmark.label != "CIDEr"}
 _DIGITS = 3
 _SHIFT = {(1, 100): -2, (100, 1): 2}  # decimals, from one factor of the score to another
 
@@ -101,7 +99,7 @@ def with_scale(
             places = int(row["digits"])
         factor = natural
         if percent is not None:
-            factor = 100 if percent and row["benchmark"] in _BOUNDED else 1
+            factor = 100 if percent and row["bounded"] else 1
         places += _SHIFT.get((natural, factor), 0)
         factors.append(factor)
         decimals.append(max(places, 0) if digits is None else digits)

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.benchmarks import BENCHMARKS
-from sparsemm_eval.report.names import DEFAULTS, METHOD_NAMES, MODEL_NAMES
+from sparsemm_eval.report.names import (
+    BENCHMARKS,
+    DEFAULTS,
+    GENERAL,
+    METHOD_NAMES,
+    MODEL_NAMES,
+    OCR_RICH,
+)
 
-OCR_RICH = ("DocVQA", "OCRBench", "TextVQA", "ChartQA", "TextCaps")
-GENERAL = ("MMBench", "GQA", "VQAv2")
 _STUDIES = ("table1", "table2")
 _PARTS = ("local window", "uniform", "score-preferred")
 

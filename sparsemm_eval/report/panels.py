@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.benchmarks import BENCHMARKS
-from sparsemm_eval.report.names import MODEL_NAMES
+from sparsemm_eval.report.names import BENCHMARKS, MODEL_NAMES
 
 Z = 1.96  # standard errors to either side of a 95% interval
 # They vary one setting at one budget, or parts of the cache: no curves of a method.

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sparsemm_eval.report.names import find_benchmark
 from sparsemm_eval.report.cider import cider, plain_words, treebank_words
+from sparsemm_eval.report.names import find_benchmark
 from sparsemm_eval.report.results_file import number
 
 # Relative; lmms-eval's own means are rounded in their last bits.

@@ -109,11 +109,12 @@ def add_statistics(
         rows.append(row)
     added = pd.DataFrame(rows, index=cells.index)
     counts = added["p_corrected"] < 1 - level
+    gain = added["difference"].where(cells["higher_is_better"], -added["difference"])
     return cells.assign(
         **added,
         rank=ranks(cells),
-        better=counts & (added["difference"] > 0),
-        worse=counts & (added["difference"] < 0),
+        better=counts & (gain > 0),
+        worse=counts & (gain < 0),
     )
 
 

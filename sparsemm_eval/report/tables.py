@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
-from sparsemm_eval.report.benchmarks import benchmark_of
-from sparsemm_eval.report.names import METHOD_NAMES
+from sparsemm_eval.report.names import METHOD_NAMES, top_score
 
 
 def method_order(methods: list[str]) -> list[str]:
@@ -42,7 +41,7 @@ def overview_table(
     Parameters
     ----------
     frame : DataFrame
-        Of one model, as `main_scores` gives it.
+        Of one model: `sparsemm_eval.report.results.load`'s cells.
     budget : int
         Which cells are shown.
     chance : mapping
@@ -51,11 +50,15 @@ def overview_table(
     shown = frame[frame["budget"].isna() | frame["budget"].eq(budget)]
     table = shown.pivot_table(index="task", columns="method", values="score", sort=False)
     table = table[method_order(list(table.columns))]
-    tops = {task: benchmark_of(task).top for task in table.index}
-    table["chance"] = [chance[task][1] / tops[task] for task in table.index]
+    of_task = shown.groupby("task").first()
+    table["chance"] = [
+        chance[task][1] / top_score(task, of_task.at[task, "metric"], None) for task in table.index
+    ]
     table.columns = [METHOD_NAMES.get(name, name) for name in table.columns]
-    found = [benchmark_of(task) for task in table.index]
-    table.index = [f"{benchmark.title} ({benchmark.label})" for benchmark in found]
+    table.index = [
+        f"{of_task.at[task, 'benchmark']} ({of_task.at[task, 'metric_label']})"
+        for task in table.index
+    ]
     return table.rename_axis(f"budget {budget}")
 
 
@@ -67,7 +70,7 @@ def score_tables(
     Parameters
     ----------
     frame : DataFrame
-        Of one model, as `main_scores` gives it.
+        Of one model: `sparsemm_eval.report.results.load`'s cells.
     chance : mapping
         Best constant answer and its score on the task's own scale, by task, where it is known.
 
@@ -77,11 +80,12 @@ def score_tables(
         Benchmark, metric and chance in words, and the table.
     """
     for task, cells in frame.groupby("task", sort=False):
-        benchmark = benchmark_of(task)
-        title = f"{benchmark.title}: {benchmark.label}"
+        first = cells.iloc[0]
+        title = f"{first['benchmark']}: {first['metric_label']}"
         if task in chance:
             answer, score = chance[task]
-            title += f" (chance {score / benchmark.top:.3f}, answering “{answer}”)"
+            score /= top_score(task, first["metric"], None)
+            title += f" (chance {score:.3f}, answering “{answer}”)"
         yield title, score_table(cells)
 
 

@@ -20,7 +20,6 @@ from tenacity import RetryError
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.requirements import check_tasks
-from sparsemm_eval.report.benchmarks import benchmark_of
 from sparsemm_eval.sweep.grid import ModelSpec
 
 # An answer's row, its index entries and its line in a samples file; generous.
@@ -63,18 +62,16 @@ def runnable(tasks: Sequence[str], skip: bool) -> tuple[list[str], list[LeftOut]
     Parameters
     ----------
     tasks : sequence of str
-        lmms-eval tasks of the paper's benchmarks.
+        lmms-eval tasks.
     skip : bool
         Leave out those that cannot, instead of refusing all.
 
     Raises
     ------
     ValueError
-        If one cannot and is not to be skipped, or if none is left, or for other benchmarks.
+        If one cannot and is not to be skipped, or if none is left.
     """
     left: list[LeftOut] = []
-    for task in tasks:
-        benchmark_of(task)
     if not skip:
         check_tasks(tasks)
         return list(tasks), left

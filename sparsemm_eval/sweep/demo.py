@@ -20,13 +20,13 @@ from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.models.visuals import visuals
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.report.benchmarks import benchmark_of, main_scores
 from sparsemm_eval.report.curves import score_curves
 from sparsemm_eval.report.markup import to_format
+from sparsemm_eval.report.names import top_score
 from sparsemm_eval.report.page import write_page
 from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.results import load, read_results
+from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.styles import save
@@ -141,7 +141,7 @@ def run_demo(
             about=made_by(command, name),
         )
         of_model = [path for of_cell in paths for path in of_cell]
-        frames.append(main_scores(read_results(of_model)).assign(model=name))
+        frames.append(load(of_model).cells.assign(model=name))
         scored += of_model
         if masked:
             study = run_masking(
@@ -189,6 +189,7 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
         task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
         for task in frame["task"].unique()
     }
+    metric_of = frame.groupby("task")["metric"].first()
     folders = embedded_checkpoints()
     parts = [
         f"# {TITLE}",
@@ -217,7 +218,8 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
                 **provenance(command),
                 "seconds": round(time.perf_counter() - start, 1),
                 "chance": {
-                    task: score / benchmark_of(task).top for task, (_, score) in chance.items()
+                    task: score / top_score(task, metric_of[task], None)
+                    for task, (_, score) in chance.items()
                 },
                 "cells": json.loads(frame[_COLUMNS].to_json(orient="records")),
             },

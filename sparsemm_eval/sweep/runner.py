@@ -20,8 +20,7 @@ from sparsemm_eval.models.answers import Answer, SampleFailures, tally
 from sparsemm_eval.models.evaluate import answer, make_models, results_path, score
 from sparsemm_eval.models.wrapper import SparseMMModel
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.benchmarks import main_scores
-from sparsemm_eval.report.results import read_results
+from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import METHOD_NAMES
 from sparsemm_eval.sweep.checks import (
     check_data,
@@ -140,7 +139,11 @@ class Runner:
                 if model.method.budget is None:
                     full[at] = answers
                 if (path := self._score(planned, model, answers)) is not None:
-                    row = main_scores(read_results([path]))
+                    try:
+                        row = load([path]).cells
+                    except UserError as error:  # it holds no score that can be shown
+                        self._fail(planned, one_line(error))
+                        continue
                     near = fidelity(answers, full.get(at, {}))
                     rows.append(row.assign(model=planned.model, **self._names(model), **near))
         return rows

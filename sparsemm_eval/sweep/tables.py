@@ -30,7 +30,7 @@ def write_tables(
     Parameters
     ----------
     frame : DataFrame
-        One row a scored cell, as `main_scores` gives it, with model and fidelity.
+        One row a scored cell, of `report.results.load`, with fidelity.
     grid : Grid
         Of the sweep.
     out : Path
@@ -55,7 +55,7 @@ def write_tables(
         f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
         for (name, task), cells in frame.groupby(["model", "task"], sort=False)
     ]
-    settings = [name for name in ("ratio", "allocation", "seed") if name in frame]
+    settings = [name for name in ("ratio", "allocation", "seed") if frame[name].notna().any()]
     cells = frame[[*_COLUMNS, *settings]]
     summary = {
         **provenance(command),

@@ -23,6 +23,7 @@ def cell(
         "budget": budget, "settings": {}, "score": score, "seeds": 1, "samples": 200,
         "expected": 200, "kept_tokens_per_head": budget or 300.0, "kept_kv_bytes": 3 * 2**20,
         "source": "measured", "percent": False, "files_of": (), "samples_files": (),
+        "higher_is_better": True, "bounded": True,
     }  # fmt: skip
     return row | other
 

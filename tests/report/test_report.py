@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from sparsemm_eval.report.benchmarks import benchmark_of, main_scores
 from sparsemm_eval.report.figures import score_over_silenced
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.results import parse_model_args, read_results
+from sparsemm_eval.report.results import load
+from sparsemm_eval.report.results_file import parse_model_args
 from sparsemm_eval.report.tables import (
     kept_table,
     overview_table,
@@ -53,7 +53,7 @@ def frame(tmp_path: Path) -> pd.DataFrame:
         ("method=sparsemm,budget=64,ratio=0.1", 0.9, 63.5),
         ("method=fullkv", 0.99, 359.0),
     ]
-    return read_results([results_file(tmp_path, *cell) for cell in cells])
+    return load([results_file(tmp_path, *cell) for cell in cells]).cells
 
 
 def test_one_row_a_metric_with_its_settings(frame: pd.DataFrame) -> None:
@@ -81,27 +81,34 @@ def test_the_kept_table_states_nominal_and_real(frame: pd.DataFrame) -> None:
     assert table["KV KiB/sample"].tolist() == ["359.0", "63.5", "64.0", "32.0"]
 
 
-def test_the_main_metric_counts_on_a_scale_that_ends_at_one() -> None:
-    rows = [
-        ("docvqa_mini", "anls", 0.5, 0.02, 200),
-        ("mmbench_mini", "gpt_eval_score", 80.0, 3.0, 200),
-        ("chartqa_mini", "relaxed_human_split", 0.1, 0.1, 200),
-        ("textcaps_mini", "textcaps_CIDEr", 2.5, 1.0, 200),
+@pytest.mark.parametrize(
+    ("task", "metric", "score", "stderr", "shown"),
+    [
+        ("docvqa_mini", "anls", 0.5, 0.02, (0.5, 0.02)),
+        ("mmbench_mini", "gpt_eval_score", 80.0, 3.0, (0.8, 0.03)),
+        ("textcaps_mini", "textcaps_CIDEr", 2.5, 1.0, (2.5, 1.0)),
         # lmms-eval divides by 1,000 here, whatever the number of samples.
-        ("ocrbench", "ocrbench_accuracy", 0.08, None, 100),
-    ]
-    frame = pd.DataFrame(rows, columns=["task", "metric", "score", "stderr", "samples"])
-    kept = main_scores(frame)
-    assert kept["score"].tolist() == pytest.approx([0.5, 0.8, 2.5, 0.8])
-    assert kept["stderr"].tolist()[:3] == pytest.approx([0.02, 0.03, 1])
-    assert benchmark_of("mmbench_en_dev_static").title == "MMBench"
-    with pytest.raises(ValueError, match="task=mme: it is of none of docvqa"):
-        benchmark_of("mme")
+        ("ocrbench", "ocrbench_accuracy", 0.08, 0.01, (0.8, 0.1)),
+    ],
+)
+def test_the_main_metric_counts_on_a_scale_that_ends_at_one(
+    task: str, metric: str, score: float, stderr: float, shown: tuple, tmp_path: Path
+) -> None:
+    scores = {"other,none": 0.1, f"{metric},none": score, f"{metric}_stderr,none": stderr}
+    content = {"results": {task: scores}, "n-samples": {task: {"effective": 100}}}
+    path = tmp_path / "x_results.json"
+    path.write_text(json.dumps(content))
+    (cell,) = load([path]).cells.itertuples()
+    assert cell.metric == metric
+    assert (cell.score, cell.stderr) == pytest.approx(shown)
 
 
 def test_the_overview_has_a_row_a_benchmark(frame: pd.DataFrame) -> None:
     chance = {"docvqa_mini": ("A", 0.1), "mmbench_mini": ("A", 25.0)}
-    both = pd.concat([frame.assign(task=task) for task in chance])
+    own = frame.assign(
+        task="mmbench_mini", benchmark="MMBench", metric="gpt_eval_score", metric_label="accuracy"
+    )
+    both = pd.concat([frame, own])
     table = overview_table(both, 64, chance)
     assert list(table.index) == ["DocVQA (ANLS)", "MMBench (accuracy)"]
     assert list(table.columns) == ["FullKV", "SparseMM", "SnapKV", "chance"]
@@ -111,7 +118,10 @@ def test_the_overview_has_a_row_a_benchmark(frame: pd.DataFrame) -> None:
 
 def test_tables_name_benchmark_metric_and_chance(frame: pd.DataFrame) -> None:
     chance = {"mmbench_mini": ("A", 25.0)}
-    ((title, table),) = score_tables(frame.assign(task="mmbench_mini"), chance)
+    own = frame.assign(
+        task="mmbench_mini", benchmark="MMBench", metric="gpt_eval_score", metric_label="accuracy"
+    )
+    ((title, table),) = score_tables(own, chance)
     assert title == "MMBench: accuracy (chance 0.250, answering “A”)"
     assert list(table.index) == ["FullKV", "SparseMM", "SnapKV"]
 
@@ -120,8 +130,8 @@ def test_tables_name_benchmark_metric_and_chance(frame: pd.DataFrame) -> None:
 def test_a_file_of_another_kind_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json: not an lmms-eval results file"):
-        read_results([path])
+    with pytest.raises(ValueError, match=r"other\.json: it "):
+        load([path])
 
 
 def test_model_args_are_read_as_lmms_eval_reads_them() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sparsemm_eval.report.benchmarks import benchmark_of, find_benchmark
 from sparsemm_eval.report.cells import COLUMNS, join_seeds
+from sparsemm_eval.report.names import BENCHMARKS, find_benchmark
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.results import FILE_COLUMNS, Results, gather, load
 from sparsemm_eval.report.results_file import content_hash
@@ -147,10 +147,29 @@ def test_another_benchmark_keeps_its_name_metric_and_scale(tmp_path: Path) -> No
     assert (cell.score, cell.percent) == (1500, False)
 
 
+def test_metric_and_direction_are_what_the_file_says(tmp_path: Path) -> None:
+    """The first metric of the task's own list that has a number; lower may be better."""
+    made = content(score=0.3, task="speech", metric="wer")
+    made["results"]["speech"] |= {"submission,none": [], "cer,none": 0.1}
+    made["configs"] = {"speech": {"metric_list": [{"metric": "submission"}, {"metric": "cer"}]}}
+    made["higher_is_better"] = {"speech": {"wer": False, "cer": False}}
+    cell = found(tmp_path, made).cells.iloc[0]
+    assert (cell.benchmark, cell.metric, cell.score) == ("speech", "cer", 0.1)
+    assert not cell.higher_is_better
+    every = load([tmp_path], all_metrics=True).cells
+    assert every["metric"].tolist() == ["cer", "wer"]
+
+
+def test_a_known_benchmark_with_another_metric_is_shown_as_it_is(tmp_path: Path) -> None:
+    cell = found(tmp_path, content(score=80.0, task="mmbench_en_dev", metric="own")).cells.iloc[0]
+    assert (cell.benchmark, cell.metric_label, cell.score) == ("MMBench", "own", 80)
+    assert not (cell.percent or cell.bounded)
+
+
 def test_variants_that_are_other_benchmarks_are_not_taken_for_the_papers() -> None:
     assert find_benchmark("ocrbench_v2") is None
     assert find_benchmark("mmbench_cn_dev") is None
-    assert find_benchmark("textvqa_val_lite") is benchmark_of("textvqa_mini")
+    assert find_benchmark("textvqa_val_lite") is BENCHMARKS["textvqa"]
 
 
 def test_another_programs_model_is_a_method_of_its_own(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm_eval.report.benchmarks import BENCHMARKS
 from sparsemm_eval.report.cells import cells_frame, join_seeds
+from sparsemm_eval.report.names import BENCHMARKS
 from sparsemm_eval.report.results import Results, load
 from sparsemm_eval.report.samples import read_samples, sample_scores, score_samples
 from sparsemm_eval.sweep.grid import parse_grid

@@ -125,6 +125,17 @@ def test_cells_without_samples_have_ranks_and_plain_differences_alone() -> None:
     assert set(valued["test"]) == {""}
 
 
+def test_where_lower_is_better_the_lowest_wins(two: tuple) -> None:
+    cells, scores = two
+    valued = by_label(add_statistics(cells.assign(higher_is_better=False), scores))
+    assert valued["rank"].drop("FullKV").tolist() == [2, 3, 1]
+    assert valued["baseline"].to_dict() == {
+        "FullKV": "", "SnapKV": "AdaKV", "SparseMM": "AdaKV", "AdaKV": "SnapKV"
+    }  # fmt: skip
+    assert valued.loc["SparseMM", "worse"]
+    assert not valued.loc["SparseMM", "better"]
+
+
 def test_a_partial_run_is_compared_over_what_both_have() -> None:
     """It is no rival: its own score is of other samples."""
     full, part = coins(4, 100, 0.6, 0.9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from sparsemm_eval.report.benchmarks import BENCHMARKS
+from sparsemm_eval.report.names import BENCHMARKS
 from sparsemm_eval.report.tables import method_order
 
 CHOICES = ("model", "benchmark", "method", "budget")
