@@ -163,7 +163,8 @@ def test_metric_and_direction_are_what_the_file_says(tmp_path: Path) -> None:
 def test_a_known_benchmark_with_another_metric_is_shown_as_it_is(tmp_path: Path) -> None:
     cell = found(tmp_path, content(score=80.0, task="mmbench_en_dev", metric="own")).cells.iloc[0]
     assert (cell.benchmark, cell.metric_label, cell.score) == ("MMBench", "own", 80)
-    assert not (cell.percent or cell.bounded)
+    assert not cell.percent
+    assert not cell.bounded
 
 
 def test_variants_that_are_other_benchmarks_are_not_taken_for_the_papers() -> None:
