@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+import hashlib
 import io
 import math
 import textwrap
@@ -13,6 +15,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
@@ -38,7 +41,6 @@ METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "local": {"color": "#56B4E9", "marker": "v"},
     "streaming": {"color": "#E69F00", "marker": "P"},
 }
-_COLOURS = tuple(style["color"] for style in METHOD_STYLES.values())[1:]
 _MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">")
 # Dashes are not among them: they tell the paper's curves, drawn behind one's own.
 PAPER_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": "None", "zorder": 1.5}
@@ -49,7 +51,7 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each curve, no two of them alike.
 
     A method of the paper has a colour of its own; what varies its settings has other markers and
-    lines. Methods of one's own take the colours that are left, and share them when none is.
+    lines. A method of one's own has those of its name.
 
     Parameters
     ----------
@@ -62,25 +64,29 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         ``color``, ``marker`` and ``linestyle`` by label.
     """
     styles: dict[str, dict[str, Any]] = {}
-    taken = {METHOD_STYLES[name]["color"] for name in methods.values() if name in METHOD_STYLES}
-    free = [colour for colour in _COLOURS if colour not in taken]
-    colours = [*free, *(colour for colour in _COLOURS if colour in taken)]
     for label, method in methods.items():
-        known = METHOD_STYLES.get(method)
+        first = {"marker": None, **(METHOD_STYLES.get(method) or _own_style(method))}
         for turn in count():
-            place = turn if known is None else turn - 1
-            marker, line = _MARKERS[place % len(_MARKERS)], _LINES[place % len(_LINES)]
-            if known is None:
-                line = _LINES[turn // len(colours) % len(_LINES)]
-                style = {"color": colours[turn % len(colours)], "marker": marker, "linestyle": line}
-            elif turn == 0:
-                style = {"marker": None, **known, "linestyle": "-"}
-            else:
-                style = {"color": known["color"], "marker": marker, "linestyle": line}
+            marker, line = _MARKERS[(turn - 1) % len(_MARKERS)], _LINES[(turn - 1) % len(_LINES)]
+            style = {**first, "linestyle": "-"}
+            if turn:
+                style |= {"marker": marker, "linestyle": line}
             if style not in styles.values():
                 styles[label] = style
                 break
     return styles
+
+
+def _own_style(method: str) -> dict[str, Any]:
+    """Colour and marker from the name alone: the same whatever else is drawn, never SparseMM's."""
+    digest = hashlib.sha256(method.encode()).digest()
+    # From yellow over green and blue to magenta: SparseMM's vermilion is left out.
+    hue = 0.15 + 0.78 * int.from_bytes(digest[:2], "big") / 2**16
+    light = 0.35 + 0.2 * digest[2] / 255
+    return {
+        "color": to_hex(colorsys.hls_to_rgb(hue, light, 0.7)).upper(),
+        "marker": _MARKERS[1 + digest[3] % (len(_MARKERS) - 1)],
+    }
 
 
 def label_order(methods: Mapping[str, str]) -> dict[str, str]:

@@ -243,6 +243,14 @@ def test_no_two_labels_look_alike(methods: list[str]) -> None:
             assert styles[label]["color"] == METHOD_STYLES[method]["color"]
 
 
+@given(st.text(max_size=12).filter(lambda name: name not in METHOD_STYLES), st.booleans())
+def test_a_method_of_ones_own_looks_the_same_beside_any_other(name: str, beside: bool) -> None:
+    alone = line_styles({name: name})[name]
+    others = {other: other for other in METHOD_STYLES if beside}
+    assert line_styles({**others, "h2o": "h2o", name: name})[name] == alone or name == "h2o"
+    assert alone["color"] not in {style["color"] for style in METHOD_STYLES.values()}
+
+
 @pytest.mark.parametrize(("count", "width"), [(1, COLUMN), (2, PAGE), (5, PAGE), (8, PAGE)])
 def test_figures_have_a_pages_width_and_letters_that_can_be_read(count: int, width: float) -> None:
     names = ("DocVQA", "OCRBench", "TextVQA", "ChartQA", "TextCaps", "MMBench", "GQA", "VQAv2")
