@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    model = str(default_checkpoint())
+    model = "embedded:qwen2vl"
     done = CliRunner().invoke(app, ["chase", "--model", model, "-n", "3", "-o", str(output)])
     assert done.exit_code == 0, done.output
     assert "on 3 images" in done.output
@@ -33,6 +33,8 @@ def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     (["mask", "-o", "m", "--mode", "key"], "mode='key': it must be one of query, output"),
     (["chase", "--model", str(default_checkpoint()), "--data", "books"], "data='books'"),
     (["draw", "--heads", "9-9"], "heads='9-9'"),
+    (["draw", "--device", "cuda:99"], "device='cuda:99': it must be one of auto, cpu"),
+    (["chase", "--model", "embedded:gpt"], "model=embedded:gpt: it must be one of"),
     (["draw", "--question", "What?"], "a question or box without its image"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_1(
@@ -43,6 +45,11 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert done.exit_code == 1
     assert words in done.output
     assert done.output.count("\n") == 1
+
+
+def test_the_help_of_chase_shows_a_line_of_its_data_whole() -> None:
+    done = CliRunner().invoke(app, ["chase", "--help"], env={"COLUMNS": "400"})
+    assert '{"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]}' in done.output
 
 
 def test_draw_says_where_heads_look_and_what_it_wrote(tmp_path: Path) -> None:

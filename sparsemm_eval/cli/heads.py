@@ -5,21 +5,32 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsemm_eval.cli.common import numbers, one_sentence, quiet
+from sparsemm_eval.cli.common import numbers, one_sentence, quiet, words
+from sparsemm_eval.errors import check_choice
+
+if TYPE_CHECKING:
+    from sparsemm_eval.models.checkpoint import Checkpoint
 
 app = typer.Typer()
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint: a folder, a hub repository or embedded:qwen2vl (default)."),
+]
+Scores = Annotated[Path | None, typer.Option(help="Score file; default: the checkpoint's own.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[
+    str, typer.Option(help="Where the model lies, such as cuda:1; default: CUDA where it is.")
+]
 
 
 @app.command()
 def chase(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint: a folder or a hub repository; default: embedded."),
-    ] = None,
+    model: Model = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Score file; default: where its runs will find it."),
@@ -28,7 +39,7 @@ def chase(
         str,
         typer.Option(
             help="What is read: drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER, or a JSONL "
-            'file of {"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]} lines.'
+            'file of {"image": path, "chunks": [{"text": …, "box": \\[x0, y0, x1, y1]}]} lines.'
         ),
     ] = "drawn",
     count: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 200,
@@ -37,8 +48,8 @@ def chase(
     ] = "all",
     batch_size: Annotated[int, typer.Option(help="Images read together.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Where a generated answer ends.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "",
 ) -> None:
     """Find the heads that look at what is being read, and write their visual scores.
 
@@ -47,10 +58,8 @@ def chase(
     with one_sentence():
         from sparsemm_eval.heads.chase import chase as run_chase
         from sparsemm_eval.heads.pages import pages_for
-        from sparsemm_eval.models.checkpoint import Checkpoint
-        from sparsemm_eval.tiny import default_checkpoint
 
-        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        checkpoint = _checkpoint(model, dtype, device)
         path = output or checkpoint.scores_cache()
         scores = run_chase(
             checkpoint,
@@ -71,10 +80,7 @@ def chase(
 
 @app.command()
 def draw(
-    model: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
-    ] = None,
+    model: Model = None,
     image: Annotated[
         Path | None, typer.Option(help="What is looked at; default: a drawn document.")
     ] = None,
@@ -87,25 +93,21 @@ def draw(
     ] = None,
     best: Annotated[int, typer.Option(help="Heads of the highest visual scores.")] = 3,
     worst: Annotated[int, typer.Option(help="Heads of the lowest visual scores.")] = 3,
-    head_scores: Annotated[
-        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
-    ] = None,
+    head_scores: Scores = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path(
         "results/heads"
     ),
     max_new_tokens: Annotated[int, typer.Option(help="Where the answer ends.")] = 64,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+    dtype: Dtype = "float32",
+    device: Device = "",
 ) -> None:
     """Draw what the heads look at while a question is answered: over the image, and all at once."""
     with one_sentence():
         from sparsemm_eval.heads.draw import draw as draw_heads
         from sparsemm_eval.heads.draw import read_scene
-        from sparsemm_eval.models.checkpoint import Checkpoint
-        from sparsemm_eval.tiny import default_checkpoint
 
         scene = read_scene(image, question, box)
-        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        checkpoint = _checkpoint(model, dtype, device)
         drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)
         typer.echo(f"answer: {drawn.answer}")
         for line in (*drawn.lines, *(f"wrote {path}" for path in drawn.files)):
@@ -115,10 +117,7 @@ def draw(
 @app.command()
 def mask(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for answers, table and curve.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Checkpoint: a folder or hub repository; default: embedded."),
-    ] = None,
+    model: Model = None,
     tasks: Annotated[str, typer.Option(help="Benchmarks, comma-separated.")] = "docvqa_mini",
     shares: Annotated[
         str, typer.Option(help="Shares of the query heads to silence, comma-separated.")
@@ -129,25 +128,21 @@ def mask(
     ),
     samples: Annotated[int, typer.Option(help="The first so many of each benchmark.")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples read together.")] = 8,
-    head_scores: Annotated[
-        Path | None, typer.Option(help="Score file; default: the checkpoint's own.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Where the model lies.")] = "cpu",
+    head_scores: Scores = None,
+    dtype: Dtype = "float32",
+    device: Device = "",
 ) -> None:
     """What benchmarks lose without the visual heads, and without as many random others."""
     with one_sentence():
         quiet()
         from sparsemm_eval.heads.mask import run_masking
         from sparsemm_eval.methods import MASK_MODES
-        from sparsemm_eval.models.checkpoint import Checkpoint
-        from sparsemm_eval.tiny import default_checkpoint
 
-        checkpoint = Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+        checkpoint = _checkpoint(model, dtype, device)
         done = run_masking(
             checkpoint,
             out,
-            tasks=[task.strip() for task in tasks.split(",") if task.strip()],
+            tasks=words(tasks),
             shares=numbers("shares", shares, "0.01,0.05"),
             seeds=seeds,
             modes=MASK_MODES if mode == "both" else (mode,),
@@ -159,3 +154,17 @@ def mask(
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
+
+
+def _checkpoint(model: str | None, dtype: str, device: str) -> Checkpoint:
+    """A checkpoint that will lie on a device; one that is not there is refused."""
+    import torch
+
+    from sparsemm_eval.models.checkpoint import Checkpoint
+    from sparsemm_eval.tiny import default_checkpoint
+
+    count = torch.cuda.device_count()
+    known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))]
+    device = device or ("cuda" if count else "cpu")
+    check_choice("device", device, known)
+    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)

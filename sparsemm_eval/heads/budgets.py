@@ -29,7 +29,7 @@ from sparsemm_eval.methods import (
 )
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.report.figure_files import DrawnFiles
-from sparsemm_eval.report.names import method_label
+from sparsemm_eval.report.names import last_part, method_label
 from sparsemm_eval.report.styles import (
     COLUMN,
     LINE,
@@ -39,9 +39,8 @@ from sparsemm_eval.report.styles import (
     save,
     wrapped,
 )
-from sparsemm_eval.tiny import default_checkpoint, embedded_checkpoints
+from sparsemm_eval.tiny import default_checkpoint, find_checkpoint
 
-_EMBEDDED = "embedded:"
 _COLOURS = "viridis"
 _MOST_COLUMNS = 4
 _HEIGHTS = {1: 2.4, 2: 2.0, 3: 1.7, 4: 1.5}  # inches of a panel, by columns
@@ -169,22 +168,10 @@ def _subject(
         if kv_heads is not None:
             check_int("kv_heads", kv_heads, least=1)
         return head_scores.name, ModelShape(layers, query_heads, kv_heads or query_heads), scores
-    source = _source(model)
+    source = find_checkpoint(model or str(default_checkpoint()))
     shape = _shape(source)
     scores = None if head_scores is None else HeadScores.read(head_scores, shape)
-    return Path(source).name if model is None else model.removeprefix(_EMBEDDED), shape, scores
-
-
-def _source(model: str | None) -> str:
-    """Folder or hub repository."""
-    if model is None:
-        return str(default_checkpoint())
-    if not model.startswith(_EMBEDDED):
-        return model
-    known = {f"{_EMBEDDED}{name}": str(path) for name, path in embedded_checkpoints().items()}
-    if model not in known:
-        raise UserError(f"model={model}: it must be one of {', '.join(known)}")
-    return known[model]
+    return last_part(source), shape, scores
 
 
 def _shape(source: str) -> ModelShape:
@@ -199,7 +186,7 @@ def _shape(source: str) -> ModelShape:
 
 
 def _own_scores(model: str | None, shape: ModelShape) -> HeadScores:
-    source = _source(model)
+    source = find_checkpoint(model or str(default_checkpoint()))
     if not Path(source).is_dir():
         raise UserError(f"model={model} is a hub repository: give its head_scores=FILE, too")
     return Checkpoint(source).head_scores()

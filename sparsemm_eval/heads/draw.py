@@ -23,6 +23,7 @@ from sparsemm_eval.heads.pages import read_image
 from sparsemm_eval.heads.regions import Box, Regions, check_family, find_regions, image_positions
 from sparsemm_eval.methods import HeadScores, ModelShape
 from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.report.names import last_part
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
 Head = tuple[int, int]
@@ -273,7 +274,7 @@ def draw(
         notes.append(f"no scores drawn: {one_line(error)}")
     chosen = named or rank_heads(scores, best, worst)
     looks = attend(checkpoint, scene, max_new_tokens)
-    name = Path(checkpoint.pretrained).name
+    name = last_part(checkpoint.pretrained)
     out.mkdir(parents=True, exist_ok=True)
     captions = [_caption(head, looks, scores, scene.box) for head in chosen]
     files = _draw_attention(name, scene, looks, chosen, captions, out)

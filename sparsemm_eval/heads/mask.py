@@ -20,6 +20,7 @@ from sparsemm_eval.methods import MASK_MODES
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.report.figures import score_over_silenced
+from sparsemm_eval.report.names import last_part
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
@@ -143,7 +144,7 @@ def _write(
     """Tables, curve and summary of all cells."""
     shape = checkpoint.shape
     total = shape.layers * shape.query_heads
-    model = checkpoint.folder.name
+    model = last_part(str(checkpoint.folder))
     parts = [
         "# What is lost without visual heads",
         f"{model} ({shape.layers} layers of {shape.query_heads} query heads) on full KV, "

@@ -29,6 +29,7 @@ from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder
+from sparsemm_eval.tiny import find_checkpoint
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
@@ -40,7 +41,8 @@ class Checkpoint:
     Parameters
     ----------
     pretrained : str or Path
-        A folder, or a repository on the hub (downloaded once, found offline afterwards).
+        A folder, a repository on the hub (downloaded once, found offline afterwards), or
+        ``embedded:qwen2vl`` and ``embedded:llava_next``.
     model_type : str, optional
         What its config must say, such as "llava_next" or "qwen2_vl"; None takes any family.
     revision : str, optional
@@ -75,7 +77,7 @@ class Checkpoint:
         self.pretrained = str(pretrained)
         self.dtype, self.device_map = dtype, device_map
         self.attn_implementation = attn_implementation
-        self.folder = _folder(self.pretrained, revision)
+        self.folder = _folder(find_checkpoint(self.pretrained), revision)
         self.config = _read_config(self.folder, self.pretrained)
         if model_type not in (None, self.config.model_type):
             raise UserError(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["default_checkpoint", "embedded_checkpoints"]
+from sparsemm_eval.errors import UserError
+
+__all__ = ["EMBEDDED", "default_checkpoint", "embedded_checkpoints", "find_checkpoint"]
+
+# What a checkpoint that ships with the package is called by, everywhere: embedded:qwen2vl.
+EMBEDDED = "embedded:"
 
 
 def default_checkpoint() -> Path:
@@ -28,3 +33,24 @@ def embedded_checkpoints() -> dict[str, Path]:
     """
     here = Path(__file__).resolve().parent
     return {name: here / name for name in ("qwen2vl", "llava_next")}
+
+
+def find_checkpoint(name: str) -> str:
+    """Return the folder that ``embedded:NAME`` stands for; any other name as it is.
+
+    Parameters
+    ----------
+    name : str
+        ``embedded:qwen2vl``, ``embedded:llava_next``, a folder or a hub repository.
+
+    Raises
+    ------
+    UserError
+        If no checkpoint of this name ships with the package.
+    """
+    if not name.startswith(EMBEDDED):
+        return name
+    known = {f"{EMBEDDED}{own}": str(folder) for own, folder in embedded_checkpoints().items()}
+    if name not in known:
+        raise UserError(f"model={name}: it must be one of {', '.join(known)}")
+    return known[name]
