@@ -148,6 +148,10 @@ def _lmms_eval() -> None:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
     from loguru import logger
+    from torch.distributed import is_torchelastic_launched
+
+    if is_torchelastic_launched():
+        return  # several ranks would score the question together, each with a part of it
 
     class Yes(lmms):
         is_simple = True

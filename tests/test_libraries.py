@@ -150,14 +150,7 @@ def test_where_all_is_as_locked_a_report_is_asked_for(monkeypatch: pytest.Monkey
     [
         ("--model qwen2vl_sparsemm", "Need to specify task to evaluate"),
         (
-            [
-                "--model",
-                "qwen2vl_sparsemm",
-                "--tasks",
-                "docvqa_mini",
-                "--model_args",
-                "method=snapkv",
-            ],
+            "--model qwen2vl_sparsemm --tasks docvqa_mini --model_args method=snapkv",
             "pretrained is missing",
         ),
     ],

@@ -15,7 +15,8 @@ from sparsemm_eval.bench.entries import ENTRIES
 from sparsemm_eval.bench.kernels import main
 from sparsemm_eval.bench.options import Options
 from sparsemm_eval.bench.summary import aims, failures, notes, table
-from sparsemm_eval.cli import app, kernels
+from sparsemm_eval.cli import app
+from sparsemm_eval.cli.measure import kernels
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--shapes", "qwen2vl", "--means", "8,16", "--device", "cpu"]
