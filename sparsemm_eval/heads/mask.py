@@ -19,6 +19,7 @@ from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
+from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.figures import score_over_silenced
 from sparsemm_eval.report.names import last_part
 from sparsemm_eval.report.provenance import provenance
@@ -31,7 +32,7 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Masking:
-    """What a masking study found.
+    """The scores of a masking study, and its files.
 
     Parameters
     ----------
@@ -66,14 +67,14 @@ def run_masking(
     Parameters
     ----------
     checkpoint : Checkpoint
-        Of either family, with head scores.
+        A model with head scores.
     out : Path
         Folder for everything. A second run finds the answers there and computes only what is
         missing.
     tasks : sequence of str
         Known to lmms-eval, or in `tasks/`.
     shares : sequence of float
-        Of all query heads, each between 0 and 1; at least one head is silenced.
+        Shares of all query heads, each between 0 and 1; at least one head is silenced.
     seeds : int
         Random draws a share.
     modes : sequence of {"query", "output"}
@@ -120,7 +121,7 @@ def run_masking(
     measured = ["file", "task", "metric", "score", "stderr", "samples"]
     results = load((path for files in paths for path in files), all_metrics=True)
     scores = results.cells.assign(file=results.cells["file"].map(results.files["path"]))
-    frame = scores[measured].merge(studied, on="file").drop(columns="file")
+    frame = scores[measured].astype({"samples": int}).merge(studied, on="file").drop(columns="file")
     return _write(frame, checkpoint, out, command, time.perf_counter() - start)
 
 
@@ -157,9 +158,9 @@ def _write(
         parts += [f"## {task}: {metric}", to_markdown(silenced_table(cells, total))]
     markdown = "\n\n".join(parts) + "\n"
     table, curve, summary = out / "table.md", out / "masking.png", out / "masking.json"
-    table.write_text(markdown, encoding="utf-8")
+    write_whole(table, markdown)
     score_over_silenced(frame, total, curve)
-    made = {
+    study = {
         **provenance(command),
         "checkpoint_hash": checkpoint.hash,
         "dtype": checkpoint.dtype,
@@ -167,5 +168,5 @@ def _write(
         "seconds": round(seconds, 1),
         "cells": json.loads(frame.to_json(orient="records")),
     }
-    summary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    write_whole(summary, json.dumps(study, indent=1) + "\n")
     return Masking(frame, markdown, (table, curve, summary))
