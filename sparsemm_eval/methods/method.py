@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from sparsemm_eval.methods.allocation import (
     Uniform,
 )
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
+from sparsemm_eval.methods.plugins import is_ours, load_installed, source_digest
 from sparsemm_eval.methods.scoring import (
     Checks,
     ObservationWindow,
@@ -336,11 +337,33 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A setting of a method, as ``--model_args`` and a grid give it.
+
+    Parameters
+    ----------
+    name : str
+        Of the field, or ``budget`` or ``allocation``.
+    kind : str
+        Name of its type, such as ``float``.
+    default : object
+        `dataclasses.MISSING` for one that must be given.
+    """
+
+    name: str
+    kind: str
+    default: Any
+
+
+@dataclass(frozen=True)
 class _Entry:
     allocation: type
     scorer: type
     budgeted: bool
     label: str
+    # Modules of its classes that are not this package's, and their source as it was imported.
+    modules: tuple[str, ...]
+    digests: tuple[str | None, ...]
 
     def parts(self) -> tuple[type, type]:
         return self.scorer, self.allocation
@@ -348,8 +371,14 @@ class _Entry:
     def known(self) -> list[str]:
         if not self.budgeted:
             return []
-        names = [field.name for part in self.parts() for field in fields(part)]
-        return sorted({"budget", "allocation", *names})
+        return sorted(setting.name for setting in self.settings())
+
+    def settings(self) -> tuple[Setting, ...]:
+        if not self.budgeted:
+            return ()
+        scorer, allocation = ([_setting(field) for field in fields(p)] for p in self.parts())
+        rounding = Setting("allocation", "str", "paper")
+        return (Setting("budget", "int", MISSING), *scorer, rounding, *allocation)
 
     def source(self) -> str:
         """Where its classes are from: equal for classes that are defined anew by the same code."""
@@ -391,7 +420,9 @@ def register_method(
         raise UserError(f"method {name!r}: a name is made of letters, digits, _, - and .")
     _check_part(name, "allocation", allocation, (Allocation, LayerAllocation))
     _check_part(name, "scorer", scorer)
-    entry = _Entry(allocation, scorer, budgeted, label)
+    modules = sorted({part.__module__ for part in (allocation, scorer)})
+    outside = tuple(module for module in modules if not is_ours(module))
+    entry = _Entry(allocation, scorer, budgeted, label, outside, tuple(map(source_digest, outside)))
     names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
     twice = sorted({field for field in names if names.count(field) > 1})
     if name in _registry and _registry[name].source() != entry.source():
@@ -428,8 +459,33 @@ def shown_name(name: str) -> str:
 
 
 def method_names() -> list[str]:
-    """Names of all registered methods."""
+    """Names of all registered methods, those of installed packages among them."""
+    load_installed()
     return list(_registry)
+
+
+def settings_of(name: str) -> tuple[Setting, ...]:
+    """Settings that a method reads, with their types and defaults, in the order of a cell's."""
+    check_choice("method", name, method_names())
+    return _registry[name].settings()
+
+
+def method_digest(name: str) -> str | None:
+    """SHA-256 of the source of a method that is not this package's; None for one that is.
+
+    Raises
+    ------
+    UserError
+        If its source is in no file: answers of two versions of it could not be told apart.
+    """
+    check_choice("method", name, method_names())
+    entry = _registry[name]
+    if None in entry.digests:
+        raise UserError(
+            f"method {name} was registered outside a file, so that its answers cannot be told "
+            "from those of another version of it: put it into a file and give plugin=FILE"
+        )
+    return ":".join(entry.digests) or None
 
 
 def method_settings(name: str) -> list[str]:
@@ -496,12 +552,26 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     return Method(name, shape, budget, scorer, allocation, exact)
 
 
+def _setting(field: Field) -> Setting:
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type)
+    default = field.default
+    if default is MISSING and field.default_factory is not MISSING:
+        default = field.default_factory()
+    return Setting(field.name, kind, default)
+
+
 def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:
     given = {field.name: settings[field.name] for field in fields(part) if field.name in settings}
     for field in fields(part):
         required = field.default is MISSING and field.default_factory is MISSING
         if required and given.get(field.name) is None:
             raise UserError(f"method {name} needs {field.name}")
+    if not is_ours(part.__module__):  # ours check their own
+        given = {
+            field.name: _of_kind(_setting(field), given[field.name])
+            for field in fields(part)
+            if field.name in given
+        }
     made = part(**given)
     try:
         hash(made)  # prompts of one length share its counts, and methods with equal scorers theirs
@@ -511,6 +581,24 @@ def _build(name: str, part: type, settings: Mapping[str, Any]) -> Any:
             "numbers, text or tuples of them"
         ) from error
     return made
+
+
+_KINDS = {
+    "int": (int, "an integer"),
+    "float": (int | float, "a number"),
+    "str": (str, "text"),
+    "bool": (bool, "true or false"),
+}
+
+
+def _of_kind(setting: Setting, value: Any) -> Any:
+    """A value of a setting's own type: 1 and 1.0 are one cell."""
+    if setting.kind not in _KINDS:
+        return value
+    kind, words = _KINDS[setting.kind]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{setting.name}={value!r}: it must be {words}")
+    return float(value) if setting.kind == "float" else value
 
 
 def _refuse_unknown(name: str, settings: Mapping[str, Any], known: list[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import MISSING, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +30,11 @@ from sparsemm_eval.methods import (
     HeadScores,
     Method,
     ModelShape,
+    Setting,
     make_method,
     method_names,
     method_settings,
+    settings_of,
 )
 from sparsemm_eval.models.checkpoint import DTYPES
 from sparsemm_eval.models.greedy import CUDA_GRAPH
@@ -44,12 +46,12 @@ MODEL_SETTINGS = (
     "head_scores", "mask_heads", "mask_mode", "min_pixels", "max_pixels",
 )  # fmt: skip
 _EMBEDDED = "embedded:"
-# A grid's key of each setting of a cell, in the order in which a cell states them.
-_KEYS = {
-    "budget": "budgets", "window": "window", "kernel_size": "kernel_size", "pooling": "pooling",
-    "group_reduction": "group_reduction", "ratio": "ratio", "floor": "floor",
-    "allocation": "allocation", "seed": "seeds", "sinks": "sinks",
-}  # fmt: skip
+# Keys of a grid that are not their setting's own name.
+_KEYS = {"budget": "budgets", "seed": "seeds"}
+_SETTINGS = {key: setting for setting, key in _KEYS.items()}
+# Settings of a model that may differ from cell to cell.
+_MASKS = ("mask_heads", "mask_mode")
+_NO_MASK = "none"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
 
@@ -164,8 +166,9 @@ class Job:
 class Grid(BaseModel):
     """Models, tasks, and the cells that all of them are measured in.
 
-    Made by `read_grid`; every combination of methods, budgets, ratio, allocation and seeds that a
-    method can tell apart is a cell.
+    Made by `read_grid`. Every setting of its methods is a key, with one value or a list of them;
+    ``budgets`` and ``seeds`` are those of budget and seed. Every combination of these values that
+    a method can tell apart is a cell.
 
     Parameters
     ----------
@@ -177,12 +180,9 @@ class Grid(BaseModel):
         lmms-eval tasks, not groups.
     methods : list of str
         Of `sparsemm_eval.methods.method_names`.
-    budgets : list of int
-        Mean tokens per KV head, window included.
-    window, kernel_size, pooling, group_reduction, floor, sinks
-        Of all cells, as in ``--model_args``.
-    ratio, allocation, seeds : list
-        As in ``--model_args``, one cell each.
+    axes : dict of str to list
+        Values by setting of the methods, and of ``mask_heads`` and ``mask_mode``; in YAML each
+        stands under its own key.
     samples : int or None
         The first so many of each task; None takes all.
     batch_size : int
@@ -199,16 +199,7 @@ class Grid(BaseModel):
     models: list[ModelSpec] = Field(min_length=1)
     tasks: list[_Name] = Field(min_length=1)
     methods: list[str] = Field(min_length=1)
-    budgets: list[int] = Field(default=[], min_length=1)
-    window: int = 32
-    kernel_size: int = 5
-    pooling: str = "avg"
-    group_reduction: str = "mean"
-    ratio: list[float] = Field(default=[0.1], min_length=1)
-    floor: float = 0.2
-    allocation: list[str] = Field(default=["paper"], min_length=1)
-    seeds: list[int] = Field(default=[0], min_length=1)
-    sinks: int = 4
+    axes: dict[str, list[Any]] = {}
     samples: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=1, ge=1)
     shards: Annotated[int | dict, BeforeValidator(_check_each)] = 1
@@ -223,14 +214,21 @@ class Grid(BaseModel):
         found: dict[tuple, dict[str, Any]] = {}
         for name, settings in self._combinations():
             made = _make(name, settings).settings
-            defaults = _defaults(name)
+            defaults = {setting.name: setting.default for setting in settings_of(name)}
             cell = {
                 key: value
                 for key, value in settings.items()
-                if key in made and (key == "budget" or value != defaults[key])
+                if key in made and (key == "budget" or made[key] != defaults[key])
             }
-            found.setdefault((name, *made.items()), {"method": name, **cell})
+            for mask in self._masks():
+                found.setdefault(
+                    (name, *made.items(), *mask.items()), {"method": name, **cell, **mask}
+                )
         return list(found.values())
+
+    def varied(self) -> list[str]:
+        """Settings that differ from cell to cell, but for the budget."""
+        return [name for name, axis in self.axes.items() if name != "budget" and len(axis) > 1]
 
     def jobs(self) -> list[Job]:
         """Every model on every shard of every task."""
@@ -247,37 +245,84 @@ class Grid(BaseModel):
 
     def resolved(self) -> str:
         """YAML with every value filled in; `parse_grid` reads an equal grid from it."""
-        unread = {_KEYS[setting] for setting in _KEYS if not self._readers(setting)}
-        values = self.model_dump(exclude=unread)
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        before, after = ("name", "models", "tasks", "methods"), ("samples", "batch_size", "shards")
+        values = self.model_dump(include={*before, *after, "notes"})
+        axes = {_KEYS.get(name, name): _short_axis(name, axis) for name, axis in self.axes.items()}
+        ordered = {key: values[key] for key in before} | axes
+        ordered |= {key: values[key] for key in (*after, "notes")}
+        return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, values: Any) -> Any:
+        """Put every key that is a setting's into `axes`."""
+        if not isinstance(values, dict):
+            return values
+        known = {_KEYS.get(name, name) for name in (*_all_settings(), *_MASKS)}
+        rest = {key: value for key, value in values.items() if key not in known}
+        if "axes" in rest:
+            raise _Misplaced("a grid has no such key; give each setting a key of its own", "axes")
+        for key in rest:
+            if key not in cls.model_fields:
+                keys = [name for name in cls.model_fields if name != "axes"]
+                known_keys = ", ".join((*keys, *sorted(known)))
+                raise _Misplaced(f"a grid has no such key; it knows {known_keys}", key)
+        given = {
+            _SETTINGS.get(key, key): value if isinstance(value, list) else [value]
+            for key, value in values.items()
+            if key in known
+        }
+        for name, axis in given.items():
+            if not axis:
+                key = _KEYS.get(name, name)
+                raise _Misplaced(f"{key}=[]: it is empty; give at least one", key)
+        return rest | {"axes": given}
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
         for name in self.methods:
             _at(("methods", self.methods.index(name)), check_choice, "method", name, method_names())
-        names = [model.name for model in self.models]
-        self._check_twice("models", names)
-        for key in ("tasks", "methods", "budgets", "ratio", "allocation", "seeds"):
+        self._check_twice("models", [model.name for model in self.models])
+        for key in ("tasks", "methods"):
             self._check_twice(key, getattr(self, key))
         self._check_same_models()
-        for setting, key in _KEYS.items():
-            if key in self.model_fields_set and not self._readers(setting):
-                can = [name for name in method_names() if setting in method_settings(name)]
-                raise _Misplaced(
-                    f"none of the methods here reads {setting} ({', '.join(self.methods)}); leave "
-                    f"it out or add one that does: {', '.join(can)}",
-                    key,
-                )
-        if self._readers("budget") and not self.budgets:
-            raise _Misplaced(
-                f"budgets is missing: {self._readers('budget')[0]} needs mean tokens per KV head, "
-                "such as [256, 128]"
-            )
+        self._check_axes()
         if isinstance(self.shards, dict):
             for task in self.shards:
                 _at(("shards", task), check_choice, "shards of task", task, self.tasks)
         self._check_cells()
         return self
+
+    def _check_axes(self) -> None:
+        """Read every axis, and fill in those that are not given."""
+        for name, axis in self.axes.items():
+            key = _KEYS.get(name, name)
+            if name in _MASKS:
+                self._check_masks(name, axis)
+                continue
+            readers = self._readers(name)
+            if not readers:
+                can = [other for other in method_names() if name in method_settings(other)]
+                raise _Misplaced(
+                    f"none of the methods here reads {name} ({', '.join(self.methods)}); leave "
+                    f"it out or add one that does: {', '.join(can)}",
+                    key,
+                )
+            kind = _setting(readers[0], name).kind
+            axis[:] = [_of_kind(kind, value, key, place) for place, value in enumerate(axis)]
+            self._check_twice(key, axis)
+        if self._readers("budget") and "budget" not in self.axes:
+            raise _Misplaced(
+                f"budgets is missing: {self._readers('budget')[0]} needs mean tokens per KV head, "
+                "such as [256, 128]"
+            )
+        for name in self.methods:
+            for setting in settings_of(name):
+                defaults = [
+                    _setting(other, setting.name).default for other in self._readers(setting.name)
+                ]
+                if all(default == setting.default is not MISSING for default in defaults):
+                    self.axes.setdefault(setting.name, [setting.default])
 
     def _check_twice(self, key: str, values: list) -> None:
         for value, count in Counter(values).items():
@@ -297,28 +342,48 @@ class Grid(BaseModel):
                         place,
                     )
 
+    def _check_masks(self, name: str, axis: list[Any]) -> None:
+        for place, value in enumerate(axis):
+            if name == "mask_mode":
+                _at((name, place), check_choice, name, value, MASK_MODES)
+            elif not isinstance(value, str):
+                raise _Misplaced(f"{_short(value)}: it must be text, or none", name, place)
+        self._check_twice(name, axis)
+        for place, model in enumerate(self.models):
+            if name in model.settings:
+                raise _Misplaced(
+                    f"it stands in the settings of model {model.name} too: name it once",
+                    "models", place, "settings", name,
+                )  # fmt: skip
+
     def _check_cells(self) -> None:
         """Make every cell's method, of which each checks its own settings."""
         for name, settings in self._combinations():
             try:
                 _make(name, settings)
-            except ValueError as error:
+            except UserError as error:
                 named = re.match(r"\w+", str(error))
                 setting = named.group() if named else ""
                 if setting not in settings:
                     raise
-                values = getattr(self, _KEYS[setting])
-                where = [values.index(settings[setting])] if isinstance(values, list) else []
-                raise _Misplaced(str(error), _KEYS[setting], *where) from error
+                place = self.axes[setting].index(settings[setting])
+                raise _Misplaced(str(error), _KEYS.get(setting, setting), place) from error
 
     def _combinations(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Methods with all values of the settings that they read, fullkv first."""
         for name in sorted(self.methods, key=lambda name: name != "fullkv"):
-            reads = [setting for setting in _KEYS if setting in method_settings(name)]
-            axes = [getattr(self, _KEYS[setting]) for setting in reads]
-            axes = [axis if isinstance(axis, list) else [axis] for axis in axes]
-            for values in product(*axes):
+            reads = [one.name for one in settings_of(name) if one.name in self.axes]
+            for values in product(*(self.axes[setting] for setting in reads)):
                 yield name, dict(zip(reads, values, strict=True))
+
+    def _masks(self) -> Iterator[dict[str, str]]:
+        """Settings of silenced heads that each method is measured with."""
+        for heads in self.axes.get("mask_heads", [_NO_MASK]):
+            if heads == _NO_MASK:
+                yield {}
+                continue
+            for mode in self.axes.get("mask_mode", [MASK_MODES[0]]):
+                yield {"mask_heads": heads} | ({} if mode == MASK_MODES[0] else {"mask_mode": mode})
 
     def _readers(self, setting: str) -> list[str]:
         return [name for name in self.methods if setting in method_settings(name)]
@@ -382,20 +447,41 @@ def grids_folder() -> Path:
     return tasks_folder() / "grids"
 
 
-# One KV head, one layer: no setting of a method depends on a model's shape.
-_TINY = ModelShape(1, 1, 1)
+# No setting of a method depends on a model's shape.
+_SHAPE = ModelShape(32, 32, 8)
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Method:
     reads_scores = "head_scores" in method_settings(name)
-    scores = {"head_scores": HeadScores(np.ones((1, 1)))} if reads_scores else {}
-    return make_method(name, _TINY, **settings, **scores)
+    scores = {"head_scores": HeadScores(np.ones((32, 32)))} if reads_scores else {}
+    return make_method(name, _SHAPE, **settings, **scores)
 
 
-@lru_cache
-def _defaults(name: str) -> Mapping[str, Any]:
-    budget = {"budget": 1 << 40} if "budget" in method_settings(name) else {}
-    return _make(name, budget).settings
+def _setting(method: str, name: str) -> Setting:
+    return next(setting for setting in settings_of(method) if setting.name == name)
+
+
+def _all_settings() -> list[str]:
+    """Every setting of any method that a grid can give."""
+    every = (setting.name for method in method_names() for setting in settings_of(method))
+    return [name for name in dict.fromkeys(every) if name != "head_scores"]
+
+
+_TYPES = {"int": (int, "an integer"), "float": (int | float, "a number")}
+
+
+def _of_kind(kind: str, value: Any, key: str, place: int) -> Any:
+    """A value of an axis as its setting has it; what else it must be, its method checks."""
+    known, words = _TYPES.get(kind, (str | int | float | bool, "text or a number"))
+    wrong = not isinstance(value, known) or (kind in _TYPES and isinstance(value, bool))
+    if wrong or (isinstance(value, float) and not math.isfinite(value)):
+        raise _Misplaced(f"{key}[{place}]={_short(value)}: it must be {words}", key, place)
+    return float(value) if kind == "float" else value
+
+
+def _short_axis(name: str, axis: list[Any]) -> Any:
+    """An axis as it is written: one value alone where its key does not say that it is a list."""
+    return axis if name in _KEYS or len(axis) > 1 else axis[0]
 
 
 def _at(place: tuple[str | int, ...], check: Any, *arguments: Any) -> None:
@@ -452,9 +538,7 @@ def _sentence(error: ValidationError, path: Path, root: yaml.Node) -> str:
         keys = ", ".join(known.model_fields)
         words = f"{_spell(place)}: {owner} has no such key; it knows {keys}"
     elif cause is not None:
-        stated = str(cause).startswith(f"{place[-1]}=") if place else True
-        words = _spell(place[:-1]) + "." * (len(place) > 1) if stated else f"{_spell(place)}: "
-        words += str(cause)
+        words = _placed(str(cause), place)
     else:
         if kind == "too_short":
             needed = "it is empty; give at least one"
@@ -468,6 +552,15 @@ def _sentence(error: ValidationError, path: Path, root: yaml.Node) -> str:
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
     return f"{path}, line {_line(root, place)}: {words}{rest}"
+
+
+def _placed(words: str, place: tuple[str | int, ...]) -> str:
+    """An error's words behind its place, unless they state that themselves."""
+    if not place or words.startswith(f"{_spell(place)}="):
+        return words
+    if words.startswith(f"{place[-1]}="):
+        return f"{_spell(place[:-1])}{'.' * (len(place) > 1)}{words}"
+    return f"{_spell(place)}: {words}"
 
 
 def _spell(place: tuple[str | int, ...]) -> str:

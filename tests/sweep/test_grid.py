@@ -78,6 +78,37 @@ def test_where_allocations_do_not_differ_there_is_one_cell() -> None:
     ]
 
 
+def test_any_setting_may_be_a_list() -> None:
+    grid = grid_of(methods=["sparsemm", "local"], ratio=1, window=[32, 8], kernel_size=[5, 7])
+    assert grid.cells() == [
+        {"method": "sparsemm", "budget": 64, "ratio": 1.0},
+        {"method": "sparsemm", "budget": 64, "kernel_size": 7, "ratio": 1.0},
+        {"method": "sparsemm", "budget": 64, "window": 8, "ratio": 1.0},
+        {"method": "sparsemm", "budget": 64, "window": 8, "kernel_size": 7, "ratio": 1.0},
+        {"method": "local", "budget": 64},
+        {"method": "local", "budget": 64, "window": 8},
+    ]
+    assert grid.varied() == ["window", "kernel_size"]
+    assert yaml.safe_load(grid.resolved())["ratio"] == 1.0
+
+
+def test_silenced_heads_are_an_axis_of_every_method() -> None:
+    grid = grid_of(
+        methods=["fullkv", "snapkv"],
+        mask_heads=["none", "visual:0.05"],
+        mask_mode=["query", "output"],
+    )
+    assert grid.cells() == [
+        {"method": "fullkv"},
+        {"method": "fullkv", "mask_heads": "visual:0.05"},
+        {"method": "fullkv", "mask_heads": "visual:0.05", "mask_mode": "output"},
+        {"method": "snapkv", "budget": 64},
+        {"method": "snapkv", "budget": 64, "mask_heads": "visual:0.05"},
+        {"method": "snapkv", "budget": 64, "mask_heads": "visual:0.05", "mask_mode": "output"},
+    ]
+    assert parse_grid(grid.resolved(), PATH) == grid
+
+
 def test_jobs_are_models_times_tasks_times_shards_with_names_of_their_own() -> None:
     models = [*MODELS, {"name": "b", "pretrained": "x/y", "settings": {"dtype": "float16"}}]
     grid = grid_of(models=models, tasks=["gqa", "ocrbench"], shards={"gqa": 3})
@@ -248,7 +279,14 @@ def test_broken_files_are_refused_by_line(text: str, words: str) -> None:
     ({"methods": ["fullkv"]}, "budgets: none of the methods here reads budget (fullkv)"),
     ({"ratio": [0.1]}, "ratio: none of the methods here reads ratio (snapkv)"),
     ({"methods": ["sparsemm"], "ratio": [0, 1.5]}, "ratio[1]: ratio=1.5: it must be a number from"),
-    ({"methods": ["sparsemm"], "ratio": 0.1}, "ratio=0.1: it must be a list"),
+    ({"methods": ["sparsemm"], "ratio": "0.1"}, "ratio[0]='0.1': it must be a number"),
+    ({"methods": ["sparsemm"], "window": [8, 8]}, "window[1]: 8 stands there twice"),
+    ({"pooling": {"a": 1}}, "pooling[0]={'a': 1}: it must be text or a number"),
+    ({"mask_heads": [3]}, "mask_heads[0]: 3: it must be text, or none"),
+    ({"mask_heads": ["3-1"], "mask_mode": "key"}, "mask_mode[0]='key': it must be one of query"),
+    ({"models": [{**MODELS[0], "settings": {"mask_heads": "3-1"}}], "mask_heads": ["3-2"]},
+     "models[0].settings.mask_heads: it stands in the settings of model tiny too"),
+    ({"axes": {"ratio": [0.1]}}, "axes: a grid has no such key"),
     ({"methods": ["sparsemm"], "ratio": [float("nan")]}, "ratio[0]=nan: it must be a number"),
     ({"methods": ["adakv"], "floor": -1.0}, "floor=-1.0: it must be a number from 0 to 1"),
     ({"seeds": [0]}, "seeds: none of the methods here reads seed (snapkv); leave it out or add "
