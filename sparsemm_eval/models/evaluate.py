@@ -75,6 +75,7 @@ def answer(
     shard: int = 0,
     shards: int = 1,
     progress: Callable[[int], None] | None = None,
+    manager: TaskManager | None = None,
 ) -> None:
     """Answer samples of a task under all models, each prompt read once; nothing is scored.
 
@@ -93,6 +94,8 @@ def answer(
     progress : callable, optional
         Called whenever answers were computed and are on disk, with how many, those of all models
         counted; answers that were there before are not. It takes the place of the bars.
+    manager : TaskManager, optional
+        One that knows the task; default lmms-eval's tasks and those of `tasks/`.
 
     Raises
     ------
@@ -105,7 +108,7 @@ def answer(
         check_int("samples", samples, least=1)
     check_int("shard", shard, least=0)
     check_int("shards", shards, least=shard + 1)
-    manager = task_manager([task])
+    manager = manager or task_manager([task])
     check_tasks([task])
     part, parts = shard + shards * models[0].rank, shards * models[0].world_size
     failures: list[SampleFailures] = []
@@ -203,18 +206,30 @@ def evaluate(
     return paths
 
 
-def task_manager(tasks: Sequence[str]) -> TaskManager:
-    """Of our own tasks if they are enough: lmms-eval's thousands take many seconds to read."""
+def task_manager(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> TaskManager:
+    """Of our own tasks if they are enough: lmms-eval's thousands take many seconds to read.
+
+    Parameters
+    ----------
+    tasks : sequence of str
+        Those that it must know.
+    include_path : sequence of Path
+        Folders of the user's own task files.
+
+    Raises
+    ------
+    UserError
+        For a task that there is not.
+    """
+    folders = [str(folder) for folder in (tasks_folder(), *include_path)]
     for include_defaults in (False, True):
-        manager = TaskManager(
-            "WARNING", include_path=str(tasks_folder()), include_defaults=include_defaults
-        )
+        manager = TaskManager("WARNING", include_path=folders, include_defaults=include_defaults)
         unknown = [task for task in tasks if task not in manager.all_tasks]
         if not unknown:
             return manager
     raise UserError(
         f"tasks: there is no task {unknown[0]}; `python -m lmms_eval --tasks list` lists "
-        f"lmms-eval's own, {tasks_folder()} holds ours"
+        f"lmms-eval's own, {', '.join(folders)} hold more"
     )
 
 
