@@ -6,10 +6,42 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsemm_eval.errors import UserError
+
+if TYPE_CHECKING:
+    from sparsemm_eval.methods import Plugin
+
+PluginNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        help="A Python file or a module that registers methods of one's own; repeatable.",
+    ),
+]
+IncludePath = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--include_path", "--include-path", help="A folder of one's own task files; repeatable."
+    ),
+]
+
+
+def load_plugins(names: list[str] | None) -> tuple[Plugin, ...]:
+    """Import what ``--plugin`` names, before anything asks which methods there are."""
+    from sparsemm_eval.methods import load_plugin
+
+    return tuple(load_plugin(name) for name in names or ())
+
+
+def folders(paths: list[Path] | None) -> tuple[Path, ...]:
+    """What ``--include_path`` names, so that jobs in other places find it."""
+    return tuple(path.resolve() for path in paths or ())
+
 
 # Set by `sparsemm-eval --debug`.
 debug = False

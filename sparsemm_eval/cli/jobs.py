@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sparsemm_eval.cli.common import one_sentence, quiet, stoppable
+from sparsemm_eval.cli.common import (
+    IncludePath,
+    PluginNames,
+    folders,
+    load_plugins,
+    one_sentence,
+    quiet,
+    stoppable,
+)
 
 app = typer.Typer()
 
@@ -50,6 +58,8 @@ def submit(
         list[str] | None,
         typer.Option(help="Slurm: any other parameter, such as mem=64G; repeatable."),
     ] = None,
+    plugin: PluginNames = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Run a grid as batch jobs, then score; what is done is skipped, so submit again at will.
 
@@ -62,6 +72,7 @@ def submit(
         from sparsemm_eval.sweep.room import Room
         from sparsemm_eval.sweep.status import status as read_status
 
+        plugins = load_plugins(plugin)
         chosen = read_grid(grid)
         folder = (out or Path("results/sweeps") / chosen.name).resolve()
         chosen = submits.with_shards(chosen, folder, shards)
@@ -69,7 +80,9 @@ def submit(
             executor, gpus, max_parallel, time, partition, account, qos,
             tuple(setup or ()), tuple(sbatch or ()),
         )  # fmt: skip
-        done = submits.submit(chosen, folder, room, retries, skip_missing, tell=typer.echo)
+        done = submits.submit(
+            chosen, folder, room, retries, skip_missing, typer.echo, folders(include_path), plugins
+        )
         for line in done.lines(folder):
             typer.echo(line)
         failed = done.failed or (executor == "local" and not read_status(folder).finished)
@@ -88,10 +101,12 @@ def cancel(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) ->
 
 @app.command()
 def merge(
-    folders: Annotated[
-        list[Path], typer.Argument(help="Sweeps of one grid, from several machines.")
+    sweeps: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDERS...", help="Sweeps of one grid, from several machines."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="A new folder.")],
+    plugin: PluginNames = None,
 ) -> None:
     """Put the answers of several folders into one; where they differ, the first folder's are kept.
 
@@ -101,7 +116,8 @@ def merge(
         quiet()
         from sparsemm_eval.sweep.merge import merge_sweeps
 
-        merged = merge_sweeps(folders, out)
+        load_plugins(plugin)
+        merged = merge_sweeps(sweeps, out)
         for line in merged.lines():
             typer.echo(line)
 

@@ -9,7 +9,18 @@ from typing import Annotated
 
 import typer
 
-from sparsemm_eval.cli.common import demo_command, integers, one_sentence, quiet, stoppable, words
+from sparsemm_eval.cli.common import (
+    IncludePath,
+    PluginNames,
+    demo_command,
+    folders,
+    integers,
+    load_plugins,
+    one_sentence,
+    quiet,
+    stoppable,
+    words,
+)
 from sparsemm_eval.libraries import check_libraries
 
 app = typer.Typer()
@@ -81,6 +92,8 @@ def sweep(
     world_size: Annotated[
         int | None, typer.Option(help="Refuse unless so many processes run together (torchrun).")
     ] = None,
+    plugin: PluginNames = None,
+    include_path: IncludePath = None,
 ) -> None:
     """Run a grid: models x tasks x methods x budgets, each prompt read once for all cells.
 
@@ -90,11 +103,15 @@ def sweep(
         quiet()
         from sparsemm_eval.sweep.grid import read_grid
 
+        plugins, own_tasks = load_plugins(plugin), folders(include_path)
         chosen = read_grid(grid)
         if dry_run:
             from sparsemm_eval.sweep.estimate import describe
+            from sparsemm_eval.sweep.tasks import find_tasks, runnable
 
-            typer.echo(describe(chosen, out))
+            manager = find_tasks(chosen.tasks, own_tasks)
+            typer.echo(describe(chosen, out, manager))
+            runnable(manager, chosen.tasks, skip_missing)
             return
         check_libraries()
         from sparsemm_eval.sweep.run import leave_ranks, run_sweep
@@ -106,8 +123,9 @@ def sweep(
         command = shlex.join(["sparsemm-eval", *words])
         with leaving():
             done = run_sweep(
-                chosen, folder, command, job, wait, skip_missing, only_scores, world_size
-            )
+                chosen, folder, command, job, wait, skip_missing, only_scores, world_size,
+                own_tasks, plugins,
+            )  # fmt: skip
         leave_ranks()
         typer.echo(done.markdown)
         typer.echo(done.status)

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from sparsemm_eval.cli.common import integers, numbers, one_sentence, quiet, words
+from sparsemm_eval.cli.common import (
+    PluginNames,
+    integers,
+    load_plugins,
+    numbers,
+    one_sentence,
+    quiet,
+    words,
+)
 from sparsemm_eval.errors import UserError
 
 app = typer.Typer()
@@ -101,6 +109,7 @@ def figure(
     settings: Annotated[
         str, typer.Option(help="Heads: of the methods, such as ratio=0.2,allocation=exact.")
     ] = "",
+    plugin: PluginNames = None,
 ) -> None:
     """Draw score over budget or really kept tokens, efficiency, or the budget of each KV head."""
     with one_sentence():
@@ -108,6 +117,7 @@ def figure(
         from sparsemm_eval.report import figure_files as files
 
         check_choice("kind", kind, files.KINDS)
+        load_plugins(plugin)
         if kind == "heads":
             from sparsemm_eval.heads.budgets import draw_budgets
             from sparsemm_eval.report.results_file import parse_model_args

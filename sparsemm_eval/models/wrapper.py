@@ -24,7 +24,9 @@ from sparsemm_eval.methods import (
     HeadScores,
     Method,
     canonical_settings,
+    load_plugin,
     make_method,
+    method_digest,
     method_names,
     method_settings,
     read_head_mask,
@@ -61,6 +63,8 @@ class SparseMMModel(lmms):
         lmms-eval's; not used.
     checkpoint : Checkpoint, optional
         One loaded already; it is shared and not released after a run. From Python only.
+    plugin : str, optional
+        A Python file or a module that registers methods of one's own.
     **settings
         All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
         cuda_graph, answers, mask_heads, mask_mode, and what the method and the family read.
@@ -84,9 +88,12 @@ class SparseMMModel(lmms):
         device: str | None = None,
         max_batch_size: int | str | None = None,
         checkpoint: Checkpoint | None = None,
+        plugin: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__()
+        if plugin is not None:
+            load_plugin(str(plugin))
         self._refuse_unknown(settings)
         if method is None:
             raise UserError(f"method is missing: give one of {', '.join(method_names())}")
@@ -205,6 +212,7 @@ class SparseMMModel(lmms):
 
     def key_of_parts(self, parts: Mapping[str, Any]) -> str:
         """Key of an answer, from all that decides its text beside the cell itself."""
+        plugin = method_digest(self.method.name)
         return answer_key(
             {
                 "version": __version__,
@@ -216,6 +224,7 @@ class SparseMMModel(lmms):
                 "settings": self.method.settings,
                 # Only where there is one: a key without is as old as the answers.
                 **({"mask": self.mask.settings} if self.mask is not None else {}),
+                **({"plugin": plugin} if plugin is not None else {}),
                 **parts,
             }
         )
@@ -325,7 +334,7 @@ class SparseMMModel(lmms):
 
     def _refuse_unknown(self, settings: Mapping[str, Any]) -> None:
         methods = {setting for name in method_names() for setting in method_settings(name)}
-        known = {"pretrained", "method", "batch_size", "device"} | self._own() | methods
+        known = {"pretrained", "method", "plugin", "batch_size", "device"} | self._own() | methods
         unknown = sorted(set(settings) - known)
         if unknown:
             name = unknown[0]

@@ -24,7 +24,7 @@ _NUMBERS = (
 # How a cell is computed, not what: no answer depends on these but by rounding.
 NOT_KEYED = frozenset({
     "pretrained", "answers", "batch_size", "max_batch_size", "device", "device_map", "backend",
-    "cuda_graph", "attn_implementation",
+    "cuda_graph", "attn_implementation", "plugin",
 })  # fmt: skip
 _ALWAYS = ("method", "budget")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -19,7 +18,6 @@ from tenacity import RetryError
 
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.requirements import check_tasks
 from sparsemm_eval.sweep.grid import ModelSpec
 
 # An answer's row, its index entries and its line in a samples file; generous.
@@ -27,14 +25,6 @@ BYTES_AN_ANSWER = 6_000
 _OF_CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
 # Data sets that a task's code loads by itself.
 _MORE_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A task that cannot run here, and why."""
-
-    task: str
-    cause: str
 
 
 def check_space(out: Path, answers: int) -> None:
@@ -54,36 +44,6 @@ def check_space(out: Path, answers: int) -> None:
             f"{out}: {answers:,} answers and their results need about {_size(needed)}, and "
             f"{_size(free)} are free there: make room, or choose another folder"
         )
-
-
-def runnable(tasks: Sequence[str], skip: bool) -> tuple[list[str], list[LeftOut]]:
-    """Tasks whose metrics can run here, and those that are left out.
-
-    Parameters
-    ----------
-    tasks : sequence of str
-        lmms-eval tasks.
-    skip : bool
-        Leave out those that cannot, instead of refusing all.
-
-    Raises
-    ------
-    ValueError
-        If one cannot and is not to be skipped, or if none is left.
-    """
-    left: list[LeftOut] = []
-    if not skip:
-        check_tasks(tasks)
-        return list(tasks), left
-    for task in tasks:
-        try:
-            check_tasks([task])
-        except ValueError as error:
-            left.append(LeftOut(task, str(error)))
-    rest = [task for task in tasks if task not in {lost.task for lost in left}]
-    if not rest:
-        raise UserError(left[0].cause)
-    return rest, left
 
 
 def check_data(manager: TaskManager, tasks: Iterable[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,8 @@ from lmms_eval.tasks import TaskManager
 from tabulate import tabulate
 from transformers import AutoConfig
 
-from sparsemm_eval.errors import UserError
-from sparsemm_eval.models.requirements import check_tasks
-from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep.grid import Grid, Job, ModelSpec
+from sparsemm_eval.sweep.tasks import find_tasks, obstacle
 
 # Of the published splits.
 _SAMPLES = {
@@ -249,7 +246,7 @@ def cost(grid: Grid, model: ModelSpec, task: str, cells: Sequence[Mapping[str, A
     return Cost(samples, prompt, new, cache, seconds)
 
 
-def describe(grid: Grid, out: Path | None = None) -> str:
+def describe(grid: Grid, out: Path | None = None, manager: TaskManager | None = None) -> str:
     """All that ``--dry-run`` prints: models, cells, jobs, what differs from the paper, an estimate.
 
     Parameters
@@ -258,13 +255,15 @@ def describe(grid: Grid, out: Path | None = None) -> str:
         What would run.
     out : Path, optional
         Where to; the space that is free there is stated.
+    manager : TaskManager, optional
+        Of `find_tasks`; default one of lmms-eval's tasks and ours.
 
     Raises
     ------
-    ValueError
-        For a task that neither lmms-eval nor `tasks/` has.
+    UserError
+        For a task that there is not.
     """
-    check_known(grid.tasks)
+    manager = manager or find_tasks(grid.tasks)
     cells = grid.cells()
     costs = {
         (model.name, task): cost(grid, model, task, cells)
@@ -278,31 +277,10 @@ def describe(grid: Grid, out: Path | None = None) -> str:
         _section("cells, of every model and task", [_cell_line(cell) for cell in cells]),
         _section("jobs", _job_lines(grid, len(cells))),
         _section("notes: in what the runs differ from the paper's", grid.notes),
-        _section("before it can run", _lacks(grid.tasks)),
+        _section("before it can run", _lacks(manager, grid.tasks)),
         _section("estimate, not measured", _estimate(grid, costs, len(cells), out)),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def check_known(tasks: Sequence[str]) -> None:
-    """Raise ValueError for a task that neither lmms-eval nor `tasks/` has, or that is a group."""
-    for task in tasks:
-        if _size(task) is not None:
-            continue
-        manager = _task_manager()
-        if task in manager.all_groups:
-            raise UserError(f"tasks: {task} is a group of tasks; name those of it that are wanted")
-        if task not in manager.all_subtasks:
-            raise UserError(
-                f"tasks: there is no task {task}; `python -m lmms_eval --tasks list` lists "
-                f"lmms-eval's own, {tasks_folder()} holds ours"
-            )
-
-
-@lru_cache
-def _task_manager() -> TaskManager:
-    """Of all tasks: thousands of files and seconds, so only where a name is not known here."""
-    return TaskManager("WARNING", include_path=str(tasks_folder()))
 
 
 def _size(task: str) -> int | None:
@@ -341,12 +319,8 @@ def _samples_of_job(job: Job, grid: Grid) -> int | None:
     return None if samples is None else len(range(job.shard, samples, job.shards))
 
 
-def _lacks(tasks: Sequence[str]) -> list[str]:
-    try:
-        check_tasks(tasks)
-    except ValueError as error:
-        return [str(error)]
-    return []
+def _lacks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
+    return [cause for task in tasks if (cause := obstacle(manager, task))]
 
 
 def _estimate(

@@ -132,7 +132,8 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
         store.close()
     # Last: a folder without a plan is one where the merge was broken off.
     write_whole(out / "grid.yaml", grids[0].resolved())
-    Plan(_jobs(grids[0], cells), cells).write(out)
+    plugins = {name: digest for plan in plans for name, digest in plan.plugins.items()}
+    Plan(_jobs(grids[0], cells), cells, plugins).write(out)
     expected = sum(cell.samples for cell in cells)
     return Merged(out, counts, expected, tuple(conflicts), broken)
 

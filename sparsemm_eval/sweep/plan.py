@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,11 @@ class PlannedCell:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs and cells of a sweep."""
+    """All jobs and cells of a sweep, and the plugins that its methods come from, by digest."""
 
     jobs: tuple[PlannedJob, ...]
     cells: tuple[PlannedCell, ...]
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, out: Path) -> Plan | None:
@@ -79,6 +80,7 @@ class Plan:
             return cls(
                 tuple(PlannedJob(**job) for job in stored["jobs"]),
                 tuple(PlannedCell(**cell) for cell in stored["cells"]),
+                dict(stored.get("plugins", {})),
             )
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(

@@ -15,11 +15,7 @@ from accelerate import PartialState
 from loguru import logger
 
 from sparsemm_eval.errors import UserError, check_choice, one_line
-from sparsemm_eval.models.evaluate import task_manager
-from sparsemm_eval.sweep.checks import (
-    LeftOut,
-    runnable,
-)
+from sparsemm_eval.methods import Plugin
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
 from sparsemm_eval.sweep.plan import (
@@ -28,6 +24,7 @@ from sparsemm_eval.sweep.plan import (
 from sparsemm_eval.sweep.runner import Runner
 from sparsemm_eval.sweep.status import SCORING, Status, status
 from sparsemm_eval.sweep.tables import write_tables
+from sparsemm_eval.sweep.tasks import LeftOut, find_tasks, runnable
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ def run_sweep(
     skip_missing: bool = False,
     only_scores: bool = False,
     world_size: int | None = None,
+    include_path: Sequence[Path] = (),
+    plugins: Sequence[Plugin] = (),
 ) -> Sweep:
     """Answer all jobs of a grid, score all cells, write tables; goes on where one was stopped.
 
@@ -91,6 +90,10 @@ def run_sweep(
         Score what is answered, and answer nothing.
     world_size : int, optional
         How many ranks are to run together; a launcher that starts another number is refused.
+    include_path : sequence of Path
+        Folders of the user's own task files.
+    plugins : sequence of Plugin
+        Those that were loaded for methods of this grid; the plan records them.
 
     Raises
     ------
@@ -114,10 +117,11 @@ def run_sweep(
         )
     if not wait and ranks.is_main_process:
         _refuse_other_sweep(jobs, out)
-    tasks, left_out = runnable(list(dict.fromkeys(job.task for job in jobs)), skip_missing)
+    manager = find_tasks(grid.tasks, include_path)
+    tasks, left_out = runnable(manager, list(dict.fromkeys(job.task for job in jobs)), skip_missing)
     jobs = [job for job in jobs if job.task in tasks]
     with _disk(out):
-        runner = Runner(grid, out, jobs, task_manager(tasks), wait, command)
+        runner = Runner(grid, out, jobs, manager, wait, command, plugins)
         with _log(out):
             if not only_scores:
                 runner.answer()
@@ -129,13 +133,17 @@ def run_sweep(
 
 
 def plan_sweep(
-    grid: Grid, out: Path, skip_missing: bool = False
+    grid: Grid,
+    out: Path,
+    skip_missing: bool = False,
+    include_path: Sequence[Path] = (),
+    plugins: Sequence[Plugin] = (),
 ) -> tuple[Status, tuple[LeftOut, ...]]:
     """Check all that a sweep needs and write down what its folder is to hold; answer nothing.
 
     Parameters
     ----------
-    grid, out, skip_missing
+    grid, out, skip_missing, include_path, plugins
         As for `run_sweep`.
 
     Returns
@@ -149,11 +157,12 @@ def plan_sweep(
         As `run_sweep`.
     """
     _refuse_other_grid(grid, out)
-    tasks, left_out = runnable(grid.tasks, skip_missing)
+    manager = find_tasks(grid.tasks, include_path)
+    tasks, left_out = runnable(manager, grid.tasks, skip_missing)
     jobs = [job for job in grid.jobs() if job.task in tasks]
     PartialState(cpu=not torch.cuda.is_available())
     with _disk(out), _log(out):
-        Runner(grid, out, jobs, task_manager(tasks), wait=False, command="")
+        Runner(grid, out, jobs, manager, wait=False, command="", plugins=plugins)
     return status(out), tuple(left_out)
 
 

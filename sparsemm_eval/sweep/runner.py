@@ -16,6 +16,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.methods import Plugin
 from sparsemm_eval.models.answers import Answer, SampleFailures, tally
 from sparsemm_eval.models.evaluate import answer, make_models, results_path, score
 from sparsemm_eval.models.wrapper import SparseMMModel
@@ -53,7 +54,6 @@ _SCORING_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
     RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-_VARIED = {"ratio": "ratio", "allocation": "allocation", "seed": "seeds"}
 
 
 class Runner:
@@ -67,9 +67,11 @@ class Runner:
         manager: TaskManager,
         wait: bool,
         command: str,
+        plugins: Sequence[Plugin] = (),
     ) -> None:
         self.grid, self.out, self.jobs, self.wait = grid, out, jobs, wait
         self.manager = manager
+        self.plugins = {plugin.name: plugin.digest for plugin in plugins}
         self.about = {spec.name: made_by(command, spec.name) for spec in grid.models}
         self.stated = {
             spec.name: {"pretrained": spec.pretrained, **spec.settings} for spec in grid.models
@@ -164,6 +166,7 @@ class Runner:
                         job.shard,
                         job.shards,
                         progress=lambda count: bar.update(count * ranks),
+                        manager=self.manager,
                     )
                 except SampleFailures as error:
                     logger.error(f"{job.name}: {error}")
@@ -227,9 +230,7 @@ class Runner:
         """Method of a table's row: with the settings that vary in this grid."""
         method = model.method
         settings = {
-            name: method.settings[name]
-            for name, key in _VARIED.items()
-            if name in method.settings and len(getattr(self.grid, key)) > 1
+            name: method.settings[name] for name in self.grid.varied() if name in method.settings
         }
         words = ", ".join(f"{name}={value}" for name, value in settings.items())
         label = f"{METHOD_NAMES.get(method.name, method.name)} {words}" if words else method.name
@@ -261,7 +262,7 @@ class Runner:
             for task in counts
             for model, cell in zip(models, self.cells, strict=True)
         )
-        return Plan(jobs, cells)
+        return Plan(jobs, cells, self.plugins)
 
     def _begin(self) -> None:
         """Write down what this folder is to hold, unless that is there already."""
@@ -273,7 +274,8 @@ class Runner:
             self._refuse_other_answers(before)
             jobs = {job.name: job for job in (*before.jobs, *self.plan.jobs)}
             cells = {(c.model, c.words): c for c in (*before.cells, *self.plan.cells)}
-            Plan(tuple(jobs.values()), tuple(cells.values())).write(self.out)
+            plugins = {**before.plugins, **self.plan.plugins}
+            Plan(tuple(jobs.values()), tuple(cells.values()), plugins).write(self.out)
 
     def _refuse_other_answers(self, before: Plan) -> None:
         known = {(c.model, c.words): (c.key, c.samples) for c in before.cells}
@@ -282,8 +284,8 @@ class Runner:
             if known.get((cell.model, cell.words), made_of) != made_of:
                 raise UserError(
                     f"{self.out}: it holds a sweep of {cell.model} with other weights, head "
-                    f"scores, data or version of sparsemm-eval ({cell.words}); choose another "
-                    "folder"
+                    f"scores, data, plugin or version of sparsemm-eval ({cell.words}); choose "
+                    "another folder"
                 )
 
 

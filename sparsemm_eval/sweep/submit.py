@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.methods import Plugin
 from sparsemm_eval.sweep import slurm
 from sparsemm_eval.sweep.commands import job_command, scoring_command
 from sparsemm_eval.sweep.grid import Grid, parse_grid
@@ -80,6 +81,8 @@ def submit(
     retries: int,
     skip_missing: bool,
     tell: Callable[[str], None],
+    include_path: Sequence[Path] = (),
+    plugins: Sequence[Plugin] = (),
 ) -> Submitted:
     """Plan a sweep and submit those of its jobs that are not done.
 
@@ -97,6 +100,10 @@ def submit(
         Leave out tasks whose metrics cannot run here, instead of refusing the sweep.
     tell : callable
         Given a line whenever a job of this machine begins or ends, and one a task left out.
+    include_path : sequence of Path
+        Folders of the user's own task files, absolute; jobs get them with their command.
+    plugins : sequence of Plugin
+        Those that were loaded for methods of this grid; jobs get them with their command.
 
     Raises
     ------
@@ -109,12 +116,18 @@ def submit(
     check_int("retries", retries, least=0)
     chosen = room.slots() if room.executor == LOCAL else room.options()
     _refuse_running(out)
-    said, left_out = plan_sweep(grid, out, skip_missing)
+    said, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins)
+    doors = (
+        *(word for plugin in plugins for word in ("--plugin", plugin.name)),
+        *(word for folder in include_path for word in ("--include_path", str(folder))),
+    )
     for lost in left_out:
         tell(f"left out: {lost.cause}")
     if room.executor == SLURM:
-        return submit_slurm(out, said, chosen, retries, skip_missing, grid.name)
-    return submit_local(out, said, chosen, retries, skip_missing, lambda job: tell(_line(job)))
+        return submit_slurm(out, said, chosen, retries, skip_missing, grid.name, doors)
+    return submit_local(
+        out, said, chosen, retries, skip_missing, lambda job: tell(_line(job)), doors
+    )
 
 
 def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
@@ -143,6 +156,7 @@ def submit_local(
     retries: int,
     skip_missing: bool,
     tell: Callable[[Record], None] = lambda record: None,
+    doors: Sequence[str] = (),
 ) -> Submitted:
     """Run all jobs of a planned sweep that are not done on this machine, then score.
 
@@ -160,6 +174,8 @@ def submit_local(
         As for `run_sweep`.
     tell : callable, optional
         As for `run_queue`.
+    doors : sequence of str
+        As for `job_command`.
 
     Raises
     ------
@@ -177,8 +193,8 @@ def submit_local(
     if not todo:
         return Submitted((), done)
     size = len(slots[0].gpus)
-    jobs = [job_command(out, name, size) for name in todo if name != SCORING]
-    last = scoring_command(out, skip_missing)
+    jobs = [job_command(out, name, size, doors) for name in todo if name != SCORING]
+    last = scoring_command(out, skip_missing, doors)
     with _alone(out):
         Record(QUEUE, LOCAL, QUEUED).begun(os.getpid()).write(out)
         scoring = Record(SCORING, LOCAL, QUEUED)
@@ -199,12 +215,13 @@ def submit_slurm(
     retries: int,
     skip_missing: bool,
     name: str,
+    doors: Sequence[str] = (),
 ) -> Submitted:
     """Submit all jobs of a planned sweep that are neither done nor in Slurm's queue.
 
     Parameters
     ----------
-    out, said, retries, skip_missing
+    out, said, retries, skip_missing, doors
         As for `submit_local`.
     options : Options
         What is asked of Slurm.
@@ -222,12 +239,12 @@ def submit_slurm(
         return Submitted((), (*done, *under_way))
     ids = read_ids(out)
     ahead = [ids[job] for job in under_way if job in ids and job != SCORING]
-    commands = [job_command(out, job, options.gpus) for job in jobs]
+    commands = [job_command(out, job, options.gpus, doors) for job in jobs]
     names = (*jobs, SCORING)
     with _alone(out):
         with _queued(out, names):
             numbers = slurm.submit_jobs(
-                commands, scoring_command(out, skip_missing), options, retries, out, ahead,
+                commands, scoring_command(out, skip_missing, doors), options, retries, out, ahead,
                 f"sparsemm-{name}",
             )  # fmt: skip
         if SCORING in under_way:

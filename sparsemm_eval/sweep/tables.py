@@ -13,6 +13,7 @@ from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.tables import fidelity_table, kept_table, score_tables, to_markdown
 from sparsemm_eval.sweep.grid import Grid
+from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
 
 FIDELITY = ("compared", "same_answer", "first_difference", "kl_full")
@@ -48,7 +49,7 @@ def write_tables(
     chance = {
         task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
         for task in frame["task"].unique()
-        if task.endswith("_mini")
+        if task.endswith("_mini") and task.removesuffix("_mini") in BENCHMARKS
     }
     markdown = "\n\n".join(_parts(frame, grid, chance)) + "\n"
     kept = [

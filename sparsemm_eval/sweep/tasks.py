@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -19,7 +19,7 @@ from sparsemm_eval.models.evaluate import task_manager
 from sparsemm_eval.models.requirements import check_tasks
 
 # What a metric's code reaches when it asks another model, or runs a java program.
-_JUDGES = ("lmms_eval.llm_judge", "openai", "anthropic", "requests")
+_JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "requests")
 _JAVA = ("pycocoevalcap.tokenizer", "pycocoevalcap.meteor", "pycocoevalcap.spice")
 
 
@@ -92,15 +92,9 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
     """Why a task cannot be answered and scored here, in one sentence; None if it can."""
     try:
         check_tasks([task])
+        config = _config(manager, task)
     except UserError as error:
         return str(error)
-    try:
-        config = _config(manager, task)
-    except Exception as error:  # whatever a task's own module raises while it is imported
-        return (
-            f"{task}: its code cannot be loaded ({type(error).__name__}: {one_line(error)}); "
-            "install or set what it asks for, or leave it out"
-        )
     kind = config.get("output_type") or "generate_until"
     if kind != "generate_until":
         return (
@@ -131,7 +125,15 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
 
 def _config(manager: TaskManager, task: str) -> dict[str, Any]:
     path = manager.task_index[task]["yaml_path"]
-    return {} if path == -1 else load_yaml_config(path)
+    if path == -1:
+        return {}
+    try:
+        return load_yaml_config(path)
+    except Exception as error:  # whatever a task's own module raises while it is imported
+        raise UserError(
+            f"{task}: its code cannot be loaded ({type(error).__name__}: {one_line(error)}); "
+            "install or set what it asks for, or leave it out"
+        ) from error
 
 
 def _has_judge() -> bool:
@@ -147,48 +149,37 @@ def _among(modules: set[str], packages: Sequence[str]) -> bool:
 
 
 def _reached(functions: Sequence[FunctionType]) -> set[str]:
-    """Names of the modules whose functions, classes or objects a task's functions use.
-
-    Followed through functions of the task's own modules, and through those methods of its classes
-    whose names are used somewhere on the way.
-    """
-    todo: list[FunctionType] = list(functions)
-    seen: set[FunctionType] = set()
-    classes: set[type] = set()
-    names: set[str] = set()
-    found: set[str] = set()
-    homes = {function.__module__.rpartition(".")[0] for function in functions}
+    """Modules of what a task's functions use, followed through functions of tasks' own modules."""
+    todo, seen, found = list(functions), set(), set()
     while todo:
         function = todo.pop()
         if function in seen:
             continue
         seen.add(function)
-        used = set(_names(function.__code__))
-        names |= used
-        for name in used & set(function.__globals__):
+        names, words = _used(function.__code__)
+        if "openai" in words:  # the name of a judge that is given to an evaluator
+            found.add("openai")
+        for name in names & set(function.__globals__):
             value = function.__globals__[name]
-            kind = value if isinstance(value, type) else type(value)
-            home = value.__name__ if isinstance(value, ModuleType) else _home(value, kind)
+            home = value.__name__ if isinstance(value, ModuleType) else _home(value)
             found.add(home)
-            if home.rpartition(".")[0] not in homes and home != function.__module__:
-                continue
-            if isinstance(value, FunctionType):
+            of_task = home == function.__module__ or home.startswith("lmms_eval.tasks.")
+            if of_task and isinstance(value, FunctionType):
                 todo.append(value)
-            elif not isinstance(value, ModuleType):
-                classes.add(kind)
-        for kind in classes:
-            todo += [method for name, method in vars(kind).items()
-                     if isinstance(method, FunctionType) and name in {*names, "__init__"}]
     return found
 
 
-def _home(value: Callable | object, kind: type) -> str:
+def _home(value: object) -> str:
     module = getattr(value, "__module__", None)
-    return module if isinstance(module, str) else kind.__module__
+    return module if isinstance(module, str) else type(value).__module__
 
 
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _used(code: CodeType) -> tuple[set[str], set[str]]:
+    """Names and texts in a function, and in those that are defined in it."""
+    names, words = set(code.co_names), {one for one in code.co_consts if isinstance(one, str)}
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names(constant)
+            more = _used(constant)
+            names |= more[0]
+            words |= more[1]
+    return names, words

@@ -86,7 +86,6 @@ def test_any_setting_may_be_a_list() -> None:
         {"method": "sparsemm", "budget": 64, "window": 8, "ratio": 1.0},
         {"method": "sparsemm", "budget": 64, "window": 8, "kernel_size": 7, "ratio": 1.0},
         {"method": "local", "budget": 64},
-        {"method": "local", "budget": 64, "window": 8},
     ]
     assert grid.varied() == ["window", "kernel_size"]
     assert yaml.safe_load(grid.resolved())["ratio"] == 1.0

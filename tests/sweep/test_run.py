@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from models.fixtures import rows, sentence
 from typer.testing import CliRunner
 
@@ -24,10 +25,11 @@ from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import checks, runner
 from sparsemm_eval.sweep.fidelity import fidelity
-from sparsemm_eval.sweep.grid import Grid, parse_grid
+from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.lock import Locked, lock
 from sparsemm_eval.sweep.run import Sweep, run_sweep
 from sparsemm_eval.sweep.status import status
+from sparsemm_eval.sweep.tasks import find_tasks, runnable
 from sparsemm_eval.tiny import default_checkpoint
 
 SAMPLES = 6
@@ -48,8 +50,7 @@ CELLS = 5
 
 def grid(**changes: Any) -> Grid:
     """The grid of these tests, with other values."""
-    made = parse_grid(GRID, Path("small.yaml"))
-    return Grid.model_validate(made.model_dump(exclude_unset=True) | changes)
+    return Grid.model_validate({"name": "small", **yaml.safe_load(GRID), **changes})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -187,7 +188,7 @@ def test_cells_that_differ_in_more_than_method_and_budget_are_told_apart(tmp_pat
 
 def test_full_kv_alone(tmp_path: Path) -> None:
     alone = {"methods": ["fullkv"], "budgets": None, "window": None, "tasks": ["vqav2_mini"]}
-    values = grid().model_dump(exclude_unset=True) | alone | {"samples": 2, "shards": 1}
+    values = yaml.safe_load(GRID) | alone | {"name": "small", "samples": 2, "shards": 1}
     values = {name: value for name, value in values.items() if value is not None}
     made = run_sweep(Grid.model_validate(values), tmp_path, "x")
     assert made.status.finished
@@ -437,16 +438,16 @@ def test_without_java_textcaps_is_refused_or_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    monkeypatch.setattr("sparsemm_eval.sweep.run.task_manager", lambda tasks: tasks)
     both = grid(tasks=["textcaps_val", "vqav2_mini"], shards=1)
     with pytest.raises(ValueError, match="textcaps_val needs java") as caught:
         run_sweep(both, tmp_path, "x")
     assert "java runtime" in sentence(caught).lower()
-    kept, left = checks.runnable(both.tasks, skip=True)
+    manager = find_tasks(both.tasks)
+    kept, left = runnable(manager, both.tasks, skip=True)
     assert kept == ["vqav2_mini"]
     assert [(lost.task, "java" in lost.cause) for lost in left] == [("textcaps_val", True)]
     with pytest.raises(ValueError, match="needs java"):
-        checks.runnable(["textcaps_val"], skip=True)
+        runnable(manager, ["textcaps_val"], skip=True)
 
 
 def test_data_that_is_not_here_is_named_where_the_hub_is_off(
