@@ -15,11 +15,12 @@ COLUMNS = (
     "model", "task", "benchmark", "metric", "metric_label", "higher_is_better", "bounded",
     "percent", "method", "label", "budget", "ratio", "allocation", "seed", "window", "settings",
     "score", "spread", "seeds", "stderr", "samples", "expected", "kept_tokens_per_head",
-    "kept_kv_bytes", "prompt_tokens", "source", "digits", "file", "files_of", "samples_files",
+    "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "source", "digits", "file",
+    "files_of", "samples_files",
 )  # fmt: skip
 _NUMBERS = (
     "budget", "ratio", "seed", "window", "score", "spread", "stderr", "samples", "expected",
-    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens",
+    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
 )  # fmt: skip
 # How a cell is computed, not what: no answer depends on these but by rounding.
 NOT_KEYED = frozenset({
@@ -207,7 +208,9 @@ def _joined(group: list[dict[str, Any]]) -> dict[str, Any]:
     if len(group) == 1:
         return group[0]
     frame = pd.DataFrame(group)
-    means = ("score", "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens")
+    means = (
+        "score", "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
+    )  # fmt: skip
     seeds = sorted({_of(row["settings"], "seed") for row in group})
     return group[0] | {
         **{name: frame[name].mean() for name in means},

@@ -19,6 +19,7 @@ MEASURED = {
     "avg_kept_tokens_per_head": "kept_tokens_per_head",
     "avg_kept_kv_bytes": "kept_kv_bytes",
     "avg_prompt_tokens": "prompt_tokens",
+    "avg_share_uncompressed": "share_uncompressed",
 }
 # Of our entry; what is not there is unknown.
 _ENTRY = {

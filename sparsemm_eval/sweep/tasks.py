@@ -53,7 +53,9 @@ def find_tasks(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> TaskM
     for task in tasks:
         if task in manager.all_subtasks:
             continue
-        members = manager.task_index[task].get("task") or _config(manager, task).get("task") or []
+        members = manager.task_index[task].get("task")  # a tag's list; -1 for a group with a file
+        if not isinstance(members, list):
+            members = _config(manager, task).get("task") or []
         names = [one if isinstance(one, str) else str(one.get("task")) for one in members]
         raise UserError(
             f"tasks: {task} is a group of tasks; name those of it that are wanted, of "
