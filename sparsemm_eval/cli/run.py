@@ -41,14 +41,18 @@ def demo(
     models: Annotated[str, typer.Option(help="Embedded models, comma-separated; all.")] = "",
     masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 40,
     allocation: Annotated[str, typer.Option(help="paper or exact.")] = "paper",
+    plugin: PluginNames = None,
 ) -> None:
-    """Full KV and five methods over budgets on the embedded models; offline, in minutes."""
+    """Full KV, five methods and one's own over budgets on the embedded models, in minutes."""
     with one_sentence():
         quiet()
         check_libraries()
+        from sparsemm_eval.methods import method_names
         from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
+        before = method_names()
+        load_plugins(plugin)
         done = run_demo(
             out,
             SAMPLES if full else samples,
@@ -59,6 +63,7 @@ def demo(
             masked,
             allocation,
             command=demo_command(),
+            more_methods=[name for name in method_names() if name not in before],
         )
         typer.echo(done.markdown)
         for path in done.files:

@@ -24,9 +24,8 @@ def score_table(frame: pd.DataFrame) -> pd.DataFrame:
     budgeted = frame[frame["budget"].notna()]
     table = budgeted.pivot_table(index="method", columns="budget", values="score", sort=False)
     table = table[sorted(table.columns, reverse=True)]
-    full = frame.loc[frame["budget"].isna(), "score"]
-    if len(full):
-        table.loc["fullkv"] = full.iloc[0]
+    for name, cells in frame[frame["budget"].isna()].groupby("method", sort=False):
+        table.loc[name] = cells["score"].iloc[0]
     table = table.loc[method_order(list(table.index))]
     table.index = [METHOD_NAMES.get(name, name) for name in table.index]
     table.columns = [str(int(budget)) for budget in table.columns]

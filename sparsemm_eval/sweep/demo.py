@@ -15,7 +15,7 @@ import torch
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
 from sparsemm_eval.heads.mask import run_masking
-from sparsemm_eval.methods import MASK_MODES, HeadScores
+from sparsemm_eval.methods import MASK_MODES, HeadScores, method_settings
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.models.visuals import visuals
@@ -82,6 +82,7 @@ def run_demo(
     masked: int = 40,
     allocation: str = "paper",
     command: str = "./run_eval.sh",
+    more_methods: Sequence[str] = (),
 ) -> Demo:
     """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
 
@@ -106,6 +107,8 @@ def run_demo(
         How budgets are spent: as published, or to the token.
     command : str
         What makes it again, for the record.
+    more_methods : sequence of str
+        Methods of the user's own, beside those of the paper.
 
     Raises
     ------
@@ -123,7 +126,7 @@ def run_demo(
     for name in models:
         check_choice("model", name, tuple(folders))
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    cells = list(_cells(budgets, allocation))
+    cells = list(_cells(budgets, allocation, (*METHODS, *more_methods)))
     frames: list[pd.DataFrame] = []
     files: list[Path] = []
     scored: list[Path] = []
@@ -160,13 +163,16 @@ def run_demo(
     return _write(pd.concat(frames, ignore_index=True), out, files, command, start)
 
 
-def _cells(budgets: Sequence[int], allocation: str) -> Iterator[dict[str, Any]]:
+def _cells(
+    budgets: Sequence[int], allocation: str, methods: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     # What is the default is left to be it: such a cell is named as a plain run names it.
     more = {} if allocation == "paper" else {"allocation": allocation}
     yield {"method": "fullkv"}
-    for method in METHODS:
+    for method in methods:
+        window = {"window": WINDOW} if "window" in method_settings(method) else {}
         for budget in budgets:
-            yield {"method": method, "budget": budget, "window": WINDOW, **more}
+            yield {"method": method, "budget": budget, **window, **more}
 
 
 def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:

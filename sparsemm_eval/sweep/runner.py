@@ -138,7 +138,7 @@ class Runner:
                     continue
                 model = self._model(planned)
                 answers = model.store.read(planned.words)
-                if model.method.budget is None:
+                if model.method.budget is None and model.mask is None:
                     full[at] = answers
                 if (path := self._score(planned, model, answers)) is not None:
                     try:
@@ -147,7 +147,9 @@ class Runner:
                         self._fail(planned, one_line(error))
                         continue
                     near = fidelity(answers, full.get(at, {}))
-                    rows.append(row.assign(model=planned.model, **self._names(model), **near))
+                    rows.append(
+                        row.assign(model=planned.model, **self._names(planned, model), **near)
+                    )
         return rows
 
     def _answer(self, job: Job, bar: tqdm) -> None:
@@ -226,12 +228,11 @@ class Runner:
             if model.cell_of(planned.task) == planned.words
         )
 
-    def _names(self, model: SparseMMModel) -> dict[str, Any]:
+    def _names(self, planned: PlannedCell, model: SparseMMModel) -> dict[str, Any]:
         """Method of a table's row: with the settings that vary in this grid."""
         method = model.method
-        settings = {
-            name: method.settings[name] for name in self.grid.varied() if name in method.settings
-        }
+        stated = {**planned.settings, **method.settings}
+        settings = {name: stated[name] for name in self.grid.varied() if name in stated}
         words = ", ".join(f"{name}={value}" for name, value in settings.items())
         label = f"{METHOD_NAMES.get(method.name, method.name)} {words}" if words else method.name
         return {"method": label, "budget": method.budget or float("nan"), **settings}

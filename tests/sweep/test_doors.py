@@ -128,6 +128,16 @@ def test_a_method_of_ones_own_goes_through_a_sweep_to_tables_and_figures(
     assert len(before & after) == 2  # full KV is ours
 
 
+def test_the_demo_shows_the_method_beside_the_papers(plugin: Path, tmp_path: Path) -> None:
+    shown = run(
+        "demo", "--out", tmp_path, "--plugin", plugin, "--samples", 2, "--budgets", 32,
+        "--tasks", "docvqa_mini", "--models", "qwen2vl", "--masked", 0,
+    )  # fmt: skip
+    (header,) = (line for line in shown.splitlines() if line.startswith("| budget 32"))
+    assert "early" in header
+    assert "| early" in (tmp_path / "kept.md").read_text()
+
+
 def test_jobs_get_the_method_with_their_command(plugin: Path, grid: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["submit", grid, "-o", out, "--plugin", plugin.name, "--shards", 2]
@@ -221,6 +231,20 @@ def test_installed_packages_bring_methods(tmp_path: Path) -> None:
     (tmp_path / "their_methods" / "__init__.py").write_text("raise RuntimeError('worn out')\n")
     done = subprocess.run(command, capture_output=True, text=True)
     assert "the installed package their-methods (entry point early) cannot be" in done.stderr
+
+
+def test_silenced_heads_are_rows_of_their_own(grid: Path, tmp_path: Path) -> None:
+    values = {**GRID, "methods": ["fullkv", "snapkv"], "mask_heads": ["none", "visual:0.1"]}
+    values.pop("share")
+    grid.write_text(yaml.safe_dump(values))
+    shown = run("sweep", grid, "-o", tmp_path / "out")
+    rows_of = {line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")}
+    masked = {"FullKV mask_heads=visual:0.1", "SnapKV mask_heads=visual:0.1"}
+    assert rows_of == {"method", "FullKV", "SnapKV", *masked}
+    cells = json.loads((tmp_path / "out" / "summary.json").read_text())["cells"]
+    scores = {cell["method"]: cell["score"] for cell in cells}
+    assert scores["fullkv"] > scores["FullKV mask_heads=visual:0.1"]
+    assert "FullKV (mask_heads=visual:0.1)" in run("table", tmp_path / "out")
 
 
 # --- a task --------------------------------------------------------------------------------------
