@@ -250,7 +250,7 @@ class Grid(BaseModel):
         axes = {_KEYS.get(name, name): _short_axis(name, axis) for name, axis in self.axes.items()}
         ordered = {key: values[key] for key in before} | axes
         ordered |= {key: values[key] for key in (*after, "notes")}
-        return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
+        return yaml.safe_dump(ordered, sort_keys=False, width=100)
 
     @model_validator(mode="before")
     @classmethod
@@ -345,7 +345,7 @@ class Grid(BaseModel):
     def _check_masks(self, name: str, axis: list[Any]) -> None:
         for place, value in enumerate(axis):
             if name == "mask_mode":
-                _at((name, place), check_choice, name, value, MASK_MODES)
+                _at((name, place), check_choice, f"{name}[{place}]", value, MASK_MODES)
             elif not isinstance(value, str):
                 raise _Misplaced(f"{_short(value)}: it must be text, or none", name, place)
         self._check_twice(name, axis)
