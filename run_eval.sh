@@ -64,7 +64,7 @@ install() {
   trap - INT TERM
   if ! wait "$pip"; then
     say "installing failed; the end of $log:"
-    grep -v '^WARNING' "$log" | tail -n 5 >&2
+    sed '/^WARNING/d' "$log" | tail -n 5 >&2
     say "run this again to go on; what is there already is kept"
     return 1
   fi
@@ -93,9 +93,12 @@ remove_halves() {
 
 setup() {
   # The stamp is written last and names what was installed: an interrupted setup is taken up
-  # again, and a changed lock or pyproject.toml, or a moved checkout, installs anew.
-  local stamp="$venv/installed" build=gpu index="$cpu_index" force="" wanted python
-  if [ -f "$stamp" ] && [ "$(tail -n 1 "$stamp")" = cpu ]; then build=cpu; fi
+  # again, and a changed lock or pyproject.toml, or a moved checkout, installs anew. Which build of
+  # torch was asked for last, and from where, outlives an installation that broke off.
+  local stamp="$venv/installed" choice="$venv/build" force="" build index before wanted python
+  build=gpu index="$cpu_index"
+  if [ -f "$choice" ]; then read -r build index < "$choice"; fi
+  before="$build"
   if [ "${1:-}" = again ]; then
     force=yes
     shift
@@ -109,6 +112,10 @@ setup() {
   wanted="$root $(cat "$root/pyproject.toml" "$lock" | cksum)
 $build"
   if [ -z "$force" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
+  if [ -d "$venv" ] && [ "$build" != "$before" ]; then
+    say "making .venv anew: pip takes one build of torch for the other"
+    rm -rf "$venv"
+  fi
   python="$(python_for_venv)"
   if [ -x "$venv/bin/python" ]; then python="$venv/bin/python"; fi
   rm -f "$stamp"
@@ -117,6 +124,7 @@ $build"
     say "$python has no venv module (on Debian: apt install python3-venv)"
     return 1
   fi
+  echo "$build $index" > "$choice"
   if [ "$build" = cpu ]; then
     say "installing into .venv with the CPU build of torch: about 2.5 GB, 3 to 10 minutes"
   else
@@ -129,12 +137,14 @@ $build"
     say "the lock is for Python 3.10 to 3.14 on Linux, this is $("$venv/bin/python" -V) on" \
       "$(uname -sm): installing the newest packages that fit, which nobody has tested together"
     install --editable "$root[dev]"
-  elif [ "$build" = cpu ]; then
-    install_cpu "$index"
   else
-    install --no-deps --require-hashes -r "$lock"
+    if [ "$build" = cpu ]; then
+      install_cpu "$index"
+    else
+      install --no-deps --require-hashes -r "$lock"
+    fi
+    install --no-deps --no-build-isolation --editable "$root"
   fi
-  install --no-deps --no-build-isolation --editable "$root"
   echo "$wanted" > "$stamp"
   say "installed"
 }

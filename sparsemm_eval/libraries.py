@@ -21,7 +21,7 @@ from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from sparsemm_eval.errors import UserError, one_line
-from sparsemm_eval.paths import cache_folder, checkout, lock_file
+from sparsemm_eval.paths import cache_folder, checkout, lock_file, write_whole
 
 # What lmms-eval is asked to do: one question, answered by a model that always says yes.
 _TASK = """\
@@ -101,11 +101,16 @@ def check_libraries() -> None:
     ------
     UserError
         Naming the package at fault, its version, the version known to work, and what mends it.
+    OSError
+        If a cache cannot be written: no package is at fault then.
     """
     for package, check in _CHECKS.items():
         try:
             check()
         except Exception as error:
+            # A library that cannot be loaded is an OSError too, but of no number.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
             raise UserError(_sentence(package, error)) from error
 
 
@@ -180,8 +185,7 @@ def _lmms_eval() -> None:
             )
     finally:
         logger.enable("lmms_eval")
-    # Of several ranks only the first has results.
-    if results is not None and results["results"]["sparsemm_smoke"]["exact_match,none"] != 1:
+    if results["results"]["sparsemm_smoke"]["exact_match,none"] != 1:
         raise RuntimeError("lmms-eval scored a right answer as wrong")
 
 
@@ -203,12 +207,11 @@ _CHECKS: dict[str, Callable[[], None]] = {
 def _smoke_folder() -> Path:
     """Folder of the task; written only where it differs, as its data is cached by its date."""
     folder = cache_folder() / "smoke"
-    folder.mkdir(parents=True, exist_ok=True)
     data = folder / "data.jsonl"
     texts = {data: json.dumps(_QUESTION) + "\n", folder / "smoke.yaml": _TASK.format(data=data)}
     for path, text in texts.items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
+            write_whole(path, text)
     return folder
 
 

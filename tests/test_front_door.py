@@ -1,6 +1,7 @@
 """run_eval.sh: what it does before any Python of ours runs."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -66,6 +67,58 @@ def test_a_changed_lock_is_installed_anew(checkout: Path, tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "apt install python3-venv" in done.stderr
     assert not (checkout / ".venv/installed").exists()
+
+
+@pytest.fixture
+def recorded(checkout: Path) -> Path:
+    """A log of what pip is called with; an environment whose pip does nothing else."""
+    log = checkout.parent / "pip.log"
+    fake = f"""#!/usr/bin/env bash
+if [ "$1" = -c ]; then exit 0; fi
+if [ "$2" = venv ]; then
+  mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip"
+  exit
+fi
+echo "$*" >> {log}
+! grep -qs broken {log.parent}/mood
+"""
+    for place in (
+        checkout / ".venv/bin/python",
+        checkout / ".venv/bin/pip",
+        log.parent / "python3",
+    ):
+        place.write_text(fake)
+        place.chmod(0o755)
+    return log
+
+
+def test_the_cpu_build_comes_from_its_index_and_nothing_for_a_gpu_with_it(
+    checkout: Path, recorded: Path
+) -> None:
+    """It is kept to over an installation that broke off, and left only when the GPU's is asked."""
+    path = f"{recorded.parent}{os.pathsep}{os.environ['PATH']}"
+    options = {"env": {**os.environ, "PATH": path}}
+    (recorded.parent / "mood").write_text("broken")
+    done = call(checkout / "run_eval.sh", "setup", "--cpu", "https://mirror.example", **options)
+    assert done.returncode == 1
+    assert "run this again to go on" in done.stderr
+    assert not (checkout / ".venv/installed").exists()
+    (recorded.parent / "mood").unlink()
+    recorded.unlink()
+    done = call(checkout / "run_eval.sh", "setup", **options)
+    assert done.returncode == 0, done.stderr
+    first, second, third = recorded.read_text().splitlines()
+    assert "--index-url https://mirror.example torch==" in first
+    assert "torchvision==" in first
+    assert "--require-hashes" in second
+    lock = (checkout / ".venv/cpu.lock").read_text()
+    assert "transformers==" in lock
+    assert not re.search("^(torch|torchvision|triton|nvidia-.*|cuda-.*)==", lock, re.MULTILINE)
+    assert third.endswith(f"--editable {checkout}")
+    recorded.unlink()
+    done = call(checkout / "run_eval.sh", "setup", "--gpu", **options)
+    assert "making .venv anew" in done.stderr
+    assert "requirements.lock" in recorded.read_text().splitlines()[0]
 
 
 def test_setup_knows_its_options(checkout: Path) -> None:

@@ -86,7 +86,17 @@ def test_markers_choose_one_version_of_a_package(monkeypatch: pytest.MonkeyPatch
 
 
 def test_all_is_well_here() -> None:
-    libraries.check_libraries()
+    done = run("doctor", "--libraries")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_cache_that_cannot_be_written_is_laid_to_no_package(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(libraries, "cache_folder", lambda: tmp_path / "file")
+    with pytest.raises(OSError, match="file"):
+        libraries.check_libraries()
 
 
 def test_a_package_that_broke_lmms_eval_is_named_in_one_sentence(newer_filelock: Path) -> None:
@@ -160,3 +170,16 @@ def test_eval_ends_with_the_failures_sentence(arguments: str, words: str) -> Non
     done = run("eval", *arguments.split())
     assert done.returncode == 1
     assert words in done.stderr.splitlines()[-1]
+
+
+def test_an_error_that_a_task_logs_is_no_failed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval's tasks log errors of single answers, and the run goes on to its scores."""
+    from lmms_eval import __main__ as lmms_main
+    from loguru import logger
+    from typer.testing import CliRunner
+
+    from sparsemm_eval.cli import app
+
+    monkeypatch.setattr(libraries, "_CHECKS", {})
+    monkeypatch.setattr(lmms_main, "cli_evaluate", lambda args: logger.error("no letter in it"))
+    assert CliRunner().invoke(app, ["eval", "--tasks", "x"]).exit_code == 0

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.methods import ModelShape, make_method, method, method_names
+from sparsemm_eval.methods import ModelShape, make_method, method_names, registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def test_the_tensor_example_runs() -> None:
 
 def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file: a dataclass must be found where it says it is from."""
-    monkeypatch.setattr(method, "_registry", dict(method._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     exec(compile(BLOCKS[1], "README.md", "exec"), {"__name__": __name__})
     shape = ModelShape(layers=4, query_heads=4, kv_heads=2)
     for allocation in ("paper", "exact"):
@@ -74,6 +74,6 @@ def test_settings_of_the_table_are_known() -> None:
     rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)
     names = {name for row in rows for name in row.split(", ")} - {"setting", "method"}
     known = set(inspect.signature(Qwen2VLSparseMM.__init__).parameters)
-    methods = {s for name in method_names() for s in method.method_settings(name)}
+    methods = {s for name in method_names() for s in registry.method_settings(name)}
     assert names <= known | methods | Qwen2VLSparseMM._own()
     assert methods <= names

@@ -38,12 +38,16 @@ def _run(arguments: list[str]) -> str | None:
     from sparsemm_eval.paths import tasks_folder
 
     failures: list[str] = []
+    errors: list[str] = []
 
     def watch(record: Any) -> None:
-        # lmms-eval logs what failed, inside its handler, and goes on to a normal end.
-        if record["level"].name == "ERROR" and record["name"].startswith("lmms_eval"):
+        # lmms-eval logs what failed, inside its handler, and goes on to a normal end. Its other
+        # errors are a task's own and no failure, unless it then leaves without a word.
+        if record["message"].startswith("Error during evaluation"):
             error = sys.exc_info()[1]
             failures.append(one_line(error) if error else record["message"])
+        elif record["level"].name == "ERROR":
+            errors.append(record["message"])
 
     theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     theirs.add_argument("--include_path", action="append", default=[])
@@ -55,8 +59,9 @@ def _run(arguments: list[str]) -> str | None:
     try:
         cli_evaluate(argparse.Namespace(include_path=folders))
     except SystemExit as end:
-        if end.code or not failures:
+        if end.code or not errors:
             raise
+        failures += errors[-1:]
     finally:
         sys.argv = before
         logger.configure(patcher=lambda record: None)

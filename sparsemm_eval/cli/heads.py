@@ -11,6 +11,7 @@ import typer
 
 from sparsemm_eval.cli.common import numbers, one_sentence, quiet, words
 from sparsemm_eval.errors import check_choice
+from sparsemm_eval.libraries import check_libraries
 
 if TYPE_CHECKING:
     from sparsemm_eval.models.checkpoint import Checkpoint
@@ -139,6 +140,7 @@ def mask(
         from sparsemm_eval.methods import MASK_MODES
 
         checkpoint = _checkpoint(model, dtype, device)
+        check_libraries()
         done = run_masking(
             checkpoint,
             out,

@@ -9,22 +9,19 @@ from sparsemm_eval.methods.head_mask import (
     visual_heads,
 )
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_head_scores
-from sparsemm_eval.methods.method import (
-    Method,
+from sparsemm_eval.methods.method import Method, keep_rows, row_lengths, tokens_per_head
+from sparsemm_eval.methods.plugins import Plugin, load_plugin
+from sparsemm_eval.methods.registry import (
     Setting,
     canonical_settings,
-    keep_rows,
     make_method,
     method_digest,
     method_names,
     method_settings,
     register_method,
-    row_lengths,
     settings_of,
     shown_name,
-    tokens_per_head,
 )
-from sparsemm_eval.methods.plugins import Plugin, load_plugin
 from sparsemm_eval.methods.scoring import (
     Checks,
     ObservationWindow,

@@ -67,9 +67,13 @@ def load_installed() -> None:
     if _done:
         return
     _done.append(True)
-    for point in entry_points(group=GROUP):
-        package = point.dist.name if point.dist else point.value
-        _import(point.module, f"the installed package {package} (entry point {point.name})")
+    try:
+        for point in entry_points(group=GROUP):
+            package = point.dist.name if point.dist else point.value
+            _import(point.module, f"the installed package {package} (entry point {point.name})")
+    except UserError:
+        _done.clear()  # asked again, it fails again
+        raise
 
 
 _done: list[bool] = []

@@ -22,9 +22,9 @@ from sparsemm_eval.methods import (
     method_names,
     method_settings,
     register_method,
+    registry,
     shown_name,
 )
-from sparsemm_eval.methods import method as registry
 from sparsemm_eval.methods.allocation import Uniform
 
 SHAPE = ModelShape(2, 4, 2)

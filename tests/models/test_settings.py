@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from models.fixtures import ask, pages, refused, rows, sentence
 
-from sparsemm_eval.methods import Allocation, Prompt, register_method
-from sparsemm_eval.methods import method as registry
+from sparsemm_eval.methods import Allocation, Prompt, register_method, registry
 from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.methods import method as methods
+from sparsemm_eval.methods import registry
 from sparsemm_eval.tiny import default_checkpoint
 
 METHOD = '''"""A method that nobody else has."""
@@ -61,7 +61,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 @pytest.fixture(autouse=True)
 def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """No method of one test is known to another, and nothing comes from the network."""
-    monkeypatch.setattr(methods, "_registry", dict(methods._registry))
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     for name, value in OFFLINE.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -119,7 +119,7 @@ def test_a_method_of_ones_own_goes_through_a_sweep_to_tables_and_figures(
     other = tmp_path / "other" / "my_methods.py"
     other.parent.mkdir()
     other.write_text(METHOD.replace("layers / 2", "layers / 3"))
-    methods._registry.pop("early")
+    registry._registry.pop("early")
     words = refused("sweep", grid, "-o", out, "--plugin", other)
     assert "plugin" in words
     run("sweep", grid, "-o", tmp_path / "again", "--plugin", other)
