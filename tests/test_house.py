@@ -12,7 +12,7 @@ PACKAGE = ROOT / "sparsemm_eval"
 # A room may import from rooms of a lower floor, and from itself.
 FLOORS = {
     "errors": 0, "paths": 0, "libraries": 1, "methods": 1, "report": 1, "tiny": 1,
-    "cache": 2, "families": 3, "models": 4, "engine": 4, "doctor": 5, "heads": 5, "bench": 5,
+    "cache": 2, "families": 3, "engine": 4, "doctor": 5, "heads": 5, "bench": 5,
     "sweep": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 STDLIB = set(sys.stdlib_module_names) | {"__future__"}
@@ -20,7 +20,7 @@ TENSORS = {"torch", "transformers", "numpy", "pandas", "matplotlib", "flash_attn
 ALLOWED = {
     "methods": {"torch", "numpy"},
     "cache": TENSORS,
-    **{f"models/{name}.py": TENSORS for name in ("decode", "graph", "greedy", "rows", "step")},
+    **{f"engine/{name}.py": TENSORS for name in ("decode", "graph", "greedy", "rows", "step")},
     "bench": TENSORS | {"flashinfer"},
     "report": {
         "pandas",

@@ -68,7 +68,7 @@ def test_every_method_is_in_the_table() -> None:
 
 
 def test_settings_of_the_table_are_known() -> None:
-    from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
+    from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
 
     section = README.split("### Settings")[1].split("###")[0]
     rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)

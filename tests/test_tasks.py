@@ -21,11 +21,11 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.tasks.textcaps.utils import textcaps_cider
 from lmms_eval.utils import load_yaml_config
 
-from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.llava import LlavaSparseMM
-from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
-from sparsemm_eval.models.samples import read_chat
-from sparsemm_eval.models.wrapper import SparseMMModel
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.llava import LlavaSparseMM
+from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.samples import read_chat
+from sparsemm_eval.engine.wrapper import SparseMMModel
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import benchmarks, chance, embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS

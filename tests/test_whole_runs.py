@@ -19,10 +19,10 @@ from typing import Any
 import lmms_eval.tasks.docvqa
 import pytest
 import yaml
+from engine.fixtures import Row, rows
 from lmms_eval.utils import load_yaml_config
-from models.fixtures import Row, rows
 
-from sparsemm_eval.models.answers import AnswerStore
+from sparsemm_eval.engine.answers import AnswerStore
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import default_checkpoint
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV, use_head_budget_attention
 from sparsemm_eval.cache.layer import RaggedLayer
+from sparsemm_eval.engine.graph import decoder_of, release
+from sparsemm_eval.engine.greedy import static_kind
+from sparsemm_eval.engine.rows import Rows
 from sparsemm_eval.methods import Method
-from sparsemm_eval.models.graph import decoder_of, release
-from sparsemm_eval.models.greedy import static_kind
-from sparsemm_eval.models.rows import Rows
 
 Inputs = Mapping[str, Tensor]
 
@@ -76,7 +76,7 @@ def decode_ours(
     steps : int
         New tokens after the first.
     cuda_graph : str
-        As `sparsemm_eval.models.greedy.static_kind` takes it.
+        As `sparsemm_eval.engine.greedy.static_kind` takes it.
     """
     options = {"max_new_tokens": steps + 1, "do_sample": False}
     longest = inputs["input_ids"].shape[1] + steps + 1

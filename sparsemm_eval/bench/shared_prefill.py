@@ -22,9 +22,9 @@ import torch
 from sparsemm_eval.bench.machine import describe, find_device, threads
 from sparsemm_eval.bench.models import LARGE, Subject, subject
 from sparsemm_eval.bench.timing import DeviceClock
+from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
 from sparsemm_eval.errors import check_int, one_line
 from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
-from sparsemm_eval.models.decode import Decoded, generate, generate_rows
 from sparsemm_eval.report.provenance import provenance
 
 METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")

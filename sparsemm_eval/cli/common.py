@@ -50,8 +50,8 @@ debug = False
 @contextmanager
 def one_sentence() -> Iterator[None]:
     """Bad input ends with its one sentence and exit code 1; its traceback only with --debug."""
+    from sparsemm_eval.engine.answers import SampleFailures
     from sparsemm_eval.errors import one_line
-    from sparsemm_eval.models.answers import SampleFailures
 
     try:
         yield

@@ -14,7 +14,7 @@ from sparsemm_eval.errors import check_choice
 from sparsemm_eval.libraries import check_libraries
 
 if TYPE_CHECKING:
-    from sparsemm_eval.models.checkpoint import Checkpoint
+    from sparsemm_eval.engine.checkpoint import Checkpoint
 
 app = typer.Typer()
 
@@ -162,7 +162,7 @@ def _checkpoint(model: str | None, dtype: str, device: str) -> Checkpoint:
     """A checkpoint that will lie on a device; one that is not there is refused."""
     import torch
 
-    from sparsemm_eval.models.checkpoint import Checkpoint
+    from sparsemm_eval.engine.checkpoint import Checkpoint
     from sparsemm_eval.tiny import default_checkpoint
 
     count = torch.cuda.device_count()

@@ -182,5 +182,5 @@ def report(
             typer.echo(f"not read: {file.path}: {file.reason}", err=True)
         visuals = None
         if not no_images:
-            from sparsemm_eval.models.visuals import visuals
+            from sparsemm_eval.engine.visuals import visuals
         typer.echo(f"wrote {write_page(read, out, title, samples, visuals, against)}")

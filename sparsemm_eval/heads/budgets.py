@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from transformers import AutoConfig
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import (
     HeadScores,
@@ -27,7 +28,6 @@ from sparsemm_eval.methods import (
     shown_name,
     tokens_per_head,
 )
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.report.figure_files import DrawnFiles
 from sparsemm_eval.report.names import last_part, method_label
 from sparsemm_eval.report.styles import (

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.samples import DEFAULT_NEW_TOKENS
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, greedy_answers, read_prompts
 from sparsemm_eval.heads.pages import Page, union
@@ -29,8 +31,6 @@ from sparsemm_eval.heads.regions import (
     image_positions,
 )
 from sparsemm_eval.heads.visual_scores import PageRecords, PageScore, VisualScores
-from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.samples import DEFAULT_NEW_TOKENS
 
 
 def chase(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.heads.capture import WeightCapture, feed, greedy_answers, read_prompts
 from sparsemm_eval.heads.maps import (
@@ -22,7 +23,6 @@ from sparsemm_eval.heads.maps import (
 from sparsemm_eval.heads.pages import read_image
 from sparsemm_eval.heads.regions import Box, Regions, check_family, find_regions, image_positions
 from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.report.names import last_part
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.evaluate import evaluate, make_models
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
-from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.evaluate import evaluate, make_models
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.figures import score_over_silenced
 from sparsemm_eval.report.names import last_part

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import provenance
 

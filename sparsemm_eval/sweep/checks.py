@@ -16,8 +16,8 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 from tenacity import RetryError
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, one_line
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.sweep.grid import ModelSpec
 
 # An answer's row, its index entries and its line in a samples file; generous.

@@ -12,13 +12,13 @@ from typing import Any
 import pandas as pd
 import torch
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.evaluate import evaluate, make_models
+from sparsemm_eval.engine.visuals import visuals
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
 from sparsemm_eval.heads.mask import run_masking
 from sparsemm_eval.methods import MASK_MODES, HeadScores, method_settings
-from sparsemm_eval.models.checkpoint import Checkpoint
-from sparsemm_eval.models.evaluate import evaluate, make_models
-from sparsemm_eval.models.visuals import visuals
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.report.curves import score_curves
 from sparsemm_eval.report.markup import to_format

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.models.answers import Answer
+from sparsemm_eval.engine.answers import Answer
 
 
 def fidelity(cell: Mapping[str, Answer], full: Mapping[str, Answer]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from pydantic import (
 )
 
 from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.engine.checkpoint import DTYPES
+from sparsemm_eval.engine.greedy import CUDA_GRAPH
 from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
 from sparsemm_eval.methods import (
     MASK_MODES,
@@ -36,8 +38,6 @@ from sparsemm_eval.methods import (
     method_settings,
     settings_of,
 )
-from sparsemm_eval.models.checkpoint import DTYPES
-from sparsemm_eval.models.greedy import CUDA_GRAPH
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import embedded_checkpoints
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsemm_eval.engine.answers import Answer, AnswerStore, tally
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.models.answers import Answer, AnswerStore, tally
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.grid import Grid, parse_grid
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder

@@ -15,11 +15,11 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 from tqdm import tqdm
 
+from sparsemm_eval.engine.answers import Answer, SampleFailures, tally
+from sparsemm_eval.engine.evaluate import answer, make_models, results_path, score
+from sparsemm_eval.engine.wrapper import SparseMMModel
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import Plugin
-from sparsemm_eval.models.answers import Answer, SampleFailures, tally
-from sparsemm_eval.models.evaluate import answer, make_models, results_path, score
-from sparsemm_eval.models.wrapper import SparseMMModel
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import METHOD_NAMES

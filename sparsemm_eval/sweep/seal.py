@@ -11,7 +11,7 @@ from typing import Any
 
 from loguru import logger
 
-from sparsemm_eval.models.answers import Answer
+from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import OURS
 

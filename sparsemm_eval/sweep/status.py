@@ -12,8 +12,8 @@ import pandas as pd
 from rich.live import Live
 from rich.text import Text
 
+from sparsemm_eval.engine.answers import Tally, tally
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.models.answers import Tally, tally
 from sparsemm_eval.sweep.lock import holder
 from sparsemm_eval.sweep.plan import (
     Plan,

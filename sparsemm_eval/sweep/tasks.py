@@ -14,9 +14,9 @@ from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 from openai import OpenAIError
 
+from sparsemm_eval.engine.evaluate import task_manager
+from sparsemm_eval.engine.requirements import check_tasks
 from sparsemm_eval.errors import UserError, one_line
-from sparsemm_eval.models.evaluate import task_manager
-from sparsemm_eval.models.requirements import check_tasks
 
 # What a metric's code reaches when it asks another model, or runs a java program.
 _JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "requests")

@@ -24,10 +24,10 @@ from transformers import (
 from sparsemm_eval.bench.efficiency import main
 from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
+from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
+from sparsemm_eval.engine.graph import decoder_of, held_bytes, release
 from sparsemm_eval.methods import HeadMask, Method, ModelShape, make_method
 from sparsemm_eval.methods.scoring import ObservationWindow
-from sparsemm_eval.models.decode import Decoded, generate, generate_rows
-from sparsemm_eval.models.graph import decoder_of, held_bytes, release
 
 pytestmark = pytest.mark.gpu
 LONG = {"max_new_tokens": 120, "do_sample": False}  # through several copies to larger layers

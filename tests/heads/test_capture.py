@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from models.fixtures import Stock, pages
-from models.llava_checkpoints import build_llava
+from engine.fixtures import Stock, pages
+from engine.llava_checkpoints import build_llava
 from transformers import Cache
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.capture import (
     ArgmaxCapture,
     WeightCapture,
@@ -16,7 +17,6 @@ from sparsemm_eval.heads.capture import (
     read_prompts,
     teacher_forced,
 )
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import default_checkpoint
 
 N, ROWS = 100, 40  # more rows than a block

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models.fixtures import Stock, change_config, photo, sentence
-from models.llava_checkpoints import build_llava
+from engine.fixtures import Stock, change_config, photo, sentence
+from engine.llava_checkpoints import build_llava
 from PIL import Image, ImageFile
 
+from sparsemm_eval.engine import checkpoint as checkpoint_module
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.draw import (
     ImageAttention,
     Scene,
@@ -24,8 +26,6 @@ from sparsemm_eval.heads.draw import (
 )
 from sparsemm_eval.heads.regions import Qwen2VLRegions
 from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.models import checkpoint as checkpoint_module
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import default_checkpoint
 
 SHAPE = ModelShape(layers=3, query_heads=4, kv_heads=2)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from sparsemm_eval.engine import checkpoint as checkpoints
+from sparsemm_eval.engine.answers import AnswerStore
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.mask import Masking, run_masking
-from sparsemm_eval.models import checkpoint as checkpoints
-from sparsemm_eval.models.answers import AnswerStore
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import default_checkpoint
 
 SAMPLES, SEEDS = 8, 2

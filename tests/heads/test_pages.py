@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.pages import Chunk, Page, drawn_pages, pages_for, read_pages
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import PAGE
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from engine.llava_checkpoints import PATCH, SIDE, build_llava
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models.llava_checkpoints import PATCH, SIDE, build_llava
 from PIL import Image
 from transformers import (
     LlavaNextForConditionalGeneration,
@@ -27,6 +27,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.regions import (
     Box,
     LlavaNextRegions,
@@ -35,7 +36,6 @@ from sparsemm_eval.heads.regions import (
     find_regions,
     image_positions,
 )
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny.qwen2_vl import build_config, build_model, build_processor
 
 FAMILIES = (

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.visual_scores import PageScore, VisualScores, rank_correlation, stability
 from sparsemm_eval.methods import HeadScores
-from sparsemm_eval.models.checkpoint import Checkpoint
 from sparsemm_eval.tiny import default_checkpoint
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models.fixtures import sentence
+from engine.fixtures import sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from models.fixtures import rows
+from engine.fixtures import rows
 from PIL import Image, ImageDraw
 from typer.testing import CliRunner
 

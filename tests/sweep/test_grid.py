@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmms_eval.tasks import TaskManager
 
+from sparsemm_eval.engine.llava import LlavaSparseMM
+from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
-from sparsemm_eval.models.llava import LlavaSparseMM
-from sparsemm_eval.models.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import demo
 from sparsemm_eval.sweep.estimate import shape_of

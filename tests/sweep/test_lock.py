@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-from models.fixtures import log, sentence
+from engine.fixtures import log, sentence
 
 from sparsemm_eval.sweep.lock import Locked, holder, lock
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from models.fixtures import rows, sentence
+from engine.fixtures import rows, sentence
 from sweep.small_demo import tables, write_small_demo
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.models.answers import Answer, AnswerStore
+from sparsemm_eval.engine.answers import Answer, AnswerStore
 from sparsemm_eval.sweep.grid import read_grid
 from sparsemm_eval.sweep.merge import merge_sweeps
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, answers_folder

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models.fixtures import sentence
+from engine.fixtures import sentence
 
 from sparsemm_eval.sweep.queue import Command, Slot, find_gpus, make_slots, run_queue
 from sparsemm_eval.sweep.records import Record, log_file, read_record, tail

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import yaml
-from models.fixtures import rows, sentence
+from engine.fixtures import rows, sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.models import answers as answers_module
-from sparsemm_eval.models.answers import Answer
-from sparsemm_eval.models.checkpoint import Checkpoint
+from sparsemm_eval.engine import answers as answers_module
+from sparsemm_eval.engine.answers import Answer
+from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import checks, runner
 from sparsemm_eval.sweep.fidelity import fidelity

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from models.fixtures import rows, sentence
+from engine.fixtures import rows, sentence
 from sweep.small_demo import tables, write_small_demo
 from typer.testing import CliRunner
 

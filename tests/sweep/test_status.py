@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from models.fixtures import sentence
+from engine.fixtures import sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.models.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.engine.answers import Answer, AnswerStore, answer_key
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
 from sparsemm_eval.sweep.seal import answers_hash, seal

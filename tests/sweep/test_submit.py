@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from models.fixtures import rows, sentence
+from engine.fixtures import rows, sentence
 from sweep.small_demo import tables, write_small_demo
 from typer.testing import CliRunner
 

@@ -1,0 +1,352 @@
+"""Answers without scores, in shards: each document once, and found again by whoever scores."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine.fixtures import SHORT, log, rows
+from hypothesis import given
+from hypothesis import strategies as st
+from lmms_eval.api.instance import Instance
+
+from sparsemm_eval.engine import batches, evaluate
+from sparsemm_eval.engine.answers import SampleFailures
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.samples import Memo, image_hash
+from sparsemm_eval.engine.wrapper import SparseMMModel
+from sparsemm_eval.paths import cache_folder
+from sparsemm_eval.tiny.benchmarks import build
+
+TASK = "docvqa_mini"
+CELLS = (
+    {"method": "fullkv"},
+    {"method": "snapkv", "budget": 24, "window": 8},
+    {"method": "adakv", "budget": 12, "window": 8},
+)
+RANKS = """
+import sys
+from pathlib import Path
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.evaluate import answer, make_models
+from sparsemm_eval.sweep.run import leave_ranks
+from sparsemm_eval.tiny import default_checkpoint
+checkpoint = Checkpoint(default_checkpoint(), dtype="float32")
+cells = [{"method": "fullkv"}, {"method": "local", "budget": 24}]
+models = make_models(checkpoint, cells, batch_size=2, answers=sys.argv[1])
+answer(models, "docvqa_mini", samples=7, shard=1, shards=2)
+leave_ranks()
+"""
+
+
+def models_for(reader: Checkpoint, folder: Path, **settings: Any) -> list[SparseMMModel]:
+    return evaluate.make_models(reader, CELLS, **{"batch_size": 4, "answers": folder} | settings)
+
+
+def documents(folder: Path, finished: bool = False) -> Counter[tuple[str, str]]:
+    """How often each (cell, document) is stored, failures included or not."""
+    return Counter(
+        (row.cell, row.doc_id) for row in rows(folder) if row.text is not None or not finished
+    )
+
+
+# --- which documents ----------------------------------------------------------------------------
+
+
+class Task:
+    """Builds requests as lmms-eval's tasks do, of nothing."""
+
+    def __init__(self, size: int, repeats: int = 1) -> None:
+        self.size, self.repeats, self.instances = size, repeats, []
+
+    def get_config(self, key: str) -> int:
+        return 0
+
+    def build_all_requests(self, limit: int | None, rank: int, world_size: int) -> None:
+        chosen = list(range(self.size if limit is None else min(limit, self.size)))
+        chosen = chosen[rank::world_size]
+        padding = {} if chosen else {"__padding_only__": True}
+        self.instances = [
+            Instance(
+                "generate_until",
+                (),
+                0,
+                {"task": "t", "doc_id": number, "repeats": self.repeats} | padding,
+            )
+            for number in chosen or [0]
+        ]
+
+
+@given(
+    st.integers(1, 40),
+    st.none() | st.integers(1, 50),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 3),
+)
+def test_shards_and_ranks_part_the_documents(
+    size: int, limit: int | None, shards: int, ranks: int, repeats: int
+) -> None:
+    """Each document once, however many shards and ranks there are, and none beyond the limit."""
+    found: Counter[int] = Counter()
+    for shard in range(shards):
+        of_shard: Counter[int] = Counter()
+        for rank in range(ranks):
+            asked = evaluate._requests(
+                Task(size, repeats), limit, shard + shards * rank, shards * ranks
+            )
+            of_shard.update(request.doc_id for request in asked)
+        assert set(of_shard) == set(range(shard, min(size, limit or size), shards))
+        found.update(of_shard)
+    assert found == dict.fromkeys(range(min(size, limit or size)), repeats)
+
+
+def test_lmms_eval_parts_documents_so(reader: Checkpoint, answers: Path) -> None:
+    """The stand-in above does as the real tasks do, an empty part included."""
+    manager = evaluate.task_manager([TASK])
+    ((_, task),) = evaluate._leaves(evaluate.get_task_dict([TASK], manager, "chat"))
+    for limit, part, parts in ((7, 1, 3), (7, 6, 7), (3, 5, 8), (None, 40, 60)):
+        expected = evaluate._requests(Task(200), limit, part, parts)
+        real = evaluate._requests(task, limit, part, parts)
+        assert [request.doc_id for request in real] == [request.doc_id for request in expected]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shard": 2, "shards": 2}, {"shard": -1}, {"shards": 0}, {"samples": 0}]
+)
+def test_shards_that_cannot_be(
+    reader: Checkpoint, answers: Path, unloaded: None, wrong: dict[str, int]
+) -> None:
+    with pytest.raises(ValueError, match="must be an integer of at least"):
+        evaluate.answer(models_for(reader, answers), TASK, **wrong)
+
+
+def test_an_unknown_task(reader: Checkpoint, answers: Path, unloaded: None) -> None:
+    with pytest.raises(ValueError, match="there is no task nonsense"):
+        evaluate.answer(models_for(reader, answers), "nonsense")
+
+
+# --- answers ------------------------------------------------------------------------------------
+
+
+def test_shards_answer_what_a_scored_run_asks(
+    reader: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of stored answers are those of one plain run; nothing is computed for them."""
+    plain = models_for(reader, tmp_path / "plain")
+    expected = evaluate.evaluate(plain, CELLS, [TASK], 9, tmp_path / "plain", log_samples=True)
+    told: list[int] = []
+    for shard in (1, 0):
+        models = models_for(reader, tmp_path / "answers")
+        evaluate.answer(models, TASK, 9, shard, 2, told.append)
+        assert all(model.progress is None for model in models)
+    assert sum(told) == 9 * len(CELLS)
+    assert max(told) == 4 * len(CELLS)
+    stored = documents(tmp_path / "answers")
+    assert set(stored.values()) == {1}
+    assert len(stored) == 9 * len(CELLS)
+    evaluate.answer(models, TASK, 9, progress=told.append)
+    assert sum(told) == 9 * len(CELLS)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("something is computed")
+
+    monkeypatch.setattr(batches.Run, "_compute", fail)
+    scored = evaluate.evaluate(
+        models_for(reader, tmp_path / "answers"), CELLS, [TASK], 9, tmp_path, log_samples=True
+    )
+    for ours, theirs in zip(scored, expected, strict=True):
+        assert [results(path) for path in ours] == [results(path) for path in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert samples_file(one).read_text() == samples_file(other).read_text()
+
+
+def results(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["results"]
+
+
+def samples_file(path: Path) -> Path:
+    return path.with_name(path.name.replace("_results.json", f"_samples_{TASK}.jsonl"))
+
+
+def test_a_sample_that_fails_leaves_the_others_theirs(
+    reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every cell has all but it, and says so; once it can be read, it alone is computed."""
+    read = batches.read_chat
+
+    def broken(processor: Any, messages: list) -> Any:
+        prompt, images = read(processor, messages)
+        if image_hash(images[0]) == lost:
+            raise OSError("image file is truncated")
+        return prompt, images
+
+    model = models_for(reader, answers)[0]
+    evaluate.answer([model], TASK, samples=2)
+    lost = next(parts for _, parts in sorted(model.memo._parts.items()))["images"][0]
+    monkeypatch.setattr(batches, "read_chat", broken)
+    with pytest.raises(SampleFailures, match="1 samples failed"):
+        evaluate.answer(models_for(reader, answers / "again"), TASK, samples=3)
+    stored = rows(answers / "again")
+    assert len([row for row in stored if row.text is not None]) == 2 * len(CELLS)
+    assert Counter(row.cell for row in stored if row.error) == {
+        model.cell_of(TASK): 1 for model in models_for(reader, answers)
+    }
+    monkeypatch.setattr(batches, "read_chat", read)
+    evaluate.answer(models_for(reader, answers / "again"), TASK, samples=3)
+    finished = documents(answers / "again", finished=True)
+    assert len(finished) == 3 * len(CELLS)
+    assert set(finished.values()) == {1}
+
+
+def test_ranks_share_a_shard(answers: Path) -> None:
+    """Two processes of torchrun, on documents 1, 3 and 5 of 7."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(20000 + os.getpid() % 20000),
+        "--no-python", sys.executable, "-c", RANKS, str(answers),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    stored = documents(answers)
+    assert set(stored.values()) == {1}
+    assert {document for _, document in stored} == {f"validation {n}" for n in (1, 3, 5)}
+    assert len(stored) == 6
+    assert len({row.file for row in rows(answers)}) == 2
+
+
+# --- read once ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count the images that are hashed and the prompts that are read."""
+    calls: Counter[str] = Counter()
+    for name in ("read_chat", "image_hash"):
+        function = getattr(batches, name)
+
+        def counted(*given: Any, _name: str = name, _function: Any = function) -> Any:
+            calls[_name] += 1
+            return _function(*given)
+
+        monkeypatch.setattr(batches, name, counted)
+    return calls
+
+
+def test_all_cells_read_an_image_once(
+    reader: Checkpoint, answers: Path, opened: Counter[str], tmp_path: Path
+) -> None:
+    models = models_for(reader, answers)
+    evaluate.answer(models, TASK, samples=5)
+    assert opened == {"read_chat": 5, "image_hash": 5}
+    evaluate.evaluate(models, CELLS, [TASK], 5, tmp_path)
+    assert opened == {"read_chat": 5, "image_hash": 5}
+    # Only what lacks an answer is opened again.
+    evaluate.answer(models, TASK, samples=7)
+    assert opened == {"read_chat": 7, "image_hash": 7}
+    evaluate.answer(models_for(reader, answers), TASK, samples=7)
+    assert opened == {"read_chat": 14, "image_hash": 14}
+
+
+def test_a_missing_answer_is_read_again(
+    reader: Checkpoint, tmp_path: Path, opened: Counter[str]
+) -> None:
+    """The key is remembered, but the image is needed."""
+    models = models_for(reader, tmp_path / "first")
+    evaluate.answer(models, TASK, samples=3)
+    (other,) = evaluate.make_models(
+        reader, [{"method": "local", "budget": 24}], answers=tmp_path / "first"
+    )
+    other.memo = models[0].memo
+    evaluate.answer([other], TASK, samples=3)
+    assert opened == {"read_chat": 6, "image_hash": 3}
+    assert len(rows(tmp_path / "first")) == 3 * (len(CELLS) + 1)
+
+
+def test_a_memo_knows_data_sets_apart() -> None:
+    class Documents(list):
+        _fingerprint = "one"
+
+    memo, given = Memo(), (Documents(), "test 0", TASK, SHORT)
+    memo.keep(*given, {"prompt": "p"})
+    assert memo.find(Documents(), *given[1:]) == {"prompt": "p"}
+    other = Documents()
+    other._fingerprint = "two"
+    assert memo.find(other, *given[1:]) is None
+    assert memo.find(given[0], "test 1", *given[2:]) is None
+    assert memo.find(given[0], "test 0", "another", SHORT) is None
+    assert memo.find(*given[:3], {"max_new_tokens": 9}) is None
+    memo.keep([], *given[1:], {"prompt": "p"})
+    assert memo.find([], *given[1:]) is None
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def test_samples_files_hold_text_and_scores_and_no_image(
+    reader: Checkpoint, tmp_path: Path
+) -> None:
+    models = models_for(reader, tmp_path / "answers")
+    paths = evaluate.evaluate(models, CELLS, [TASK], 4, tmp_path, log_samples=True)
+    said = {(row.cell, row.doc_id): row.text for row in rows(tmp_path / "answers")}
+    for model, (path,) in zip(models, paths, strict=True):
+        assert "samples" not in json.loads(path.read_text())
+        text = samples_file(path).read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        assert [line["doc_id"] for line in lines] == list(range(4))
+        for line in lines:
+            document = f"validation {line['doc_id']}"
+            assert line["filtered_resps"] == said[model.cell_of(TASK), document]
+            assert 0 <= line["anls"] <= 1
+            assert line["target"]
+            assert isinstance(line["input"], str)
+        assert "base64" not in text
+        assert len(text) < 4 * 2000
+    without = evaluate.evaluate(models[:1], CELLS[:1], [TASK], 4, tmp_path / "quiet")
+    assert not samples_file(without[0][0]).exists()
+
+
+@pytest.fixture
+def ocrbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """lmms-eval's own ocrbench, its counting metric included, on our drawn images."""
+    import lmms_eval.tasks.ocrbench as package
+
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    original = Path(next(iter(package.__path__))) / "ocrbench.yaml"
+    (folder / "local.yaml").write_text(
+        f"include: {original}\ntask: ocrbench_local\ndataset_kwargs: {{}}\n"
+        f"dataset_path: {build('ocrbench', cache_folder() / 'benchmarks')}\n"
+    )
+    monkeypatch.setattr(evaluate, "tasks_folder", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return "ocrbench_local"
+
+
+def test_ocrbench_counts_each_cell_from_zero(
+    reader: Checkpoint, tmp_path: Path, ocrbench: str
+) -> None:
+    """Its metric adds up in a global of its module, and divides by 1,000."""
+    cells = [{"method": "fullkv"}, {"method": "fullkv", "mask_heads": "0-0"}, {"method": "fullkv"}]
+    scores = []
+    for number, cell in enumerate(cells):
+        models = evaluate.make_models(reader, [cell], batch_size=8, answers=tmp_path / "answers")
+        ((path,),) = evaluate.evaluate(models, [cell], [ocrbench], 8, tmp_path / str(number))
+        scores.append(results(path)[ocrbench]["ocrbench_accuracy,none"])
+    assert scores[0] == scores[2]
+    assert 0 < max(scores) <= 8 / 1000
+    together = evaluate.make_models(reader, cells[:2], batch_size=8, answers=tmp_path / "answers")
+    paths = evaluate.evaluate(together, cells[:2], [ocrbench], 8, tmp_path / "together")
+    assert [results(path)[ocrbench]["ocrbench_accuracy,none"] for (path,) in paths] == scores[:2]
+    # What it writes lies with the results, not where the process happens to run.
+    assert not (tmp_path / "results").exists()
+    assert list((tmp_path / "together").rglob("ocrbench_results.txt"))
+    with log() as lines:
+        evaluate.answer(together, ocrbench, samples=8)
+    assert not [line for line in lines if line.startswith("WARNING")]

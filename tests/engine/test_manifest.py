@@ -1,0 +1,68 @@
+"""What lmms-eval finds of this package."""
+
+import subprocess
+import sys
+
+import pytest
+from lmms_eval.models import get_model, list_available_models
+
+from sparsemm_eval.engine.llava import LlavaSparseMM
+from sparsemm_eval.engine.manifest import manifests
+from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.wrapper import SparseMMModel
+
+# Every import a run makes before it is told which model to use. The second word of a line tells
+# whether torch or transformers was imported by us and not by lmms-eval itself.
+LIGHT = """
+import sys
+import lmms_eval.models.registry_v2
+before = set(sys.modules)
+import sparsemm_eval.engine.manifest as manifest
+manifest.manifests()
+print(sorted(name for name in sys.modules if name.startswith("sparsemm_eval")))
+print(sorted(set(sys.modules) - before & {"torch", "transformers", "numpy", "accelerate"}))
+"""
+FIRST = """
+import sparsemm_eval.engine.manifest
+from lmms_eval.models import list_available_models
+print([name for name in list_available_models() if name.endswith("_sparsemm")])
+"""
+
+
+def output(script: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert "Failed to load model entry-point" not in done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "model"), [("llava_sparsemm", LlavaSparseMM), ("qwen2vl_sparsemm", Qwen2VLSparseMM)]
+)
+def test_lmms_eval_resolves_our_names(name: str, model: type[SparseMMModel]) -> None:
+    assert name in list_available_models()
+    assert get_model(name) is model
+    assert get_model(name, force_simple=True) is model
+    assert model.model_id == name
+    assert model.is_simple is False
+
+
+def test_manifests_name_all_families() -> None:
+    assert {manifest.model_id for manifest in manifests()} == {
+        family.model_id for family in SparseMMModel.__subclasses__()
+    }
+    assert all(manifest.simple_class_path is None for manifest in manifests())
+
+
+def test_the_manifest_imports_nothing_heavy() -> None:
+    """Were it to fail on import, all other plugins of lmms-eval would be lost too."""
+    ours, heavy = output(LIGHT).splitlines()
+    assert ours == str(["sparsemm_eval", "sparsemm_eval.engine", "sparsemm_eval.engine.manifest"])
+    assert heavy == "[]"
+
+
+def test_the_manifest_may_be_imported_first() -> None:
+    """Lmms-eval loads it while it is imported itself: whoever is first, both names are known."""
+    assert output(FIRST) == "['llava_sparsemm', 'qwen2vl_sparsemm']\n"
