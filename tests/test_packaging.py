@@ -1,5 +1,6 @@
 """As a wheel: data travels inside the package, and nothing else becomes importable."""
 
+import ast
 import subprocess
 import sys
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+TRAINING = "sparsemm_eval/tiny/training"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,24 @@ def test_only_the_package_is_importable(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.split("/")[0] for name in archive.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"sparsemm_eval"}
+
+
+def test_the_trainer_stays_in_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Nothing of it is in the wheel, nothing there needs it, and its command says so."""
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if name.startswith(TRAINING)]
+        archive.extractall(tmp_path)
+    for path in (tmp_path / "sparsemm_eval").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not any((module or "").startswith(TRAINING.replace("/", ".")) for module in modules)
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsemm_eval.tiny.train", "qwen2vl", "--out", "out"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("sparsemm-eval: this is an installed package, and the tiny")
+    assert done.stderr.count("\n") == 1
 
 
 def test_tasks_sources_and_checkpoint_are_found_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

@@ -30,9 +30,9 @@ from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import benchmarks, chance, embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
-from sparsemm_eval.tiny.family import FAMILIES
-from sparsemm_eval.tiny.packing import pack
 from sparsemm_eval.tiny.pictures import Kind, draw_chart, draw_scene, draw_signs, draw_word
+from sparsemm_eval.tiny.training.family import FAMILIES
+from sparsemm_eval.tiny.training.packing import pack
 
 SAMPLES = 12
 GROUPS = {

@@ -267,14 +267,19 @@ def _random_entries(rng: np.random.Generator, layout: Layout) -> tuple[Entry, ..
     keys = rng.choice(len(KEYS), count, replace=False)
     entries = []
     for slot, key in zip(slots, keys, strict=True):
-        length = int(rng.integers(VALUE_LENGTHS[0], VALUE_LENGTHS[1] + 1))
-        letters = rng.integers(0, len(VALUE_CHARACTERS), length)
-        value = "".join(VALUE_CHARACTERS[letter] for letter in letters)
+        value = draw_value(rng)
         row, place = divmod(int(slot), layout.columns // SLOT_COLUMNS)
         # The last cell of a slot stays blank, so neighbouring entries never touch.
-        offset = int(rng.integers(0, SLOT_COLUMNS - 1 - len(KEYS[key]) - 1 - length + 1))
+        offset = int(rng.integers(0, SLOT_COLUMNS - 1 - len(KEYS[key]) - 1 - len(value) + 1))
         entries.append(Entry(KEYS[key], value, row, place * SLOT_COLUMNS + offset))
     return tuple(entries)
+
+
+def draw_value(rng: np.random.Generator) -> str:
+    """Draw what an entry or a sign says: three to six letters and digits."""
+    length = int(rng.integers(VALUE_LENGTHS[0], VALUE_LENGTHS[1] + 1))
+    letters = rng.integers(0, len(VALUE_CHARACTERS), length)
+    return "".join(VALUE_CHARACTERS[letter] for letter in letters)
 
 
 def draw_cells(

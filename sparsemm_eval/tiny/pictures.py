@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .documents import KEYS, NOISE, VALUE_CHARACTERS, VALUE_LENGTHS, Layout, Question, draw_ink
+from .documents import KEYS, NOISE, Layout, Question, draw_ink, draw_value
 
 PICTURE = Layout(7, 22)
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -159,11 +159,6 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     return list(zip(radii * np.sin(angles), -radii * np.cos(angles), strict=True))
 
 
-def _value(rng: np.random.Generator) -> str:
-    length = int(rng.integers(VALUE_LENGTHS[0], VALUE_LENGTHS[1] + 1))
-    return "".join(VALUE_CHARACTERS[i] for i in rng.integers(0, len(VALUE_CHARACTERS), length))
-
-
 def _write(text: str, row: int, column: int) -> list[tuple[str, int, int]]:
     return [(char, row, column + offset) for offset, char in enumerate(text)]
 
@@ -188,7 +183,7 @@ def draw_signs(rng: np.random.Generator, least: int = 1, most: int = 4) -> Pictu
     colors = rng.choice(list(COLORS), count, replace=False)
     cells, marks, questions = [], [], []
     for place, color in zip(places, colors, strict=True):
-        text = _value(rng)
+        text = draw_value(rng)
         row, slot = 4 * (int(place) // 2), 11 * (int(place) % 2)
         column = slot + int(rng.integers(0, 11 - len(text) - 2))
         cells += _write(text, row + 1, column + 1)
@@ -216,7 +211,7 @@ def captions(color: str, text: str) -> tuple[str, ...]:
 
 def draw_word(rng: np.random.Generator) -> Picture:
     """Draw one word somewhere on an empty picture."""
-    text = _value(rng)
+    text = draw_value(rng)
     row, column = int(rng.integers(PICTURE.rows)), int(rng.integers(PICTURE.columns - len(text)))
     image = Image.fromarray(paint(rng, _write(text, row, column), []))
     return Picture(image, PICTURE, ((Kind.WORD, Question(WORD_PROMPT, text)),))
@@ -309,35 +304,3 @@ def _choice(shape: str, color: str) -> Question:
     listed = [f"{letter}. {option}" for letter, option in CHOICES.items()]
     (answer,) = (letter for letter, option in CHOICES.items() if option == color)
     return Question("\n".join([f"What color is the {shape}? {OPTIONS}", *listed, ""]), answer)
-
-
-def draw_pictures(rng: np.random.Generator, count: int) -> list[Picture]:
-    """Draw pictures of all sorts to learn from.
-
-    Scenes come most often: what is asked about them is hardest. Some hold a single thing, from
-    which its colour can be learnt before the looking for it.
-
-    Parameters
-    ----------
-    rng : numpy.random.Generator
-        Source of all randomness.
-    count : int
-        How many.
-
-    Returns
-    -------
-    list of Picture
-    """
-    pictures = []
-    for chance in rng.random(count):
-        if chance < 0.5:
-            pictures.append(draw_scene(rng, least=1))
-        elif chance < 0.65:
-            pictures.append(draw_signs(rng, 1, 1))
-        elif chance < 0.85:
-            pictures.append(draw_signs(rng, 2, 4))
-        elif chance < 0.95:
-            pictures.append(draw_chart(rng))
-        else:
-            pictures.append(draw_word(rng))
-    return pictures

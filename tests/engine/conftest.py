@@ -13,7 +13,7 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.llava import LlavaSparseMM
 from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint
-from sparsemm_eval.tiny.family import Qwen2VLFamily, export
+from sparsemm_eval.tiny.training.family import Qwen2VLFamily, export
 
 
 @pytest.fixture(autouse=True)

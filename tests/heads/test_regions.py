@@ -36,7 +36,7 @@ from sparsemm_eval.heads.regions import (
     find_regions,
     image_positions,
 )
-from sparsemm_eval.tiny.qwen2_vl import build_config, build_model, build_processor
+from sparsemm_eval.tiny.training.qwen2_vl import build_config, build_model, build_processor
 
 FAMILIES = (
     "llava_next",

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import PreTrainedModel
 
-from .documents import ALPHABET, Layout, Split, stream
-from .family import Family
-from .pictures import BAR, BLOCK, COLORS, SHAPES, Mark, paint
-from .vocabulary import VOCABULARY
+from sparsemm_eval.tiny.documents import ALPHABET, Layout, Split, stream
+from sparsemm_eval.tiny.pictures import BAR, BLOCK, COLORS, SHAPES, Mark, paint
+from sparsemm_eval.tiny.training.family import Family
+from sparsemm_eval.tiny.training.vocabulary import VOCABULARY
 
 # Grids of a step and how many: small ones for variety of faces, large ones for long attention.
 _GRIDS = ((Layout(3, 22), 16), (Layout(7, 22), 7), (Layout(16, 22), 3))

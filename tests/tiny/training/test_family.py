@@ -5,11 +5,24 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sparsemm_eval.tiny.documents import PAGE, Layout, Split, draw_document, stream
-from sparsemm_eval.tiny.family import FAMILIES, export
-from sparsemm_eval.tiny.packing import IGNORED, Packing, choose_questions, draw_batch, pack
-from sparsemm_eval.tiny.pictures import draw_pictures
-from sparsemm_eval.tiny.train import lend
-from sparsemm_eval.tiny.vocabulary import CHARACTERS, IMAGE_PAD, UNKNOWN, VOCABULARY, encode
+from sparsemm_eval.tiny.pictures import Kind
+from sparsemm_eval.tiny.training.family import FAMILIES, export
+from sparsemm_eval.tiny.training.packing import (
+    IGNORED,
+    Packing,
+    choose_questions,
+    draw_batch,
+    draw_pictures,
+    pack,
+)
+from sparsemm_eval.tiny.training.train import lend
+from sparsemm_eval.tiny.training.vocabulary import (
+    CHARACTERS,
+    IMAGE_PAD,
+    UNKNOWN,
+    VOCABULARY,
+    encode,
+)
 
 # LLaVA-NeXT needs 22 columns and an odd number of rows for a cell to be a patch of a tile.
 SMALL = {"qwen2vl": Layout(4, 11, 3, 4), "llava_next": Layout(3, 22, 3, 4)}
@@ -141,6 +154,15 @@ def test_pictures_take_their_share_of_the_batches(family):
     assert 0 < len(batch.kinds) <= asked
     for name, values in family.pixels([picture.image for picture in pictures]).items():
         assert torch.equal(batch.pixels[name], values)
+
+
+def test_all_kinds_of_pictures_are_learnt_from():
+    kinds = {
+        kind
+        for picture in draw_pictures(stream(Split.TRAIN, 0), 60)
+        for kind, _ in picture.questions
+    }
+    assert kinds == set(Kind) - {Kind.TRANSCRIPT, Kind.ONWARD, Kind.VALUE}
 
 
 def check_labels(batch, asked):

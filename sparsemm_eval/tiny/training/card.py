@@ -1,7 +1,7 @@
 """Model cards of the tiny checkpoints, written from what lies beside the weights.
 
-``python -m sparsemm_eval.tiny.card FOLDER --summary results/demo/summary.json`` writes a card anew,
-with the checkpoint's scores on the miniature benchmarks.
+``python -m sparsemm_eval.tiny.training.card FOLDER --summary results/demo/summary.json`` writes a
+card anew, with the checkpoint's scores on the miniature benchmarks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import transformers
 import typer
 from safetensors import safe_open
 
-from .documents import PAGE
+from sparsemm_eval.tiny.documents import PAGE
 
 LOG, MADE = "train_log.jsonl", "training.json"
 

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from .vocabulary import (
+from sparsemm_eval.tiny.training.vocabulary import (
     IM_END,
     IM_START,
     IMAGE_PAD,

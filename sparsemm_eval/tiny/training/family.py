@@ -20,9 +20,9 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from . import llava, qwen2_vl
-from .documents import Layout
-from .vocabulary import IMAGE_PAD, VISION_END, VISION_START, VOCABULARY
+from sparsemm_eval.tiny.documents import Layout
+from sparsemm_eval.tiny.training import llava, qwen2_vl
+from sparsemm_eval.tiny.training.vocabulary import IMAGE_PAD, VISION_END, VISION_START, VOCABULARY
 
 
 class Family(Protocol):

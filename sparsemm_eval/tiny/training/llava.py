@@ -12,7 +12,7 @@ from transformers import (
     LlavaNextProcessor,
 )
 
-from .vocabulary import (
+from sparsemm_eval.tiny.training.vocabulary import (
     IM_END,
     IM_START,
     IMAGE_PAD,

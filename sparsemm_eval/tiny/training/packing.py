@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .documents import (
+from sparsemm_eval.tiny.documents import (
     Document,
     Layout,
     Question,
@@ -24,9 +24,16 @@ from .documents import (
     transcript_question,
     value_question,
 )
-from .family import Family
-from .pictures import Kind, Picture, draw_pictures
-from .vocabulary import IM_END, PAD, VOCABULARY, encode
+from sparsemm_eval.tiny.pictures import (
+    Kind,
+    Picture,
+    draw_chart,
+    draw_scene,
+    draw_signs,
+    draw_word,
+)
+from sparsemm_eval.tiny.training.family import Family
+from sparsemm_eval.tiny.training.vocabulary import IM_END, PAD, VOCABULARY, encode
 
 IGNORED = -100
 PICTURE_TOKENS = 176
@@ -225,6 +232,38 @@ def draw_batch(family: Family, packing: Packing, split: Split, seed: int, index:
     documents = [draw_document(rng, packing.layout) for _ in range(packing.documents)]
     questions = [choose_questions(rng, document, packing) for document in documents]
     return pack(family, documents, questions, packing.tokens)
+
+
+def draw_pictures(rng: np.random.Generator, count: int) -> list[Picture]:
+    """Draw pictures of all sorts to learn from.
+
+    Scenes come most often: what is asked about them is hardest. Some hold a single thing, from
+    which its colour can be learnt before the looking for it.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Source of all randomness.
+    count : int
+        How many.
+
+    Returns
+    -------
+    list of Picture
+    """
+    pictures = []
+    for chance in rng.random(count):
+        if chance < 0.5:
+            pictures.append(draw_scene(rng, least=1))
+        elif chance < 0.65:
+            pictures.append(draw_signs(rng, 1, 1))
+        elif chance < 0.85:
+            pictures.append(draw_signs(rng, 2, 4))
+        elif chance < 0.95:
+            pictures.append(draw_chart(rng))
+        else:
+            pictures.append(draw_word(rng))
+    return pictures
 
 
 def _shuffled(rng: np.random.Generator, picture: Picture, room: int) -> list[tuple[Kind, Question]]:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from sparsemm_eval.tiny import card, train
 from sparsemm_eval.tiny.documents import Layout, Split, draw_document, stream
-from sparsemm_eval.tiny.evaluate import similarity
-from sparsemm_eval.tiny.family import FAMILIES
-from sparsemm_eval.tiny.learner import count_right, rates
-from sparsemm_eval.tiny.packing import IGNORED, Packing, draw_batch
 from sparsemm_eval.tiny.pictures import Kind
+from sparsemm_eval.tiny.training import card, train
+from sparsemm_eval.tiny.training.evaluate import similarity
+from sparsemm_eval.tiny.training.family import FAMILIES
+from sparsemm_eval.tiny.training.learner import count_right, rates
+from sparsemm_eval.tiny.training.packing import IGNORED, Packing, draw_batch
 
 SMALL = {"qwen2vl": Layout(2, 11, 1, 2), "llava_next": Layout(3, 22, 1, 2)}
 

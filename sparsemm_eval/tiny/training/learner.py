@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from .family import Family
-from .packing import IGNORED, Batch
-from .pictures import Kind
-from .vocabulary import IMAGE_PAD, VOCABULARY
+from sparsemm_eval.tiny.pictures import Kind
+from sparsemm_eval.tiny.training.family import Family
+from sparsemm_eval.tiny.training.packing import IGNORED, Batch
+from sparsemm_eval.tiny.training.vocabulary import IMAGE_PAD, VOCABULARY
 
 _CLIP = 1.0
 

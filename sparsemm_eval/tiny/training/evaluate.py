@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from .documents import (
+from sparsemm_eval.tiny.documents import (
     PAGE,
     Document,
     Layout,
@@ -21,7 +21,8 @@ from .documents import (
     transcript_question,
     value_question,
 )
-from .pictures import Kind, draw_pictures
+from sparsemm_eval.tiny.pictures import Kind
+from sparsemm_eval.tiny.training.packing import draw_pictures
 
 # Held-out documents from this number on are only ever read by the final evaluation.
 FINAL = 100_000
