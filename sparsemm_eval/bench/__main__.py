@@ -1,7 +1,255 @@
-"""``python -m sparsemm_eval.bench``: everything that is to be shown on a machine with a GPU."""
+"""``python -m sparsemm_eval.bench``: the acceptance on a GPU, gone on with where it ended.
 
+Parts run as processes of their own, the most telling first, until the time is up; a later call with
+the same code runs what is left. Needs torch, transformers, numpy, pandas, matplotlib, pytest and
+hypothesis, and a checkout, which need not be installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from sparsemm_eval.bench.acceptance import main
+from sparsemm_eval.bench.efficiency_page import aims
+from sparsemm_eval.bench.machine import code_digest, describe, find_device, slug
+from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.report.provenance import provenance
 
-sys.exit(main())
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = (
+    "tests/bench/test_gpu.py", "tests/cache/test_gpu.py", "tests/cuda_ext/test_append_attend.py",
+)  # fmt: skip
+LEAST_SECONDS = 20  # what is left for a part to be begun
+_BUILD = (
+    "from sparsemm_eval.cache.extension import load_extension; import sys; "
+    "load_extension(sys.argv[1])"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Parameters
+    ----------
+    name : str
+        In the table and of the log.
+    arguments : tuple of str
+        Of Python.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+
+
+def parts_for(device: str, out: Path, quick: bool) -> list[Part]:
+    """What is run, the most telling first.
+
+    Parameters
+    ----------
+    device : {"cpu", "cuda"}
+        On a CPU everything is quick: every line but the graph's.
+    out : Path
+        Where parts write.
+    quick : bool
+        Every line in seconds.
+    """
+    tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS)
+    shared = str(out / "shared_prefill.json")
+    begin = [Part("build the op", ("-c", _BUILD, device)), Part("gpu tests", tests)]
+    if device == "cpu" or quick:
+        return [
+            *begin,
+            _bench("efficiency", "efficiency", out, device, "--quick"),
+            _bench("kernels", "kernels", out, device, "--quick", "--shapes", "qwen2vl"),
+            Part("shared prefill", (
+                "-m", "sparsemm_eval.bench.shared_prefill", "--device", device, "--samples", "2",
+                "--batch-size", "2", "--repeats", "1", "--out", shared,
+            )),
+        ]  # fmt: skip
+
+    def lengths(name: str, models: str, tokens: str, engines: str, rows: str = "1") -> Part:
+        return _bench(
+            name, "efficiency", out, device, "--models", models, "--lengths", tokens,
+            "--engines", engines, "--rows", rows,
+        )  # fmt: skip
+
+    return [
+        *begin,
+        lengths("vicuna 32K", "vicuna", "32768", "ours,hf_generate,concatenate"),
+        lengths("others 32K", "mistral,qwen2vl-7b", "32768", "ours"),
+        lengths("31 rows, 2K", "vicuna,mistral,qwen2vl-7b", "2048", "ours", "31"),
+        Part("shared prefill", (
+            "-m", "sparsemm_eval.bench.shared_prefill", "--model", "vicuna", "--device", device,
+            "--samples", "1", "--batch-size", "1", "--repeats", "1", "--out", shared,
+        )),
+        _bench("kernels", "kernels", out, device, "--seconds", "0.3"),
+        lengths("vicuna, compiled", "vicuna", "32768", "ours_compiled"),
+        lengths("vicuna 2K to 16K", "vicuna", "2048,4096,8192,16384", "ours,hf_generate"),
+        lengths("others 2K to 16K", "mistral,qwen2vl-7b", "4096,8192,16384", "ours"),
+        lengths("others under HF", "mistral,qwen2vl-7b", "2048,32768", "hf_generate"),
+        _bench(
+            "host's share", "efficiency", out, device, "--models", "vicuna", "--lengths", "32768",
+            "--engines", "ours,hf_generate", "--rows", "1", "--profile",
+        ),
+        lengths("vicuna, static cache", "vicuna", "32768", "hf_static"),
+    ]  # fmt: skip
+
+
+def run_acceptance(
+    parts: Sequence[Part], out: Path, made: dict[str, Any], seconds: float
+) -> list[dict[str, Any]]:
+    """Run the parts that are left, and write ``acceptance.json`` after each.
+
+    Parameters
+    ----------
+    parts : sequence of Part
+        In their order.
+    out : Path
+        The device's folder.
+    made : dict
+        Provenance, with the code's digest.
+    seconds : float
+        For all of them: a part that runs longer is stopped, and keeps what it has written.
+
+    Returns
+    -------
+    list of dict
+        A record a part: name, command, state ("passed", "FAILED", "stopped" or "left"), seconds and
+        the log's last line.
+    """
+    path = out / "acceptance.json"
+    before = _earlier(path, made)
+    ends = time.monotonic() + seconds
+    records: list[dict[str, Any]] = []
+    for number, part in enumerate(parts, 1):
+        known = before.get(part.name)
+        left = ends - time.monotonic()
+        if known is not None and known["state"] == "passed":
+            record = known
+        elif left < min(LEAST_SECONDS, seconds / 2):
+            record = {"name": part.name, "state": "left", "seconds": None, "last": ""}
+        else:
+            print(f"{number} of {len(parts)}: {part.name}", file=sys.stderr, flush=True)
+            record = _run(part, out, left)
+        records.append(record)
+        path.write_text(json.dumps({**made, "parts": records}, indent=1) + "\n", encoding="utf-8")
+    return records
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run from a command line; returns 0 only if everything has passed."""
+    parser = argparse.ArgumentParser("python -m sparsemm_eval.bench", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=8.0, help="for this call")
+    parser.add_argument("--quick", action="store_true", help="every line, in seconds")
+    parser.add_argument("--device", default="", help="cpu or cuda; default: CUDA where it is")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "gpu")
+    given = sys.argv[1:] if arguments is None else arguments
+    asked = parser.parse_args(given)
+    try:
+        if not asked.minutes > 0:
+            raise UserError(f"minutes={asked.minutes!r}: it must be above 0")
+        device = find_device(asked.device)
+        about = describe(device)
+        out = asked.out.resolve() / slug(about)
+        out.mkdir(parents=True, exist_ok=True)
+        made = provenance(shlex.join(["python", "-m", "sparsemm_eval.bench", *given]))
+        made["hardware"] |= about
+        made["code"] = code_digest()
+        parts = parts_for(device.type, out, asked.quick)
+        records = run_acceptance(parts, out, made, 60 * asked.minutes)
+    except (ValueError, OSError) as error:
+        print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
+        return 1
+    text = summary(records, out)
+    (out / "acceptance.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return int(any(record["state"] != "passed" for record in records))
+
+
+def summary(records: Sequence[dict[str, Any]], out: Path) -> str:
+    """A short table of the parts, then the aims and what was reached of them."""
+    lines = ["| part | state | seconds | last words |", "| --- | --- | ---: | --- |"]
+    for record in records:
+        seconds = "" if record["seconds"] is None else f"{record['seconds']:.0f}"
+        lines.append(f"| {record['name']} | {record['state']} | {seconds} | {record['last']} |")
+    reached: list[str] = []
+    for path in sorted((out / "efficiency").glob("*.json")):
+        reached += aims(json.loads(path.read_text(encoding="utf-8")))
+    for path in sorted((out / "kernels").glob("*.json")):
+        reached += json.loads(path.read_text(encoding="utf-8"))["aims"]
+    shared = out / "shared_prefill.json"
+    if shared.is_file():
+        found = json.loads(shared.read_text(encoding="utf-8"))
+        bound = found.get("byte_bound", {}).get("grid_over_bound")
+        reached.append(
+            f"shared prefill, {found['cells']} cells of {found['model']}: "
+            f"{found['grid_over_one_full']} times full KV alone, "
+            f"{found['one_by_one_over_grid']} times as fast as one by one"
+            + (f", {bound} times the byte bound" if bound else "")
+        )
+    left = sum(record["state"] in ("left", "stopped") for record in records)
+    if left:
+        reached.append(f"{left} parts are left: run the same command again")
+    return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in reached)
+
+
+def _bench(name: str, module: str, out: Path, device: str, *options: str) -> Part:
+    where = ("--device", device, "--out", str(out / module))
+    return Part(name, ("-m", f"sparsemm_eval.bench.{module}", *where, *options))
+
+
+def _run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
+    log = out / "logs" / f"{re.sub(r'[^a-z0-9]+', '-', part.name.lower())}.txt"
+    log.parent.mkdir(exist_ok=True)
+    begun = time.monotonic()
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, *part.arguments], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            state = "passed" if process.wait(seconds) == 0 else "FAILED"
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it ends by itself, and files stay whole
+            state = "stopped"
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    written = [line.strip() for line in log.read_text(encoding="utf-8").splitlines()]
+    last = next((line for line in reversed(written) if line), "")
+    return {
+        "name": part.name,
+        "command": shlex.join(["python", *part.arguments]),
+        "state": state,
+        "seconds": round(time.monotonic() - begun, 1),
+        "last": last[:100].replace("|", "/"),
+    }
+
+
+def _earlier(path: Path, made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Parts that an earlier call with the same code ran."""
+    if not path.is_file():
+        return {}
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    if any(whole.get(key) != made[key] for key in ("schema", "code", "versions")):
+        return {}
+    return {part["name"]: part for part in whole["parts"]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

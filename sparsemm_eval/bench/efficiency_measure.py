@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from sparsemm_eval.bench.bounds import kept_tokens, kv_bytes, token_bytes, weight_bytes
-from sparsemm_eval.bench.efficiency_options import EfficiencyOptions
-from sparsemm_eval.bench.engines import (
+from sparsemm_eval.bench.decode import (
     Timed,
     decode_concatenated,
     decode_ours,
     decode_stock,
 )
+from sparsemm_eval.bench.efficiency_options import EfficiencyOptions
 from sparsemm_eval.bench.host import host_share
 from sparsemm_eval.bench.models import (
     PAPER_NAMES,

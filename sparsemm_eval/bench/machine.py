@@ -41,7 +41,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def code_digest() -> str:
     """Of what is measured: this package's Python and the op's sources, as they lie here."""
-    rooms = ("bench", "cache", "methods", "models")
+    rooms = ("bench", "cache", "engine", "families", "methods")
     package = Path(__file__).resolve().parents[1]
     files = [path for room in rooms for path in (package / room).glob("*.py")]
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparsemm_eval.bench.acceptance import (
+from sparsemm_eval.bench.__main__ import (
     ROOT,
     TESTS,
     Part,

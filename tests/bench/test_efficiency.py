@@ -18,11 +18,11 @@ from sparsemm_eval.bench.bounds import (
     token_bytes,
     weight_bytes,
 )
+from sparsemm_eval.bench.decode import decode_concatenated, decode_ours, decode_stock
 from sparsemm_eval.bench.efficiency import main, run_efficiency
 from sparsemm_eval.bench.efficiency_measure import Subject
 from sparsemm_eval.bench.efficiency_options import ENGINES, EfficiencyOptions
 from sparsemm_eval.bench.efficiency_page import aims, table
-from sparsemm_eval.bench.engines import decode_concatenated, decode_ours, decode_stock
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cli import app
 from sparsemm_eval.cli.measure import efficiency
