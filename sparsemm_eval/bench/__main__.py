@@ -20,10 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsemm_eval.bench.efficiency_page import aims
-from sparsemm_eval.bench.machine import code_digest, describe, find_device, slug
+from sparsemm_eval.bench.machine import (
+    code_digest,
+    find_device,
+    provenance_on,
+    read_earlier,
+    slug,
+    write_json,
+)
+from sparsemm_eval.bench.pages import bullets, efficiency_aims, markdown_table
 from sparsemm_eval.errors import UserError, one_line
-from sparsemm_eval.report.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
@@ -129,7 +135,8 @@ def run_acceptance(
         the log's last line.
     """
     path = out / "acceptance.json"
-    before = _earlier(path, made)
+    earlier = read_earlier(path, made) or {"parts": []}
+    before = {part["name"]: part for part in earlier["parts"]}
     ends = time.monotonic() + seconds
     records: list[dict[str, Any]] = []
     for number, part in enumerate(parts, 1):
@@ -143,7 +150,7 @@ def run_acceptance(
             print(f"{number} of {len(parts)}: {part.name}", file=sys.stderr, flush=True)
             record = _run(part, out, left)
         records.append(record)
-        path.write_text(json.dumps({**made, "parts": records}, indent=1) + "\n", encoding="utf-8")
+        write_json(path, {**made, "parts": records})
     return records
 
 
@@ -160,15 +167,13 @@ def main(arguments: list[str] | None = None) -> int:
         if not asked.minutes > 0:
             raise UserError(f"minutes={asked.minutes!r}: it must be above 0")
         device = find_device(asked.device)
-        about = describe(device)
-        out = asked.out.resolve() / slug(about)
-        out.mkdir(parents=True, exist_ok=True)
-        made = provenance(shlex.join(["python", "-m", "sparsemm_eval.bench", *given]))
-        made["hardware"] |= about
+        made = provenance_on(device, shlex.join(["python", "-m", "sparsemm_eval.bench", *given]))
         made["code"] = code_digest()
+        out = asked.out.resolve() / slug(made["hardware"])
+        out.mkdir(parents=True, exist_ok=True)
         parts = parts_for(device.type, out, asked.quick)
         records = run_acceptance(parts, out, made, 60 * asked.minutes)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
         return 1
     text = summary(records, out)
@@ -179,29 +184,31 @@ def main(arguments: list[str] | None = None) -> int:
 
 def summary(records: Sequence[dict[str, Any]], out: Path) -> str:
     """A short table of the parts, then the aims and what was reached of them."""
-    lines = ["| part | state | seconds | last words |", "| --- | --- | ---: | --- |"]
-    for record in records:
-        seconds = "" if record["seconds"] is None else f"{record['seconds']:.0f}"
-        lines.append(f"| {record['name']} | {record['state']} | {seconds} | {record['last']} |")
+    rows = [
+        (r["name"], r["state"], "" if r["seconds"] is None else f"{r['seconds']:.0f}", r["last"])
+        for r in records
+    ]
+    heads = ("part", "state", "seconds", "last words")
+    table = markdown_table(heads, rows, words=("part", "state", "last words"))
     reached: list[str] = []
     for path in sorted((out / "efficiency").glob("*.json")):
-        reached += aims(json.loads(path.read_text(encoding="utf-8")))
+        reached += efficiency_aims(json.loads(path.read_text(encoding="utf-8")))
     for path in sorted((out / "kernels").glob("*.json")):
         reached += json.loads(path.read_text(encoding="utf-8"))["aims"]
     shared = out / "shared_prefill.json"
     if shared.is_file():
-        found = json.loads(shared.read_text(encoding="utf-8"))
-        bound = found.get("byte_bound", {}).get("grid_over_bound")
+        grid = json.loads(shared.read_text(encoding="utf-8"))
+        bound = grid.get("byte_bound", {}).get("grid_over_bound")
         reached.append(
-            f"shared prefill, {found['cells']} cells of {found['model']}: "
-            f"{found['grid_over_one_full']} times full KV alone, "
-            f"{found['one_by_one_over_grid']} times as fast as one by one"
+            f"shared prefill, {grid['cells']} cells of {grid['model']}: "
+            f"{grid['grid_over_one_full']} times full KV alone, "
+            f"{grid['one_by_one_over_grid']} times as fast as one by one"
             + (f", {bound} times the byte bound" if bound else "")
         )
     left = sum(record["state"] in ("left", "stopped") for record in records)
     if left:
         reached.append(f"{left} parts are left: run the same command again")
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in reached)
+    return f"{table}\n\n{bullets(reached)}"
 
 
 def _bench(name: str, module: str, out: Path, device: str, *options: str) -> Part:
@@ -236,19 +243,6 @@ def _run(part: Part, out: Path, seconds: float) -> dict[str, Any]:
         "seconds": round(time.monotonic() - begun, 1),
         "last": last[:100].replace("|", "/"),
     }
-
-
-def _earlier(path: Path, made: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Parts that an earlier call with the same code ran."""
-    if not path.is_file():
-        return {}
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    if any(whole.get(key) != made[key] for key in ("schema", "code", "versions")):
-        return {}
-    return {part["name"]: part for part in whole["parts"]}
 
 
 if __name__ == "__main__":

@@ -1,44 +1,73 @@
 """``bench efficiency``: prefill, decode time, memory and bytes over prompt lengths, and the bounds.
 
-Runs as ``sparsemm-eval bench efficiency`` or, from a checkout, ``python -m
-sparsemm_eval.bench.efficiency``, with the same options.
+Also ``python -m sparsemm_eval.bench.efficiency`` from a checkout, with the same options.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from sparsemm_eval.bench.bounds import kept_tokens, kv_bytes, token_bytes, weight_bytes
-from sparsemm_eval.bench.efficiency_measure import (
-    Measuring,
-    Record,
-    Subject,
-    asked_of,
-    check_models,
-    identity,
+from sparsemm_eval.bench.decode import Timed, decode_concatenated, decode_ours, decode_stock
+from sparsemm_eval.bench.host import host_share
+from sparsemm_eval.bench.machine import (
+    code_digest,
+    find_device,
+    provenance_on,
+    read_earlier,
+    slug,
+    threads,
+    write_json,
 )
-from sparsemm_eval.bench.efficiency_options import EfficiencyOptions, options_from
-from sparsemm_eval.bench.efficiency_page import page
-from sparsemm_eval.bench.kernels import Benchmark
-from sparsemm_eval.bench.machine import code_digest, describe, find_device, slug, threads
-from sparsemm_eval.bench.models import SHAPES
-from sparsemm_eval.bench.timing import DeviceClock, HostClock
-from sparsemm_eval.errors import one_line
+from sparsemm_eval.bench.models import (
+    DTYPES,
+    SHAPES,
+    Subject,
+    kept_tokens,
+    kv_bytes,
+    token_bytes,
+    weight_bytes,
+)
+from sparsemm_eval.bench.options import Benchmark, EfficiencyOptions, main
+from sparsemm_eval.bench.pages import Record, efficiency_page, label, markdown_table
+from sparsemm_eval.bench.timing import copy_bandwidth, quartiles
+from sparsemm_eval.errors import UserError, check_int, one_line
+from sparsemm_eval.methods import Method, method_names, method_settings
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.efficiency_figures import efficiency_curves
-from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.tiny import embedded_checkpoints
+
+# "" in an option takes these.
+DEFAULTS = {
+    "cuda": {
+        "models": "vicuna,mistral,qwen2vl-7b", "lengths": "2048,4096,8192,16384,32768",
+        "budgets": "256", "dtype": "float16", "repeats": 1,
+    },
+    "cpu": {
+        "models": "qwen2vl,llava_next", "lengths": "64,256,512,1024,2048", "budgets": "64",
+        "dtype": "float32", "repeats": 3,
+    },
+}  # fmt: skip
+QUICK = {
+    "models": "vicuna-small,qwen2vl-small", "lengths": "64,128", "budgets": "16", "window": 8,
+    "steps": 12, "rows": "3", "repeats": 1,
+}  # fmt: skip
+ENGINES = ("ours", "ours_plain", "ours_compiled", "hf_generate", "hf_static", "concatenate")
+# Datasheets' memory bandwidth in GB/s; a large copy reaches about 0.9 of it.
+BANDWIDTHS = {"a100-40gb": 1555, "a100-80gb": 2039, "h100": 3350, "h200": 4800, "b200": 8000}
+WARM_UP = 10  # steps whose times are left out; a graph is captured in the first
+_IDENTITY = ("model", "method", "budget", "input_tokens", "engine", "rows", "dtype", "steps")
 
 
-def run_efficiency(options: EfficiencyOptions, command: str) -> Benchmark:
-    """Measure, and write ``<out>/<device>.json``, ``.md`` and ``.png``.
+def run(options: EfficiencyOptions, command: str) -> Benchmark:
+    """Measure, and write ``<out>/<device>.json``, ``.md`` and ``.png``; or print bounds alone.
 
     The JSON is written after every measurement. A run with the same code, versions and device goes
     on where an earlier one ended, and keeps what that one measured beside.
@@ -52,37 +81,75 @@ def run_efficiency(options: EfficiencyOptions, command: str) -> Benchmark:
 
     Raises
     ------
-    ValueError
+    UserError
         For options out of range or names that nothing has.
     """
+    if options.dry_run:
+        return Benchmark(describe_bounds(options, bandwidth_of(options.bandwidth)))
     device = find_device(options.device)
-    options = options.checked(device.type)
-    check_models(options.words("models"))
+    options = checked(options, device.type)
     with threads(options.threads):
-        about = describe(device)
-        path = Path(options.out) / f"{slug(about)}.json"
-        made = {**provenance(command), "kind": "efficiency"}
-        made["hardware"] |= about
+        made = {**provenance_on(device, command), "kind": "efficiency"}
+        path = options.out / f"{slug(made['hardware'])}.json"
         made["options"] = asdict(options) | {"out": str(options.out)}
-        made["copy_bytes_per_second"] = _bandwidth(device, options.quick)
+        small = options.quick or device.type == "cpu"
+        made["copy_bytes_per_second"] = copy_bandwidth(device, 64 << 20 if small else 1 << 30)
         made["code"] = code_digest()
-        found = {} if options.fresh else _found(path, made)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        run = Measuring(
-            options, device, made["copy_bytes_per_second"], found,
-            lambda records: _write(path, made, found, records),
+        known = {} if options.fresh else _earlier(path, made)
+        measuring = Measuring(
+            options, device, made["copy_bytes_per_second"], known,
+            lambda records: _write(path, made, known, records),
         )  # fmt: skip
         for name in options.words("models"):
-            run.measure_model(name)
-    whole = _write(path, made, found, run.records)
-    text = page(whole)
+            measuring.measure_model(name)
+    whole = _write(path, made, known, measuring.records)
+    text = efficiency_page(whole)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     files = [path, path.with_suffix(".md")]
     if any(row["decode_ms_per_token"] for row in whole["rows"]):
         figure = efficiency_curves(gather_efficiency([str(path), "paper"]).rows)
         figure.savefig(path.with_suffix(".png"), dpi=160)
         files.append(path.with_suffix(".png"))
-    return Benchmark(text, files, run.failures)
+    return Benchmark(text, files, measuring.failures)
+
+
+def checked(options: EfficiencyOptions, kind: str) -> EfficiencyOptions:
+    """The same with its defaults for a "cpu" or for "cuda" written out.
+
+    Raises
+    ------
+    UserError
+        For numbers out of range or names that nothing has.
+    """
+    options = options.filled(DEFAULTS[kind] | (QUICK if options.quick else {}))
+    options.words("dtype", DTYPES)
+    options.words("methods", method_names())
+    options.words("engines", ENGINES)
+    for name in ("lengths", "budgets", "rows"):
+        options.numbers(name)
+    for name, least in (("window", 1), ("steps", 2), ("repeats", 1), ("threads", 0)):
+        check_int(name, getattr(options, name), least)
+    known = (*SHAPES, *embedded_checkpoints())
+    for name in options.words("models"):
+        if name not in known and "/" not in name and not Path(name).is_dir():
+            raise UserError(
+                f"models={name!r}: it must be one of {', '.join(known)}, or a checkpoint's folder "
+                "or hub repository"
+            )
+    return options
+
+
+def bandwidth_of(word: str) -> float:
+    """Bytes a second from GB/s or a GPU's name, or UserError for a word that is neither."""
+    try:
+        value = float(BANDWIDTHS.get(word.lower(), word))
+    except ValueError:
+        value = -1.0
+    if not value > 0:
+        raise UserError(
+            f"bandwidth={word!r}: it must be GB/s, such as 4200, or one of {', '.join(BANDWIDTHS)}"
+        )
+    return value * 1e9
 
 
 def describe_bounds(options: EfficiencyOptions, bandwidth: float) -> str:
@@ -95,88 +162,232 @@ def describe_bounds(options: EfficiencyOptions, bandwidth: float) -> str:
     bandwidth : float
         Bytes a second.
     """
-    options = options.checked("cuda")
-    check_models(options.words("models"))
-    lines = [
-        f"Bytes that a step must read and write, at {bandwidth / 1e9:g} GB/s, {options.dtype}:",
-        "",
-        "| model | method | input tokens | rows | weights GiB | KV GiB | bound ms | cache GiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    options = checked(options, "cuda")
+    rows = []
     for name in options.words("models"):
         place = torch.device("meta" if name in SHAPES else "cpu")
-        subject = Subject(name, place, getattr(torch, options.dtype), options.window)
+        subject = Subject.load(name, place, DTYPES[options.dtype])
         weights = weight_bytes(subject.model)
         for tokens in options.numbers("lengths"):
-            for method, rows in asked_of(subject, options, tokens):
-                read = kv_bytes(subject.model, [method] * rows, tokens, options.steps)
-                held = kept_tokens([method] * rows, tokens) * token_bytes(subject.model)
-                bound = (weights + read) / bandwidth * 1e3
-                label = method.name if method.budget is None else f"{method.name} {method.budget}"
-                lines.append(
-                    f"| {subject.name} | {label} | {tokens} | {rows} | {weights / 2**30:.2f} | "
-                    f"{read / 2**30:.3f} | {bound:.2f} | {held / 2**30:.3f} |"
-                )
-    return "\n".join(lines)
+            for method, count in asked_of(subject, options, tokens):
+                read = kv_bytes(subject.model, [method] * count, tokens, options.steps)
+                held = kept_tokens([method] * count, tokens) * token_bytes(subject.model)
+                rows.append({
+                    "model": subject.name,
+                    "method": f"{method.name} {method.budget or ''}".strip(),
+                    "input tokens": tokens,
+                    "rows": count,
+                    "weights GiB": f"{weights / 2**30:.2f}",
+                    "KV GiB": f"{read / 2**30:.3f}",
+                    "bound ms": f"{(weights + read) / bandwidth * 1e3:.2f}",
+                    "cache GiB": f"{held / 2**30:.3f}",
+                })  # fmt: skip
+    table = markdown_table(list(rows[0]), map(dict.values, rows), ("model", "method"))
+    speed = f"{bandwidth / 1e9:g} GB/s, {options.dtype}"
+    return f"Bytes that a step must read and write, at {speed}:\n\n{table}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from a command line, with nothing but torch and transformers; returns the exit code."""
-    given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "-m", "sparsemm_eval.bench.efficiency", *given])
-    try:
-        options = options_from(given, __doc__)
-        if options.dry_run:
-            print(describe_bounds(options, options.memory_bandwidth()))
-            return 0
-        done = run_efficiency(options, command)
-    except (ValueError, OSError) as error:
-        print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
-        return 1
-    print(done.markdown)
-    for path in done.files:
-        print(f"wrote {path}")
-    for line in done.failures:
-        print(f"sparsemm-eval: {line}", file=sys.stderr)
-    return 1 if done.failures else 0
+@dataclass
+class Measuring:
+    """A run that is under way.
+
+    Parameters
+    ----------
+    options : EfficiencyOptions
+        With its defaults written out.
+    device : torch.device
+        What is measured.
+    bandwidth : float
+        Of its memory, bytes a second.
+    found : mapping
+        Records of an earlier run, by `identity`: they are not measured again.
+    keep : callable
+        Given all records so far, each time there is a new one.
+    records : list
+        What was found and measured.
+    failures : list of str
+        A sentence each.
+    """
+
+    options: EfficiencyOptions
+    device: torch.device
+    bandwidth: float
+    found: dict[tuple, Record]
+    keep: Callable[[list[Record]], None]
+    records: list[Record] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def measure_model(self, name: str) -> None:
+        """Every measurement of one model, those that were found left out."""
+        # Its weights are made once the first measurement is wanted.
+        subject = self._subject(name, torch.device("meta") if name in SHAPES else self.device)
+        built: Subject | None = None
+        for tokens in self.options.numbers("lengths"):
+            wanted: list[tuple[Record, str, list[Method]]] = []
+            asked = asked_of(subject, self.options, tokens)
+            for engine in self.options.words("engines"):
+                for method, rows in _of_engine(engine, asked):
+                    record = self._named(subject, engine, method, rows, tokens)
+                    known = self.found.get(identity(record))
+                    if known is None or (self.options.profile and "host_share" not in known):
+                        wanted.append((record, engine, [method] * rows))
+                    else:
+                        self.records.append(known)
+            if wanted:
+                built = built or self._subject(name, self.device)
+                self._measure(built, wanted, tokens)
+
+    def _subject(self, name: str, device: torch.device) -> Subject:
+        return Subject.load(name, device, DTYPES[self.options.dtype])
+
+    def _named(
+        self, subject: Subject, engine: str, method: Method, rows: int, tokens: int
+    ) -> Record:
+        return {
+            "model": subject.name,
+            "method": method.name,
+            "budget": method.budget,
+            "input_tokens": tokens,
+            "engine": None if engine == "ours" else engine,
+            "rows": rows,
+            "dtype": self.options.dtype,
+            "steps": self.options.steps,
+        }
+
+    def _measure(
+        self, subject: Subject, wanted: list[tuple[Record, str, list[Method]]], tokens: int
+    ) -> None:
+        """In turn, as often as asked, so that what disturbs hits all alike; kept one by one."""
+        seen: list[list[Timed]] = [[] for _ in wanted]
+        for left in reversed(range(self.options.repeats)):
+            for (record, engine, methods), timed in zip(wanted, seen, strict=True):
+                if "note" in record:
+                    continue
+                print(label(record), file=sys.stderr, flush=True)
+                steps = self.options.steps + WARM_UP
+                try:
+                    timed.append(_run(subject, engine, methods, tokens, steps))
+                except (RuntimeError, ValueError, NotImplementedError) as error:
+                    # What does not fit, or is not there on this device: others are measured still.
+                    note = f"failed: {one_line(error)}"
+                    if not isinstance(error, torch.OutOfMemoryError):
+                        self.failures.append(f"{label(record)}: {note}")
+                    record |= {"decode_ms_per_token": None, "note": note}
+                else:
+                    if left:
+                        continue
+                    record |= _record(subject.model, methods, tokens, timed, self.bandwidth)
+                    if self.options.profile:
+                        record["host_share"] = host_share(
+                            partial(_run, subject, engine, methods, tokens),
+                            self.device,
+                            record["decode_ms_per_token"],
+                        )
+                self.records.append(record)
+                self.keep(self.records)
 
 
-def _bandwidth(device: torch.device, quick: bool) -> float:
-    """Bytes a second of a large copy, read and written."""
-    size = (64 << 20) if quick or device.type == "cpu" else 1 << 30
-    clock = DeviceClock(size) if device.type == "cuda" else HostClock(size)
-    times = [clock.copy()[0] for _ in range(20)]
-    return 2 * clock.buffers[0].nbytes / statistics.median(times) * 1e6
+def asked_of(subject: Subject, options: EfficiencyOptions, tokens: int) -> list[tuple[Method, int]]:
+    """Methods and rows that this project's engine is measured with at one length."""
+    asked: list[tuple[Method, int]] = []
+    for name in options.words("methods"):
+        budgeted = "budget" in method_settings(name)
+        for budget in options.numbers("budgets") if budgeted else [None]:
+            asked.append((subject.method(name, budget, options.window), 1))
+    if tokens == options.numbers("lengths")[0]:
+        budgeted = [method for method, _ in asked if method.budget is not None]
+        many = [rows for rows in options.numbers("rows") if rows > 1]
+        asked += [(method, rows) for method in budgeted for rows in many]
+    return asked
 
 
-def _found(path: Path, made: Record) -> dict[tuple, Record]:
+def _of_engine(engine: str, asked: Sequence[tuple[Method, int]]) -> list[tuple[Method, int]]:
+    """What an engine is measured with: ours with all, transformers' with full KV and one row."""
+    if engine in ("ours", "ours_compiled"):
+        return list(asked)
+    single = [one for one in asked if one[1] == 1]
+    if engine == "ours_plain":
+        return single
+    return [one for one in single if (one[0].budget is None) == engine.startswith("hf")]
+
+
+def _run(
+    subject: Subject, engine: str, methods: Sequence[Method], tokens: int, steps: int
+) -> Timed:
+    model, prompt = subject.model, subject.prompts(tokens)
+    if engine == "ours_compiled" and model.device.type != "cuda":
+        raise UserError("engines='ours_compiled': it runs on a GPU only")
+    if engine.startswith("ours"):
+        way = {"ours": "auto", "ours_compiled": "compile", "ours_plain": "off"}[engine]
+        return decode_ours(model, prompt, methods, steps, way)
+    if engine == "concatenate":
+        return decode_concatenated(model, prompt, methods[0], steps)
+    held = kept_tokens(methods, tokens) * token_bytes(model)
+    return decode_stock(model, prompt, steps, held, static=engine == "hf_static")
+
+
+def _record(
+    model: PreTrainedModel,
+    methods: Sequence[Method],
+    tokens: int,
+    passes: Sequence[Timed],
+    bandwidth: float,
+) -> Record:
+    steps = [ms for timed in passes for ms in timed.step_ms[WARM_UP:]]
+    first, median, third = quartiles(steps)
+    weights = weight_bytes(model)
+    read = kv_bytes(model, methods, tokens, len(passes[0].step_ms))
+    bound = (weights + read) / bandwidth * 1e3
+    peak = _median([timed.peak_bytes for timed in passes])
+    return {
+        "decode_ms_per_token": median,
+        "decode_ms_q1": first,
+        "decode_ms_q3": third,
+        "decode_ms_mean": statistics.fmean(steps),  # re-packing, between steps, is in it
+        "bound_ms_per_token": bound,
+        "share_of_bound": bound / median,
+        "prefill_seconds": statistics.median(timed.prefill_seconds for timed in passes),
+        "compress_seconds": _median([timed.compress_seconds for timed in passes]),
+        "peak_memory_gb": None if peak is None else peak / 2**30,
+        "cache_bytes": passes[0].cache_bytes,
+        "weight_bytes": weights,
+        "kv_bytes_a_step": read,
+        "kept_per_head": kept_tokens(methods, tokens)
+        / (len(methods) * methods[0].shape.layers * methods[0].shape.kv_heads),
+        "backend": passes[0].backend,
+    }
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    return None if None in values else statistics.median(values)
+
+
+def identity(record: Record) -> tuple:
+    """What a measurement is of."""
+    return tuple(record[key] for key in _IDENTITY)
+
+
+def _earlier(path: Path, made: Record) -> dict[tuple, Record]:
     """Measurements of an earlier run that are as if made now."""
-    if not path.is_file():
-        return {}
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    if any(whole.get(key) != made[key] for key in ("schema", "code", "versions", "hardware")):
-        return {}
+    whole = read_earlier(path, made, "hardware") or {"rows": [], "many_rows": []}
     rows = [*whole["rows"], *whole["many_rows"]]
     return {identity(row): row for row in rows if row["decode_ms_per_token"]}
 
 
 def _write(
-    path: Path, made: Record, found: dict[tuple, Record], records: Sequence[Record]
+    path: Path, made: Record, known: dict[tuple, Record], records: Sequence[Record]
 ) -> Record:
-    """What was found and what is new; single rows, as the paper's figure shows, apart from many."""
-    every = {**found, **{identity(record): record for record in records}}.values()
+    """What was known and what is new; single rows, as the paper's figure shows, apart from many."""
+    every = {**known, **{identity(record): record for record in records}}.values()
     ordered = sorted(every, key=lambda record: (record["model"], record["input_tokens"]))
     whole = {
         **made,
         "rows": [record for record in ordered if record["rows"] == 1],
         "many_rows": [record for record in ordered if record["rows"] > 1],
     }
-    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    write_json(path, whole)
     return whole
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("efficiency"))

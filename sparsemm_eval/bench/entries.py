@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsemm_eval.bench.layers import Layers, Token
-from sparsemm_eval.bench.shapes import DTYPES, Case
+from sparsemm_eval.bench.layers import Case, Layers, Token
+from sparsemm_eval.bench.models import DTYPES
 from sparsemm_eval.cache.backends import append_attend, resolve_backend
 
 
@@ -234,7 +234,7 @@ class FlashInfer(Ragged):
         self.wrapper.plan(
             starts.to(layers.device), slots.int().to(layers.device),
             torch.ones(sequences, dtype=torch.int32, device=layers.device),
-            case.layer.group, 1, case.layer.head_dim, 1,
+            case.layer.group_size, 1, case.layer.head_dim, 1,
             q_data_type=dtype, kv_data_type=dtype, sm_scale=layers.scale,
         )  # fmt: skip
 
@@ -242,8 +242,8 @@ class FlashInfer(Ragged):
     def unfit(case: Case, device: torch.device) -> str:
         if device.type != "cuda" or find_spec("flashinfer") is None:
             return "not installed" if device.type == "cuda" else "CUDA only"
-        if case.layer.group not in FlashInfer.GROUPS:
-            return f"its decoding takes groups of {FlashInfer.GROUPS}, not {case.layer.group}"
+        if case.layer.group_size not in FlashInfer.GROUPS:
+            return f"its decoding takes groups of {FlashInfer.GROUPS}, not {case.layer.group_size}"
         return ""
 
     def step(self, layer: int) -> Tensor:
@@ -268,7 +268,7 @@ def _refused(backend: str, case: Case, device: torch.device) -> str:
     """Why the cache refuses a backend."""
     layer = case.layer
     try:
-        resolve_backend(backend, device, DTYPES[case.dtype], layer.head_dim, layer.group)
+        resolve_backend(backend, device, DTYPES[case.dtype], layer.head_dim, layer.group_size)
     except ValueError as error:
         return str(error)
     return ""

@@ -1,31 +1,39 @@
-"""The device that is measured: its name, its caches, its memory."""
+"""The device that is measured: its name, its caches, its memory, and what a file says of it."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.paths import cuda_ext_folder
+from sparsemm_eval.errors import check_choice
+from sparsemm_eval.paths import cuda_ext_folder, write_whole
+from sparsemm_eval.report.provenance import provenance
 
 UNKNOWN_CACHE = 64 << 20
 UNKNOWN_MEMORY = 4 << 30
 
 
-def find_device(name: str) -> torch.device:
-    """The device of a name, "" being CUDA where there is one."""
-    check_choice("device", name, ("", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: there is no CUDA device here")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def device_name(name: str = "", *others: str) -> str:
+    """A device that is there: cpu, cuda or cuda:N, or one of others; "" is CUDA where it is."""
+    count = torch.cuda.device_count()
+    known = [*others, "cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))]
+    name = name or ("cuda" if count else "cpu")
+    check_choice("device", name, known)
+    return name
+
+
+def find_device(name: str = "") -> torch.device:
+    """As `device_name`."""
+    return torch.device(device_name(name))
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -37,6 +45,37 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cache_bytes": cache_bytes(device),
     }
+
+
+def provenance_on(device: torch.device, command: str) -> dict[str, Any]:
+    """What a file says of its making, the device that was measured beside the machine."""
+    made = provenance(command)
+    return made | {"hardware": made["hardware"] | describe(device)}
+
+
+def write_json(path: Path, whole: Mapping[str, Any]) -> None:
+    """Write a file of results."""
+    write_whole(path, json.dumps(whole, indent=1) + "\n")
+
+
+def read_earlier(path: Path, now: Mapping[str, Any], *alike: str) -> dict[str, Any] | None:
+    """Read what an earlier run wrote, if it is as if measured now.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, which need not be there.
+    now : mapping
+        Provenance of this run, with its "code".
+    alike : str
+        Entries that must be equal, beside schema, code and versions.
+    """
+    try:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    differ = any(whole.get(key) != now[key] for key in ("schema", "code", "versions", *alike))
+    return None if differ else whole
 
 
 def code_digest() -> str:

@@ -1,15 +1,18 @@
-"""Whole models to measure: the embedded ones, and shapes of large ones with random weights."""
+"""Whole models to measure: shapes of the paper's, with random weights, and checkpoints; bounds.
+
+A bound is the least that a step of decoding must read and write.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
@@ -19,10 +22,8 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
-from sparsemm_eval.errors import check_choice
-from sparsemm_eval.methods import HeadScores, ModelShape
-from sparsemm_eval.tiny import embedded_checkpoints
-from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
+from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
+from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints, find_checkpoint
 
 LARGE = ("vicuna", "mistral", "qwen2vl-7b")
 # The same models with few, narrow layers, for runs that take seconds.
@@ -34,92 +35,73 @@ PAPER_NAMES = {
     "mistral": "LLaVA-NeXT-Mistral-7B",
     "qwen2vl-7b": "Qwen2-VL-7B-Instruct",
 }
-_CHARACTERS = 8  # new tokens that are enough for any value on a drawn page
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_GRID_METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
+_GRID_BUDGETS = {False: (256, 128, 64, 32, 16, 12), True: (2048, 1024, 512, 256, 128, 64)}
+_GRID_WINDOW = {False: 8, True: 32}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with batches of prompts for it.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        On `sparsemm_eval.cache.use_head_budget_attention`.
-    batches : list of mapping
-        Inputs of ``generate``.
-    shape : ModelShape
-        For methods.
-    heads : HeadScores
-        Visual scores: chased ones, or drawn with a heavy tail where weights are random.
-    new_tokens : int
-        Decoded at most.
-    """
-
-    model: PreTrainedModel
-    batches: list[Mapping[str, Tensor]]
-    shape: ModelShape
-    heads: HeadScores
-    new_tokens: int
-
-
-def subject(
-    name: str,
-    device: torch.device,
-    samples: int,
-    batch_size: int,
-    prompt_tokens: int = 2000,
-    new_tokens: int = 32,
-) -> Subject:
-    """Make a model and prompts.
+    """A model that is measured.
 
     Parameters
     ----------
     name : str
-        An embedded model, which reads drawn pages and answers as long as it likes; or one of
-        `LARGE`: the shape of a 7B model with random weights in half precision, which is given so
-        many random tokens and never ends by itself.
-    device : torch.device
-        Where it lies.
-    samples, batch_size : int
-        Prompts in all, and read together.
-    prompt_tokens, new_tokens : int
-        Of the large shapes.
-
-    Raises
-    ------
-    ValueError
-        For an unknown name.
+        Its own or the paper's.
+    model : PreTrainedModel
+        On `sparsemm_eval.cache.use_head_budget_attention`.
+    shape : ModelShape
+        For methods.
+    scores : HeadScores
+        Visual scores: chased ones that lie beside its weights, else drawn with a heavy tail.
     """
-    check_choice("model", name, (*embedded_checkpoints(), *LARGE))
-    if name in LARGE:
-        return _large(name, device, samples, batch_size, prompt_tokens, new_tokens)
-    folder = embedded_checkpoints()[name]
-    processor = AutoProcessor.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).to(device)
-    pages = [draw_document(stream(Split.HELD_OUT, 0, number)) for number in range(samples)]
-    texts = [_chat(processor, value_question(page, 0).prompt) for page in pages]
-    batches = []
-    for start in range(0, samples, batch_size):
-        part = slice(start, start + batch_size)
-        images = [page.image for page in pages[part]]
-        batches.append(
-            processor(text=texts[part], images=images, padding=True, return_tensors="pt").to(device)
-        )
-    heads = HeadScores.read(folder / "head_scores.json")
-    return _subject(model, batches, heads, _CHARACTERS)
 
+    name: str
+    model: PreTrainedModel
+    shape: ModelShape
+    scores: HeadScores
 
-def _large(
-    name: str, device: torch.device, samples: int, batch_size: int, tokens: int, new: int
-) -> Subject:
-    model = large_model(name, device)
-    batches = [
-        {"input_ids": part, "attention_mask": torch.ones_like(part)}
-        for part in random_prompts(model, samples, tokens).split(batch_size)
-    ]
-    shape = ModelShape.from_config(model.config)
-    heads = heavy_scores(shape.layers, shape.query_heads)
-    return _subject(model, batches, heads, new)
+    @classmethod
+    def load(
+        cls, name: str, device: torch.device, dtype: torch.dtype, ends: bool = False
+    ) -> Subject:
+        """Load a checkpoint, or make a shape of `SHAPES` with random weights.
+
+        Parameters
+        ----------
+        name : str
+            One of `SHAPES`, an embedded model, or a checkpoint's folder or repository.
+        device : torch.device
+            Where it lies; "meta" for the sizes of a shape alone.
+        dtype : torch.dtype
+            Of its weights.
+        ends : bool
+            Leave a checkpoint the tokens that end its answers.
+        """
+        folder = ""
+        if name in SHAPES:
+            model = large_model(name, device, dtype)
+        else:
+            folder = find_checkpoint(EMBEDDED + name if name in embedded_checkpoints() else name)
+            model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
+            use_head_budget_attention(model.eval()) if ends else endless(model)
+        shape = ModelShape.from_config(model.config)
+        chased = Path(folder) / "head_scores.json"
+        if folder and chased.is_file():
+            scores = HeadScores.read(chased)
+        else:
+            scores = heavy_scores(shape.layers, shape.query_heads)
+        return cls(PAPER_NAMES.get(name, name), model, shape, scores)
+
+    def method(self, name: str, budget: int | None, window: int) -> Method:
+        """A method for the model, given those of its settings that it has."""
+        return _method(name, self.shape, self.scores, budget, window)
+
+    def prompts(self, tokens: int, samples: int = 1) -> dict[str, Tensor]:
+        """Random text, as inputs of ``generate``."""
+        ids = random_prompts(self.model, samples, tokens)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def large_model(
@@ -130,7 +112,7 @@ def large_model(
     On the device "meta" it has no weights: its sizes cost nothing.
     """
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(_config(name), dtype=dtype)
+        model = AutoModelForImageTextToText.from_config(shape_config(name), dtype=dtype)
     return endless(model)
 
 
@@ -165,22 +147,8 @@ def heavy_scores(layers: int, query_heads: int) -> HeadScores:
     return HeadScores((drawn**20 + 0.01).double().numpy())
 
 
-def _subject(
-    model: PreTrainedModel, batches: list[Mapping[str, Tensor]], heads: HeadScores, new: int
-) -> Subject:
-    use_head_budget_attention(model.eval())
-    return Subject(model, batches, ModelShape.from_config(model.config), heads, new)
-
-
-def _chat(processor: object, question: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
-
-
-def _config(name: str) -> LlavaNextConfig | Qwen2VLConfig:
-    """A model's language layers; its vision tower, which text prompts leave alone, is tiny."""
+def shape_config(name: str) -> LlavaNextConfig | Qwen2VLConfig:
+    """Language layers of one of `SHAPES`; the vision tower, which text does not reach, is tiny."""
     kind, small = name.split("-")[0], name in SMALL
     if kind == "qwen2vl":
         text = dict(_QWEN2VL)
@@ -222,3 +190,66 @@ _LLAVA = {
     "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
     "vocab_size": 32_064, "max_position_embeddings": 65_536,
 }  # fmt: skip
+
+
+def grid_methods(shape: ModelShape, scores: HeadScores, large: bool) -> list[Method]:
+    """The cells of a grid of 31: full KV, and five methods at six budgets.
+
+    Parameters
+    ----------
+    shape : ModelShape
+        The decoder.
+    scores : HeadScores
+        For the methods that take them.
+    large : bool
+        Budgets 2048 to 64 with a window of 32, as the paper's; else the demo's, 256 to 12 with 8.
+    """
+    cells = [(name, budget) for name in _GRID_METHODS for budget in _GRID_BUDGETS[large]]
+    return [
+        _method(name, shape, scores, budget, _GRID_WINDOW[large])
+        for name, budget in (("fullkv", None), *cells)
+    ]
+
+
+def _method(
+    name: str, shape: ModelShape, scores: HeadScores, budget: int | None, window: int
+) -> Method:
+    """A method, given those of the settings that it has."""
+    known = method_settings(name)
+    given = {"budget": budget, "window": window, "head_scores": scores}
+    return make_method(name, shape, **{key: given[key] for key in given if key in known})
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that one step reads: the decoder's and the output layer's, no embeddings."""
+    skipped = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    decoder = [p for p in model.model.language_model.parameters() if id(p) not in skipped]
+    return sum(p.numel() * p.element_size() for p in [*decoder, *model.lm_head.parameters()])
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the key and value of one token in one KV head."""
+    return 2 * ModelShape.from_config(model.config).head_dim * model.dtype.itemsize
+
+
+def kept_tokens(methods: Sequence[Method], tokens: int) -> int:
+    """Tokens that rows keep of one prompt, all layers and KV heads together.
+
+    Exact where scores decide only which tokens are kept and not how many; else what they are
+    asked to keep.
+    """
+    total = 0
+    for method in methods:
+        shape = method.shape
+        layers = [method.most_kept(layer, tokens) for layer in range(shape.layers)]
+        nominal = shape.kv_heads * min(tokens, method.budget or tokens)
+        total += sum(nominal if kept is None else kept for kept in layers)
+    return total
+
+
+def kv_bytes(model: PreTrainedModel, methods: Sequence[Method], tokens: int, steps: int) -> int:
+    """Bytes of keys and values that the mean of so many steps reads and writes, all rows."""
+    shape = methods[0].shape
+    sequences = len(methods) * shape.layers * shape.kv_heads
+    read = kept_tokens(methods, tokens) + sequences * (steps + 1) // 2  # the step's own token too
+    return (read + sequences) * token_bytes(model)

@@ -1,35 +1,50 @@
 """``bench shared-prefill``: what a grid costs in one pass, cell by cell, and one cell alone.
 
-Runs as ``sparsemm-eval bench shared-prefill`` or, from a checkout, ``python -m
-sparsemm_eval.bench.shared_prefill``, with the same options.
+Also ``python -m sparsemm_eval.bench.shared_prefill`` from a checkout, with the same options.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoProcessor
 
-from sparsemm_eval.bench.machine import describe, find_device, threads
-from sparsemm_eval.bench.models import LARGE, Subject, subject
-from sparsemm_eval.bench.timing import DeviceClock
+from sparsemm_eval.bench.machine import find_device, provenance_on, threads, write_json
+from sparsemm_eval.bench.models import LARGE, Subject, grid_methods, kv_bytes, weight_bytes
+from sparsemm_eval.bench.options import Benchmark, SharedPrefillOptions, main
+from sparsemm_eval.bench.timing import clocked, copy_bandwidth
 from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
-from sparsemm_eval.errors import check_int, one_line
-from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
-from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.errors import check_choice, check_int
+from sparsemm_eval.methods import Method
+from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
-METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
-BUDGETS = {False: (256, 128, 64, 32, 16, 12), True: (2048, 1024, 512, 256, 128, 64)}
-WINDOW = {False: 8, True: 32}
+LARGE_TOKENS, LARGE_NEW_TOKENS = 2000, 32  # of a prompt, and decoded
+# New tokens that are enough for any value on a drawn page.
+DRAWN_NEW_TOKENS = 8
+_SHOWN = ("seconds", "grid_over_one_full", "one_by_one_over_grid", "answers_unlike", "byte_bound")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a model reads.
+
+    Parameters
+    ----------
+    batches : list of mapping
+        Inputs of ``generate``.
+    new_tokens : int
+        Decoded at most.
+    """
+
+    batches: list[Mapping[str, Tensor]]
+    new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,123 +61,81 @@ class Passes:
         return {name: statistics.median(times) for name, times in vars(self).items()}
 
 
-def run_shared_prefill(
-    out: Path,
-    model: str = "qwen2vl",
-    device: str = "",
-    samples: int = 40,
-    batch_size: int = 8,
-    repeats: int = 3,
-    cpu_threads: int = 0,
-    command: str = "sparsemm-eval bench shared-prefill",
-) -> dict[str, Any]:
+def run(options: SharedPrefillOptions, command: str) -> Benchmark:
     """Measure, check that all ways answer alike, and write a JSON file.
 
     Parameters
     ----------
-    out : Path
-        The file.
-    model : str
-        An embedded model, or one of `sparsemm_eval.bench.models.LARGE` with 2,000-token prompts
-        and 32 new tokens.
-    device : {"", "cpu", "cuda"}
-        CUDA where there is one when empty.
-    samples, batch_size : int
-        Prompts in all, and read together.
-    repeats : int
-        Of each way, in turn.
-    cpu_threads : int
-        0: torch's own choice.
+    options : SharedPrefillOptions
+        What is measured; a model of `sparsemm_eval.bench.models.LARGE` has random weights in half
+        precision, reads random text and never ends by itself, an embedded one reads drawn pages.
     command : str
         That makes the file again.
 
-    Returns
-    -------
-    dict
-        What was written.
-
     Raises
     ------
-    ValueError
+    UserError
         For settings that cannot be.
     """
-    settings = {"samples": samples, "batch_size": batch_size, "repeats": repeats}
+    settings = {name: getattr(options, name) for name in ("samples", "batch_size", "repeats")}
     for name, value in settings.items():
         check_int(name, value, least=1)
-    place = find_device(device)
-    with threads(cpu_threads):
-        measured = subject(model, place, samples, batch_size)
-        methods = grid_methods(measured.shape, measured.heads, model in LARGE)
-        passes, unlike = _measure(measured, methods, repeats)
-        found = {
-            **provenance(command),
-            "model": model,
+    check_choice("model", options.model, (*embedded_checkpoints(), *LARGE))
+    device, large = find_device(options.device), options.model in LARGE
+    with threads(options.threads):
+        dtype = torch.float16 if large else torch.float32
+        subject = Subject.load(options.model, device, dtype, ends=True)
+        prompts = (_random if large else _drawn)(subject, options)
+        methods = grid_methods(subject.shape, subject.scores, large)
+        passes, unlike = _measure(subject, prompts, methods, options.repeats)
+        whole = {
+            **provenance_on(device, command),
+            "model": options.model,
             **settings,
-            "dtype": str(measured.model.dtype).removeprefix("torch."),
+            "dtype": str(dtype).removeprefix("torch."),
             "cells": len(methods),
-            "prompt_tokens": int(measured.batches[0]["input_ids"].shape[1]),
+            "prompt_tokens": int(prompts.batches[0]["input_ids"].shape[1]),
             "seconds": {name: [round(t, 4) for t in ts] for name, ts in vars(passes).items()},
             **_ratios(passes),
             "answers_unlike": unlike,
         }
-        if place.type == "cuda":
-            found["byte_bound"] = _bound(measured, methods, passes)
-        found["hardware"] |= describe(place)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+        if device.type == "cuda":
+            whole["byte_bound"] = _bound(subject, prompts, methods, passes)
+    write_json(options.out, whole)
+    lines = [f"{name.replace('_b', ' b')}: {whole[name]}" for name in _SHOWN if name in whole]
+    return Benchmark("\n".join(lines), [options.out])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run from a command line, with nothing but torch and transformers; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m sparsemm_eval.bench.shared_prefill", description=__doc__
-    )
-    parser.add_argument("--model", default="qwen2vl")
-    parser.add_argument("--device", default="")
-    for name, default in {"samples": 40, "batch-size": 8, "repeats": 3, "threads": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--out", type=Path, default=Path("results/sweep/shared_prefill.json"))
-    given = sys.argv[1:] if arguments is None else arguments
-    asked = vars(parser.parse_args(given))
-    asked["cpu_threads"] = asked.pop("threads")
-    command = shlex.join(["python", "-m", "sparsemm_eval.bench.shared_prefill", *given])
-    try:
-        found = run_shared_prefill(**asked, command=command)
-    except (ValueError, OSError) as error:
-        print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
-        return 1
-    shown = ("seconds", "grid_over_one_full", "one_by_one_over_grid", "answers_unlike")
-    for name in (*shown, *(["byte_bound"] if "byte_bound" in found else [])):
-        print(f"{name}: {found[name]}")
-    return 0
+def _random(subject: Subject, options: SharedPrefillOptions) -> Prompts:
+    whole = subject.prompts(LARGE_TOKENS, options.samples)
+    parts = zip(*(tensor.split(options.batch_size) for tensor in whole.values()), strict=True)
+    return Prompts([dict(zip(whole, part, strict=True)) for part in parts], LARGE_NEW_TOKENS)
 
 
-def grid_methods(shape: ModelShape, heads: HeadScores, large: bool) -> list[Method]:
-    """The cells of a grid of 31: full KV, and five methods at six budgets.
-
-    Parameters
-    ----------
-    shape : ModelShape
-        The decoder.
-    heads : HeadScores
-        For the methods that take them.
-    large : bool
-        Budgets 2048 to 64 with a window of 32, as the paper's; else the demo's, 256 to 12 with 8.
-    """
-    made = [make_method("fullkv", shape)]
-    for name in METHODS:
-        scores = {"head_scores": heads} if "head_scores" in method_settings(name) else {}
-        made += [
-            make_method(name, shape, budget=budget, window=WINDOW[large], **scores)
-            for budget in BUDGETS[large]
-        ]
-    return made
+def _drawn(subject: Subject, options: SharedPrefillOptions) -> Prompts:
+    """Held-out pages, each asked for its first value."""
+    processor = AutoProcessor.from_pretrained(embedded_checkpoints()[subject.name])
+    pages = [draw_document(stream(Split.HELD_OUT, 0, number)) for number in range(options.samples)]
+    texts = []
+    for page in pages:
+        question = {"type": "text", "text": value_question(page, 0).prompt}
+        turn = {"role": "user", "content": [{"type": "image"}, question]}
+        texts.append(processor.apply_chat_template([turn], add_generation_prompt=True))
+    batches = []
+    for start in range(0, options.samples, options.batch_size):
+        part = slice(start, start + options.batch_size)
+        images = [page.image for page in pages[part]]
+        inputs = processor(text=texts[part], images=images, padding=True, return_tensors="pt")
+        batches.append(inputs.to(subject.model.device))
+    return Prompts(batches, DRAWN_NEW_TOKENS)
 
 
-def _measure(measured: Subject, methods: Sequence[Method], repeats: int) -> tuple[Passes, int]:
-    model, batches = measured.model, measured.batches
-    options = {"max_new_tokens": measured.new_tokens, "do_sample": False}
+def _measure(
+    subject: Subject, prompts: Prompts, methods: Sequence[Method], repeats: int
+) -> tuple[Passes, int]:
+    """Seconds of each way in turn, and how many answers differ between one pass and one by one."""
+    model, batches = subject.model, prompts.batches
+    options = {"max_new_tokens": prompts.new_tokens, "do_sample": False}
     if model.generation_config.pad_token_id is not None:
         options["pad_token_id"] = model.generation_config.pad_token_id
 
@@ -175,14 +148,19 @@ def _measure(measured: Subject, methods: Sequence[Method], repeats: int) -> tupl
     def one_by_one() -> list[list[Decoded]]:
         return [alone(method) for method in methods]
 
+    def timed(times: list[float], work: Callable[[], Any]) -> Any:
+        result, seconds = clocked(work, model.device)
+        times.append(seconds)
+        return result
+
     alone(methods[0])  # warm up
     together()
     passes = Passes([], [], [], [])
     for _ in range(repeats):
-        _timed(passes.prefill, lambda: alone(methods[0], max_new_tokens=1))
-        _timed(passes.one_full, lambda: alone(methods[0]))
-        grid = _timed(passes.grid, together)
-        single = _timed(passes.one_by_one, one_by_one)
+        timed(passes.prefill, lambda: alone(methods[0], max_new_tokens=1))
+        timed(passes.one_full, lambda: alone(methods[0]))
+        grid = timed(passes.grid, together)
+        single = timed(passes.one_by_one, one_by_one)
     unlike = sum(
         not torch.equal(a, b)
         for m in range(len(methods))
@@ -190,15 +168,6 @@ def _measure(measured: Subject, methods: Sequence[Method], repeats: int) -> tupl
         for a, b in zip(grid[number][m].tokens, single[m][number].tokens, strict=True)
     )
     return passes, unlike
-
-
-def _timed(times: list[float], run: Callable[[], Any]) -> Any:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = run()  # its tokens are on the host: nothing is left to wait for
-    times.append(time.perf_counter() - start)
-    return found
 
 
 def _ratios(passes: Passes) -> dict[str, float]:
@@ -211,28 +180,26 @@ def _ratios(passes: Passes) -> dict[str, float]:
     }
 
 
-def _bound(measured: Subject, methods: Sequence[Method], passes: Passes) -> dict[str, float]:
+def _bound(
+    subject: Subject, prompts: Prompts, methods: Sequence[Method], passes: Passes
+) -> dict[str, float]:
     """Prefill as measured, then weights and all rows' KV once a step at copy bandwidth."""
-    model, batches = measured.model, measured.batches
-    options = {"max_new_tokens": 1, "do_sample": False}
-    kept = 0
-    for inputs in batches:
-        found = generate_rows(model, inputs, methods, {**options, "max_new_tokens": 2})
-        kept += sum(sum(decoded.kept_bytes) for decoded in found)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) * len(batches)
-    clock = DeviceClock(1 << 30)
-    copying = statistics.median(clock.copy()[0] for _ in range(20))
-    bandwidth = 2 * (1 << 30) / copying * 1e6  # read and written
-    steps = measured.new_tokens - 1
-    bound = passes.medians()["prefill"] + steps * (weights + kept) / bandwidth
+    model, steps = subject.model, prompts.new_tokens - 1
+    read = 0
+    for inputs in prompts.batches:
+        samples, tokens = inputs["input_ids"].shape
+        read += kv_bytes(model, [*methods] * samples, tokens, steps)
+    weights = weight_bytes(model) * len(prompts.batches)
+    bandwidth = copy_bandwidth(model.device, 1 << 30)
+    bound = passes.medians()["prefill"] + steps * (weights + read) / bandwidth
     return {
         "copy_bytes_per_second": bandwidth,
         "weight_bytes_a_step": weights,
-        "kv_bytes_a_step": kept,
+        "kv_bytes_a_step": read,
         "seconds": round(bound, 4),
         "grid_over_bound": round(passes.medians()["grid"] / bound, 3),
     }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("shared-prefill"))

@@ -1,51 +1,29 @@
-"""Clocks for the host and for a GPU: cold caches, entries in turn, medians."""
+"""Clocks for the host and for a GPU: cold caches, measures in turn, quartiles, bandwidth."""
 
 from __future__ import annotations
 
 import resource
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsemm_eval.bench.entries import Entry
 
+T = TypeVar("T")
 LEAST_ROUNDS = 3
 # Times a second that a core is taken: 30 to 50 on an idle machine, over 150 where one other process
 # wants a core of two.
 DISTURBED = 90
 
 
-@dataclass
-class Samples:
-    """Times in microseconds.
-
-    Parameters
-    ----------
-    us : list of float
-        One a measurement.
-    spent : float
-        Seconds they took, all told.
-    """
-
-    us: list[float] = field(default_factory=list)
-    spent: float = 0.0
-
-    def quartiles(self) -> tuple[float, float, float]:
-        """First quartile, median, third quartile."""
-        if len(self.us) == 1:
-            return (self.us[0],) * 3
-        first, median, third = statistics.quantiles(self.us, n=4, method="inclusive")
-        return first, median, third
-
-
 Measure = Callable[[], list[float]]
 
 
-def in_turn(measures: dict[str, Measure], repeats: int, seconds: float) -> dict[str, Samples]:
+def in_turn(measures: dict[str, Measure], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Take measures round by round, each once a round, so that noise hits all alike.
 
     Parameters
@@ -56,22 +34,53 @@ def in_turn(measures: dict[str, Measure], repeats: int, seconds: float) -> dict[
         Times wanted of each.
     seconds : float
         After which a measure is left alone, three rounds being the least.
+
+    Returns
+    -------
+    dict
+        All times of each measure, in microseconds.
     """
-    samples = {name: Samples() for name in measures}
+    times: dict[str, list[float]] = {name: [] for name in measures}
+    spent = dict.fromkeys(measures, 0.0)
     least = min(LEAST_ROUNDS, repeats)
     open_ones, rounds = list(measures), 0
     while open_ones:
         rounds += 1
         for name in open_ones:
             began = time.perf_counter()
-            samples[name].us += measures[name]()
-            samples[name].spent += time.perf_counter() - began
+            times[name] += measures[name]()
+            spent[name] += time.perf_counter() - began
         open_ones = [
             name
             for name in open_ones
-            if rounds < least or (len(samples[name].us) < repeats and samples[name].spent < seconds)
+            if rounds < least or (len(times[name]) < repeats and spent[name] < seconds)
         ]
-    return samples
+    return times
+
+
+def quartiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    first, median, third = np.percentile(times, (25, 50, 75)).tolist()
+    return first, median, third
+
+
+def clocked(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """What work gives, and the seconds it took on the host and the device together."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    result = work()
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - began
+
+
+def copy_bandwidth(device: torch.device, size: int) -> float:
+    """Bytes a second of copies of so many bytes, read and written: the median of 20."""
+    clock = DeviceClock(size) if device.type == "cuda" else HostClock(size)
+    _, median, _ = quartiles([clock.copy()[0] for _ in range(20)])
+    return 2 * clock.buffers[0].nbytes / median * 1e6
 
 
 class Disturbance:

@@ -1,31 +1,20 @@
 """``bench efficiency`` on a CPU: what it writes, that engines agree, and what it refuses."""
 
-import inspect
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparsemm_eval.bench.bounds import (
-    bandwidth_of,
-    kept_tokens,
-    kv_bytes,
-    token_bytes,
-    weight_bytes,
-)
 from sparsemm_eval.bench.decode import decode_concatenated, decode_ours, decode_stock
-from sparsemm_eval.bench.efficiency import main, run_efficiency
-from sparsemm_eval.bench.efficiency_measure import Subject
-from sparsemm_eval.bench.efficiency_options import ENGINES, EfficiencyOptions
-from sparsemm_eval.bench.efficiency_page import aims, table
+from sparsemm_eval.bench.efficiency import ENGINES, bandwidth_of, run
+from sparsemm_eval.bench.models import Subject, kept_tokens, kv_bytes, token_bytes, weight_bytes
+from sparsemm_eval.bench.options import EfficiencyOptions, main
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cli import app
-from sparsemm_eval.cli.measure import efficiency
 from sparsemm_eval.report.efficiency import read_efficiency
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", params=["vicuna-small", "mistral-small", "qwen2vl-small"])
 def subject(request: pytest.FixtureRequest) -> Subject:
     torch.manual_seed(0)
-    made = Subject(request.param, CPU, torch.float32, 8)
+    made = Subject.load(request.param, CPU, torch.float32)
     for parameter in made.model.parameters():  # so that tokens vary from step to step
         if parameter.ndim > 1:
             parameter.data.mul_(5)
@@ -88,7 +77,7 @@ def test_a_second_run_goes_on(made: Path) -> None:
     more = EfficiencyOptions(
         quick=True, device="cpu", threads=1, methods="fullkv,snapkv", engines="ours", out=made
     )
-    done = run_efficiency(more, "again")
+    done = run(more, "again")
     after = json.loads(path.read_text(encoding="utf-8"))
     assert not done.failures
     for row in before["rows"]:
@@ -103,7 +92,7 @@ def test_the_hosts_share(tmp_path: Path) -> None:
         models="vicuna-small", lengths="64", engines="ours", methods="sparsemm", rows="1",
         profile=True, quick=True, device="cpu", threads=1, out=tmp_path,
     )  # fmt: skip
-    assert not run_efficiency(options, "profile").failures
+    assert not run(options, "profile").failures
     (path,) = tmp_path.glob("*.json")
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert len(rows) == 1
@@ -112,8 +101,8 @@ def test_the_hosts_share(tmp_path: Path) -> None:
 
 def test_engines_give_the_same_tokens(subject: Subject) -> None:
     """Full KV however it is held, and a compressed cache however it is appended to."""
-    prompt, steps = subject.prompt(90), 25
-    full, sparse = subject.method("fullkv", None), subject.method("sparsemm", 24)
+    prompt, steps = subject.prompts(90), 25
+    full, sparse = subject.method("fullkv", None, 8), subject.method("sparsemm", 24, 8)
     wanted = decode_stock(subject.model, prompt, steps, 0).tokens
     assert len(set(wanted[0].tolist())) > 5
     for way in ("off", "eager"):
@@ -134,10 +123,10 @@ def test_engines_give_the_same_tokens(subject: Subject) -> None:
 
 @pytest.mark.parametrize("name", ["fullkv", "sparsemm", "snapkv", "pyramidkv"])
 def test_bounds_count_what_is_kept(subject: Subject, name: str) -> None:
-    method = subject.method(name, 24)
+    method = subject.method(name, 24, 8)
     cache = HeadBudgetCache(method)
     with torch.inference_mode():
-        subject.model(**subject.prompt(90), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
+        subject.model(**subject.prompts(90), **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
     assert kept_tokens([method], 90) == int(cache.kept().sum())
     held = cache.bytes()
     assert held.keys + held.values == kept_tokens([method], 90) * token_bytes(subject.model)
@@ -201,14 +190,9 @@ def test_bad_options_are_one_sentence_and_exit_code_1(
     done = CliRunner().invoke(app, ["bench", "efficiency", *arguments, *out])
     assert done.exit_code == 1
     assert words in done.output
-    assert main([*arguments, *out]) == 1
+    assert main("efficiency", [*arguments, *out]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_command_line_has_the_options_and_defaults_of_the_benchmark() -> None:
-    given = inspect.signature(efficiency).parameters
-    assert {name: p.default for name, p in given.items()} == asdict(EfficiencyOptions())
 
 
 def test_bandwidths() -> None:
@@ -219,49 +203,14 @@ def test_bandwidths() -> None:
             bandwidth_of(word)
 
 
-def row(model: str, ms: float | None, **more: object) -> dict:
-    plain = {"model": model, "method": "sparsemm", "budget": 256, "input_tokens": 32768,
-             "engine": None, "rows": 1, "decode_ms_per_token": ms}  # fmt: skip
-    return {**plain, **more}
-
-
-def test_aims_of_a_gpu_are_told_met_or_missed() -> None:
-    vicuna = "LLaVA-NeXT-Vicuna-7B"
-    full = {"method": "fullkv", "budget": None}
-    rows = [
-        row(vicuna, 4.0, peak_memory_gb=16.5, compress_seconds=0.01, prefill_seconds=1.0),
-        row(vicuna, 18.0, **full, engine="hf_generate"),
-        row(vicuna, 7.0, **full),
-        row("Qwen2-VL-7B-Instruct", 5.0),
-    ]
-    many = [row(vicuna, 5.0, rows=31, input_tokens=2048, share_of_bound=0.7)]
-    lines = aims({"hardware": {"kind": "cuda"}, "rows": rows, "many_rows": many})
-    reached = {line.split(";")[0].removeprefix("aim: "): line for line in lines}
-    assert len(reached) == 8
-    assert reached[f"{vicuna}, 32K, sparsemm 256: at most 4.15 ms a token"].endswith("4; met")
-    assert "5; MISSED" in reached["Qwen2-VL-7B-Instruct, 32K, sparsemm 256: at most 4.4 ms a token"]
-    assert any("Mistral" in line and line.endswith("not measured") for line in lines)
-    assert any("HF generate" in line and line.endswith("4.5; met") for line in lines)
-    assert any("our engine" in line and line.endswith("1.75; MISSED") for line in lines)
-    assert any("15.9 GiB" in line and line.endswith("16.5; MISSED") for line in lines)
-    assert any("0.02 of the prefill" in line and line.endswith("0.01; met") for line in lines)
-    assert any("31 rows" in line and line.endswith("1.43; MISSED") for line in lines)
-
-
-def test_the_table_stands_beside_the_paper() -> None:
-    text = table([row("LLaVA-NeXT-Vicuna-7B", 4.0), row("LLaVA-NeXT-Vicuna-7B", None, rows=31)])
-    single, many = text.splitlines()[2:]
-    assert "| 4.00 |  |  |  | 37.9 |  | 17.4 |" in single
-    assert "37.9" not in many
-
-
 def test_it_runs_where_only_torch_and_transformers_are(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--models", "qwen2vl-small", "--out", str(tmp_path)]
     code = (
         "import sys\n"
         "for name in ('lmms_eval', 'pydantic', 'platformdirs', 'typer', 'loguru', 'psutil'):\n"
         "    sys.modules[name] = None\n"
-        "from sparsemm_eval.bench.efficiency import main\n"
-        f"sys.exit(main({[*SMALL, '--models', 'qwen2vl-small', '--out', str(tmp_path)]!r}))\n"
+        "from sparsemm_eval.bench.options import main\n"
+        f"sys.exit(main('efficiency', {arguments!r}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

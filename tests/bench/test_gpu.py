@@ -21,8 +21,8 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from sparsemm_eval.bench.efficiency import main
 from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
+from sparsemm_eval.bench.options import main
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
 from sparsemm_eval.engine.graph import decoder_of, held_bytes, release
@@ -218,7 +218,7 @@ def test_scores_are_exact(heads: int, group: int, dtype: torch.dtype) -> None:
 
 
 def test_efficiency_with_graphs(tmp_path: Path) -> None:
-    assert main([
+    assert main("efficiency", [
         "--quick", "--engines", "ours,ours_plain,hf_generate,concatenate", "--device", "cuda",
          "--out", str(tmp_path),
     ]) == 0  # fmt: skip

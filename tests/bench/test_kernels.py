@@ -1,22 +1,29 @@
 """The whole benchmark: files that say what they are, and options refused in one sentence."""
 
-import inspect
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from bench.broken import Forgetful, NotANumber, Raising, Unmasked, WrongScale
 from typer.testing import CliRunner
 
-from sparsemm_eval.bench.entries import ENTRIES
-from sparsemm_eval.bench.kernels import main
-from sparsemm_eval.bench.options import Options
-from sparsemm_eval.bench.summary import aims, failures, notes, table
+from sparsemm_eval.bench.entries import ENTRIES, Concatenate, Entry, Padded, Torch
+from sparsemm_eval.bench.kernels import (
+    TOLERANCES,
+    checked,
+    failures,
+    measure_case,
+    share_memory,
+    worst_error,
+)
+from sparsemm_eval.bench.layers import Case, Layers
+from sparsemm_eval.bench.options import KernelOptions, main
+from sparsemm_eval.bench.timing import DISTURBED, Disturbance, HostClock
+from sparsemm_eval.cache.backends import append_attend
 from sparsemm_eval.cli import app
-from sparsemm_eval.cli.measure import kernels
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--shapes", "qwen2vl", "--means", "8,16", "--device", "cpu"]
@@ -94,29 +101,25 @@ def test_bad_options_are_one_sentence_and_exit_code_1(
     assert done.exit_code == 1
     assert words in done.output
     assert done.output.count("\n") == 1
-    assert main([*arguments, *out]) == 1
+    assert main("kernels", [*arguments, *out]) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_has_the_options_and_defaults_of_the_benchmark() -> None:
-    given = inspect.signature(kernels).parameters
-    assert {name: parameter.default for name, parameter in given.items()} == asdict(Options())
-
-
 def test_quick_leaves_alone_what_is_given() -> None:
-    quick = Options(quick=True, means="7").checked()
+    quick = checked(KernelOptions(quick=True, means="7"))
     assert (quick.means, quick.rows, quick.repeats) == ("7", "1", 3)
 
 
 def test_a_gpu_machine_needs_no_more_than_torch_and_matplotlib(tmp_path: Path) -> None:
     """From a checkout, not installed, as a module."""
+    arguments = [*SMALL, "--means", "8", "--threads", "1", "--out", str(tmp_path)]
     code = (
         "import sys\n"
         "for name in ('lmms_eval', 'pydantic', 'platformdirs', 'typer', 'loguru', 'tabulate'):\n"
         "    sys.modules[name] = None\n"
-        "from sparsemm_eval.bench.kernels import main\n"
-        f"sys.exit(main({[*SMALL, '--means', '8', '--threads', '1', '--out', str(tmp_path)]!r}))\n"
+        "from sparsemm_eval.bench.options import main\n"
+        f"sys.exit(main('kernels', {arguments!r}))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
@@ -125,66 +128,161 @@ def test_a_gpu_machine_needs_no_more_than_torch_and_matplotlib(tmp_path: Path) -
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_aims_are_told_met_or_missed() -> None:
-    ours = record("cuda_ext", 10.0, ratio_to_cuda_ext=1.0)
-    padded = record("padded_sdpa", 40.0, ratio_to_cuda_ext=4.0)
-    copied = record("concatenate", 40.0, ratio_to_cuda_ext=4.0)
-    slow = record("concatenate", 9.0, ratio_to_cuda_ext=0.9, rows=4)
-    bound = record("bound", 1.0, ratio_to_cuda_ext=0.1)
-    three, five, ahead = aims([ours, padded, copied, slow, bound], "cpu")
-    assert three.endswith("reached: 4.00; met in all 1 case")
-    assert five.endswith("reached: 0.90 to 4.00; MISSED in 2 of 2 cases")
-    assert ahead.endswith("reached: 0.90 to 4.00; MISSED in 1 of 2 cases")
-
-
-def test_aims_of_a_gpu() -> None:
-    graph = {"captured": True, "ratio_to_cuda_ext": 1.0}
-    records = [
-        record("cuda_ext", 5.0, share_of_bound=0.1, **graph),
-        record("cuda_ext", 100.0, share_of_bound=0.6, **graph, rows=4),  # not of one row
-        record("cuda_ext", 100.0, share_of_bound=0.75, **graph, mean=4096),
-    ]
-    share, small, ahead = aims(records, "cuda")
-    assert share.endswith("reached: 0.75; met in all 1 case")
-    assert small.endswith("reached: 5.00; met in all 1 case")
-    assert ahead.endswith("not measured")
-
-
-def test_aims_not_measured_are_not_met() -> None:
-    assert all(line.endswith("not measured") for line in aims([], "cpu") + aims([], "cuda"))
-
-
 def test_failures_name_their_case() -> None:
     broken = record("torch", None, failed=True, note="wrong: off by 1.0e+00")
     assert failures([broken]) == ["torch on vicuna float32 heavy 1 256: wrong: off by 1.0e+00"]
 
 
-def test_the_table_leaves_out_what_was_never_timed() -> None:
-    rows = [
-        record("bound", 1.0, ratio_to_cuda_ext=0.1),
-        record("cuda_ext", 10.0, ratio_to_cuda_ext=1.0, share_of_bound=0.1),
-        record("torch", 123.4, ratio_to_cuda_ext=12.34, share_of_bound=0.01),
-        record("varlen", None, note="CUDA only", ratio_to_cuda_ext=None),
-    ]
-    head, _, row = table(rows).splitlines()
-    assert "varlen" not in head
-    assert row == "| vicuna | float32 | heavy | 1 | 256 | 10.0 | 123 | 1.0 | 10% | 12.3 |"
+# --- one case: what is right is timed, what is wrong is told, what does not fit is said -----------
+
+HEAVY = Case("qwen2vl", 20, "heavy", 2, "float32")
+CPU = torch.device("cpu")
+AMPLE = 1 << 30
 
 
-def test_disturbed_cases_are_marked() -> None:
-    records = [
-        record("cuda_ext", 10.0, ratio_to_cuda_ext=1.0, share_of_bound=0.1, disturbed=True),
-        record("cuda_ext", 10.0, ratio_to_cuda_ext=1.0, share_of_bound=0.1, rows=4),
-    ]
-    _, _, marked, calm = table(records).splitlines()
-    assert "| 1 | 256* |" in marked
-    assert "| 4 | 256 |" in calm
-    assert "(1 case)" in notes(records)[0]
+def measure(case: Case, entries: list[type[Entry]], memory: int = AMPLE) -> dict[str, dict]:
+    records = measure_case(
+        case, entries, HostClock(1 << 20), repeats=2, seconds=1.0, memory=memory, cold=0
+    )
+    return {record["entry"]: record for record in records}
+
+
+@pytest.mark.parametrize("entry", [Concatenate, Padded, Torch])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("distribution", ["heavy", "uniform"])
+@pytest.mark.parametrize("shape", ["vicuna", "mistral", "qwen2vl"])
+def test_competitors_are_right_in_every_layer(
+    shape: str, distribution: str, dtype: str, entry: type[Entry]
+) -> None:
+    """And again after a rewind, as they are when they are timed."""
+    layers = Layers(Case(shape, 9, distribution, 2, dtype), 2, CPU)
+    made = entry(layers, 2)
+    outs = []
+    for _ in range(2):
+        layers.rewind()
+        outs.append([made.step(layer).clone() for layer in range(2)])
+        key, value = made.newest(1)
+        assert torch.equal(key, layers.tokens[1].key)
+        assert torch.equal(value, layers.tokens[1].value)
+    assert worst_error(outs[0][0], layers.wanted) < TOLERANCES[dtype]
+    assert torch.equal(outs[0][1], outs[1][1])
+    assert not torch.allclose(outs[0][0], outs[0][1])  # buffers of their own
+
+
+@pytest.mark.parametrize(("broken", "words"), [
+    (WrongScale, "wrong: off by"),
+    (Unmasked, "wrong: off by"),
+    (NotANumber, "wrong: off by inf"),
+    (Forgetful, "wrong: did not write the token"),
+    (Raising, "failed: out of luck"),
+])  # fmt: skip
+def test_a_wrong_entry_is_told_and_not_timed(broken: type[Entry], words: str) -> None:
+    found = measure(HEAVY, [broken, Concatenate])
+    record = found[broken.name]
+    assert record["median_us"] is None
+    assert "repeats" not in record
+    assert record["failed"]
+    assert words in record["note"]
+    assert found["concatenate"]["median_us"] > 0
+
+
+def test_records_hold_what_they_say() -> None:
+    found = measure(HEAVY, [Torch, Padded])
+    bound, padded = found["bound"], found["padded_sdpa"]
+    # bytes / (bytes copied per microsecond)
+    assert bound["median_us"] == pytest.approx(bound["bytes"] / bound["copy_gb_s"] / 1e3)
+    assert padded["bound_us"] == bound["median_us"]
+    assert padded["share_of_bound"] == pytest.approx(padded["bound_us"] / padded["median_us"])
+    assert padded["q1_us"] <= padded["median_us"] <= padded["q3_us"]
+    assert padded["captured"] is False
+    assert padded["cold"] is False  # one small layer, over and over
+    assert padded["ratio_to_cuda_ext"] is None  # not among the entries
+    assert padded["error"] < TOLERANCES["float32"]
+
+
+def test_ratios_are_to_the_op() -> None:
+    class Stand(Torch):
+        """In the op's place."""
+
+        name = "cuda_ext"
+
+        def step(self, layer: int) -> torch.Tensor:
+            token, store = self.layers.tokens[layer], self.layers.stores[layer]
+            return append_attend("torch", *token, store, self.layers.scale)
+
+    found = measure(HEAVY, [Stand, Padded])
+    ours, padded = found["cuda_ext"], found["padded_sdpa"]
+    assert ours["ratio_to_cuda_ext"] == 1
+    assert padded["ratio_to_cuda_ext"] == padded["median_us"] / ours["median_us"]
+
+
+def test_what_cannot_run_here_says_why() -> None:
+    found = measure(HEAVY, [ENTRIES["varlen"], ENTRIES["flashinfer"], Torch])
+    assert found["varlen"]["note"] == found["flashinfer"]["note"] == "CUDA only"
+    assert found["varlen"]["median_us"] is None
+
+
+def test_a_layout_that_does_not_fit_is_skipped() -> None:
+    case = Case("qwen2vl", 256, "heavy", 4, "float32")
+    memory = Layers.bytes(case) + Padded.bytes(case) - 1
+    found = measure(case, [Padded, Torch], memory)
+    assert found["padded_sdpa"]["note"].startswith("too large")
+    assert found["padded_sdpa"]["median_us"] is None
+    assert found["torch"]["median_us"] > 0
+
+
+def test_nothing_runs_where_nothing_fits() -> None:
+    found = measure(HEAVY, [Padded, Torch], memory=10)
+    assert {record["median_us"] for record in found.values()} == {None}
+    assert all(record["note"].startswith("too large") for record in found.values())
+
+
+def test_cold_caches_take_layers_enough() -> None:
+    wanted = 5 * Layers.bytes(HEAVY) - 1
+    records = measure_case(
+        HEAVY, [Torch], HostClock(1 << 20), repeats=7, seconds=9.0, memory=AMPLE, cold=wanted
+    )
+    assert records[1]["layers"] == 5
+    assert records[1]["cold"] is True
+    assert records[1]["repeats"] == 15  # a sweep of all layers, three times
+
+
+@pytest.mark.parametrize(("limit", "counts"), [
+    (1000, {"": 3, "a": 3, "b": 3}),
+    (50, {"": 2, "a": 2, "b": 0}),  # b is too large beside the others
+    (75, {"": 2, "a": 1, "b": 1}),
+    (5, {"": 0, "a": 0, "b": 0}),
+])  # fmt: skip
+def test_memory_is_shared_in_turn(limit: int, counts: dict[str, int]) -> None:
+    assert share_memory(limit, {"": 10, "a": 15, "b": 40}, 3) == counts
+
+
+@pytest.mark.parametrize(("rates", "tries", "kept"), [
+    ([20.0], 1, 20.0),
+    ([500.0, 30.0], 2, 30.0),
+    ([500.0, 200.0, 300.0], 3, 200.0),  # the calmest, and said to be disturbed
+])  # fmt: skip
+def test_a_case_is_measured_again_where_others_took_the_cores(
+    rates: list[float], tries: int, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+
+    class Counted(Torch):
+        def step(self, layer: int) -> torch.Tensor:
+            steps.append(layer)
+            return super().step(layer)
+
+    left = iter(rates)
+    monkeypatch.setattr(Disturbance, "per_second", lambda self: next(left))
+    record = measure(HEAVY, [Counted])["torch"]
+    assert len(steps) == 1 + 2 * tries  # the check, then two of each try
+    assert (record["taken_per_s"], record["repeats"]) == (kept, 2)
+    assert record["disturbed"] is (kept > DISTURBED)
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_graphs_are_timed(tmp_path: Path) -> None:
-    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    assert main("kernels", ["--quick", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     records = json.loads(path.read_text(encoding="utf-8"))["records"]
     for name in ("cuda_ext", "concatenate", "padded_sdpa", "varlen"):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparsemm_eval.bench.models import heavy_scores
-from sparsemm_eval.bench.selection import _with_scores, run_selection
-from sparsemm_eval.bench.shared_prefill import grid_methods
+from sparsemm_eval.bench.models import grid_methods, heavy_scores
+from sparsemm_eval.bench.options import SelectionOptions
+from sparsemm_eval.bench.selection import _with_scores, run
 from sparsemm_eval.cli import app
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import ModelShape, keep_rows
@@ -48,4 +48,4 @@ def test_runs_from_its_command(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be(tmp_path: Path, settings: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
-        run_selection(tmp_path, **settings)
+        run(SelectionOptions(**settings, out=tmp_path), "selection")

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 
 from sparsemm_eval.bench.models import LARGE
-from sparsemm_eval.bench.shared_prefill import run_shared_prefill
+from sparsemm_eval.bench.options import SharedPrefillOptions
+from sparsemm_eval.bench.shared_prefill import run
 
 
 @pytest.mark.parametrize("model", ["qwen2vl", "llava_next"])
 def test_all_ways_answer_alike(model: str, tmp_path: Path) -> None:
     path = tmp_path / "made" / "shared_prefill.json"
-    found = run_shared_prefill(path, model, "cpu", samples=3, batch_size=2, repeats=1)
-    assert json.loads(path.read_text()) == found
+    small = SharedPrefillOptions(model, "cpu", samples=3, batch_size=2, repeats=1, out=path)
+    done = run(small, "shared-prefill")
+    assert list(done.files) == [path]
+    found = json.loads(path.read_text())
+    assert f"answers_unlike: {found['answers_unlike']}" in done.text
     assert found["answers_unlike"] == 0
     assert found["cells"] == 31
     times = {name: statistics.median(values) for name, values in found["seconds"].items()}
@@ -26,7 +30,7 @@ def test_all_ways_answer_alike(model: str, tmp_path: Path) -> None:
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "shared_prefill.json"
     with pytest.raises(ValueError, match=rf"model='gpt'.*qwen2vl.*{LARGE[0]}"):
-        run_shared_prefill(path, "gpt", "cpu")
+        run(SharedPrefillOptions("gpt", "cpu", out=path), "shared-prefill")
     with pytest.raises(ValueError, match="samples=0: it must be an integer of at least 1"):
-        run_shared_prefill(path, samples=0)
+        run(SharedPrefillOptions(samples=0, out=path), "shared-prefill")
     assert not path.exists()

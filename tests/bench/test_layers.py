@@ -2,24 +2,25 @@
 
 import pytest
 
-from sparsemm_eval.bench.shapes import (
-    SHAPES,
+from sparsemm_eval.bench.layers import (
+    LAYERS,
     Case,
-    LayerShape,
     bytes_moved,
     draw_lengths,
+    layer_shape,
     top_sequences,
 )
+from sparsemm_eval.methods import ModelShape
 
 ROWS = (1, 4, 31)
 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("mean", [64, 256, 1024, 4096])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", LAYERS)
 def test_heavy_heads_have_the_mean_and_the_tail(shape: str, mean: int, rows: int) -> None:
     lengths = Case(shape, mean, "heavy", rows, "float32").lengths()
-    assert len(lengths) == rows * SHAPES[shape].kv_heads
+    assert len(lengths) == rows * layer_shape(shape).kv_heads
     assert sum(lengths) == mean * len(lengths)
     top = top_sequences(len(lengths))
     longest = sorted(lengths, reverse=True)
@@ -53,4 +54,15 @@ def test_bytes_by_hand() -> None:
     read = 2 * (4 + 6)  # keys and values of what is there then, the new token included
     written = 2 * 2  # its key and value in both
     queries = outputs = 2 * 2
-    assert bytes_moved([3, 5], LayerShape(2, 2, 4), 2) == (read + written + queries + outputs) * 8
+    assert (
+        bytes_moved([3, 5], ModelShape(1, 4, 2, head_dim=4), 2)
+        == (read + written + queries + outputs) * 8
+    )
+
+
+def test_layers_are_those_of_the_papers_models() -> None:
+    """Query heads, KV heads and a head's numbers."""
+    shapes = {name: layer_shape(name) for name in LAYERS}
+    assert {name: (s.query_heads, s.kv_heads, s.head_dim) for name, s in shapes.items()} == {
+        "vicuna": (32, 32, 128), "mistral": (32, 8, 128), "qwen2vl": (28, 4, 128),
+    }  # fmt: skip
