@@ -102,7 +102,7 @@ def run(options: SharedPrefillOptions, command: str) -> Benchmark:
         if device.type == "cuda":
             whole["byte_bound"] = _bound(subject, prompts, methods, passes)
     write_json(options.out, whole)
-    lines = [f"{name.replace('_b', ' b')}: {whole[name]}" for name in _SHOWN if name in whole]
+    lines = [f"{name}: {whole[name]}" for name in _SHOWN if name in whole]
     return Benchmark("\n".join(lines), [options.out])
 
 

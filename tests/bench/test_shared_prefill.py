@@ -18,7 +18,8 @@ def test_all_ways_answer_alike(model: str, tmp_path: Path) -> None:
     done = run(small, "shared-prefill")
     assert list(done.files) == [path]
     found = json.loads(path.read_text())
-    assert f"answers_unlike: {found['answers_unlike']}" in done.text
+    shown = ("seconds", "grid_over_one_full", "one_by_one_over_grid", "answers_unlike")
+    assert done.text.splitlines() == [f"{name}: {found[name]}" for name in shown]
     assert found["answers_unlike"] == 0
     assert found["cells"] == 31
     times = {name: statistics.median(values) for name, values in found["seconds"].items()}
