@@ -41,7 +41,7 @@ from sparsemm_eval.bench.timing import copy_bandwidth, quartiles
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import Method, method_names, method_settings
 from sparsemm_eval.report.efficiency import gather_efficiency
-from sparsemm_eval.report.efficiency_figures import efficiency_curves
+from sparsemm_eval.report.figures.efficiency import efficiency_curves
 from sparsemm_eval.tiny import embedded_checkpoints
 
 # "" in an option takes these.

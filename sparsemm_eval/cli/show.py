@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,17 @@ from sparsemm_eval.cli.common import (
 )
 from sparsemm_eval.errors import UserError
 
+if TYPE_CHECKING:
+    from sparsemm_eval.report.selection import Filters
+
 app = typer.Typer()
+
+
+def _filters(models: str, benchmarks: str, methods: str, budgets: str) -> Filters:
+    from sparsemm_eval.report.selection import Filters
+
+    given = (words(names) for names in (models, benchmarks, methods))
+    return Filters(*given, numbers("budgets", budgets, "256,64"))
 
 
 @app.command()
@@ -37,7 +47,7 @@ def table(
         ),
     ] = "score",
     long: Annotated[bool, typer.Option("--long", help="One row a cell, with all of them.")] = False,
-    form: Annotated[str, typer.Option("--format", help="markdown, latex, csv or html.")] = (
+    form: Annotated[str, typer.Option("--format", help="markdown, latex, csv, html or json.")] = (
         "markdown"
     ),
     against: Annotated[
@@ -60,12 +70,12 @@ def table(
 ) -> None:
     """Scores in the paper's shape, with intervals and tests where there are samples files."""
     with one_sentence():
-        from sparsemm_eval.report import table_files
+        from sparsemm_eval.report.tables import written_table
 
-        made = table_files.make_table(
-            results, like, words(show), long, form, against, words(models), words(benchmarks),
-            words(methods), numbers("budgets", budgets, "256,64"), digits, percent,
-        )  # fmt: skip
+        filters = _filters(models, benchmarks, methods, budgets)
+        made = written_table(
+            results, filters, form, like, words(show), long, against, digits, percent
+        )
         for note in made.notes:
             typer.echo(f"sparsemm-eval: {note}", err=True)
         if out is None:
@@ -114,7 +124,7 @@ def figure(
     """Draw score over budget or really kept tokens, efficiency, or the budget of each KV head."""
     with one_sentence():
         from sparsemm_eval.errors import check_choice
-        from sparsemm_eval.report import figure_files as files
+        from sparsemm_eval.report import figures as files
 
         check_choice("kind", kind, files.KINDS)
         load_plugins(plugin)
@@ -132,12 +142,7 @@ def figure(
         elif not results:
             raise UserError(f"kind={kind}: give results files, folders, or the word paper")
         else:
-            filters = files.Filters(
-                words(models),
-                words(benchmarks),
-                words(methods),
-                numbers("budgets", budgets, "256,64"),
-            )
+            filters = _filters(models, benchmarks, methods, budgets)
             if kind == "efficiency":
                 done = files.draw_efficiency(results, out, words(formats), filters, paper)
             else:

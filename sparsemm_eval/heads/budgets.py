@@ -28,9 +28,8 @@ from sparsemm_eval.methods import (
     shown_name,
     tokens_per_head,
 )
-from sparsemm_eval.report.figure_files import DrawnFiles
-from sparsemm_eval.report.names import last_part, method_label
-from sparsemm_eval.report.styles import (
+from sparsemm_eval.report.figures import DrawnFiles
+from sparsemm_eval.report.figures.style import (
     COLUMN,
     LINE,
     PAGE,
@@ -39,6 +38,7 @@ from sparsemm_eval.report.styles import (
     save,
     wrapped,
 )
+from sparsemm_eval.report.names import last_part, method_label
 from sparsemm_eval.tiny import default_checkpoint, find_checkpoint
 
 _COLOURS = "viridis"

@@ -20,7 +20,7 @@ from sparsemm_eval.engine.evaluate import evaluate, make_models
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.figures import score_over_silenced
+from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.names import last_part
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load

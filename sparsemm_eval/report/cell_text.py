@@ -139,6 +139,11 @@ def _interval(row: Mapping, plain: bool) -> str:
     return f"[{_number(row['low'], row)}, {_number(row['high'], row)}]"
 
 
+def budget_text(budget: float, none: str = "") -> str:
+    """A budget in tables and on the page; `none` for what has none, such as full KV."""
+    return none if pd.isna(budget) else f"{budget:g}"
+
+
 def _kept(row: Mapping, plain: bool) -> str:
     return "" if pd.isna(row["kept_tokens_per_head"]) else f"{row['kept_tokens_per_head']:.1f}"
 

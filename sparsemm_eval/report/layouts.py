@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.names import (
-    BENCHMARKS,
-    DEFAULTS,
-    GENERAL,
-    METHOD_NAMES,
-    MODEL_NAMES,
-    OCR_RICH,
-)
+from sparsemm_eval.report.names import DEFAULTS, GENERAL, OCR_RICH, in_order
 
 _STUDIES = ("table1", "table2")
 _PARTS = ("local window", "uniform", "score-preferred")
@@ -34,7 +26,7 @@ class Layout:
     column : {"budget", "ratio"}
         What stands side by side.
     order : tuple of str
-        Columns of `placed` that rows are sorted by, within a benchmark.
+        Columns of cells that rows are sorted by, within a benchmark.
     needs : str
         What its cells must be, in words.
     benchmarks : tuple of str
@@ -55,7 +47,7 @@ class Layout:
 _METHODS = {
     "rows": ("benchmark", "model", "method"),
     "column": "budget",
-    "order": ("model_place", "model", "method_place", "method", "label", "of_paper"),
+    "order": ("model", "method", "label", "source"),
 }
 OWN = Layout("Scores by budget", **_METHODS, needs="results")
 LAYOUTS = {
@@ -63,7 +55,7 @@ LAYOUTS = {
         "Share of the budget that all heads get alike, as Table 1 of SparseMM",
         rows=("benchmark", "budget", "model"),
         column="ratio",
-        order=("budget", "model_place", "model", "of_paper"),
+        order=("budget", "model", "source"),
         needs="sparsemm with several ratios at one budget",
         folded=("benchmark", "budget"),
     ),
@@ -71,7 +63,7 @@ LAYOUTS = {
         "Parts of the cache by budget, as Table 2 of SparseMM",
         rows=("benchmark", "model", *_PARTS),
         column="budget",
-        order=("model_place", "model", "of_paper", "part", "ratio"),
+        order=("model", "source", "part", "ratio"),
         needs="at least two of local, sparsemm with ratio=1 and sparsemm with another ratio",
         folded=("benchmark", "model"),
     ),
@@ -148,8 +140,8 @@ def _part(cells: pd.DataFrame) -> pd.Series:
 
 
 def placed(cells: pd.DataFrame, layout: Layout) -> pd.DataFrame:
-    """Cells in the order of the table: the paper's models and methods as it has them, others
-        behind; with `row`, what its row is called, and `key`, the same for machines.
+    """Cells in the order of the table, with `row`, what its row is called, and `key`, the same for
+    machines.
 
     Parameters
     ----------
@@ -158,31 +150,23 @@ def placed(cells: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     layout : Layout
         The table's.
     """
-    measured = cells["source"].eq("measured")
-    tasks = cells[measured].groupby("benchmark")["task"].nunique()
+    tasks = cells[cells["source"].eq("measured")].groupby("benchmark")["task"].nunique()
     several = cells["benchmark"].map(tasks).gt(1)
-    cells = cells.assign(
-        shown_task=cells["task"].where(several, ""),
-        benchmark_place=_places([b.title for b in BENCHMARKS.values()], cells["benchmark"]),
-        model_place=_places(MODEL_NAMES, cells["model"]),
-        method_place=_places(METHOD_NAMES, cells["method"]),
-        of_paper=~measured,
-    )
-    order = ["benchmark_place", "benchmark", "shown_task", *layout.order]
-    cells = cells.sort_values(order, ascending=[name != "budget" for name in order], kind="stable")
+    cells = cells.assign(shown_task=cells["task"].where(several, ""))
+    cells = in_order(cells, ("benchmark", "shown_task", *layout.order))
     return cells.assign(row=_row_names(cells, layout), key=_row_names(cells, layout, plain=True))
 
 
 def _row_names(cells: pd.DataFrame, layout: Layout, plain: bool = False) -> list[tuple[str, ...]]:
     """What each cell's row is called."""
-    beside = cells["of_paper"].nunique() > 1
+    beside = cells["source"].ne("measured").nunique() > 1
     ratios = cells.loc[cells["ratio"].lt(1), "ratio"].nunique()
     has, lacks = ("1", "0") if plain else ("✓", "")
     names = []
     for row in cells.to_dict("records"):
         metric = "" if plain else f" ({row['metric_label']})"
         task = f", {row['shown_task']}" if row["shown_task"] else ""
-        source = " (paper)" if beside and row["of_paper"] else ""
+        source = " (paper)" if beside and row["source"] != "measured" else ""
         by_method = "method" in layout.rows
         found = {
             "benchmark": row["benchmark"] + metric + task,
@@ -203,8 +187,3 @@ def _settings(label: str) -> str:
     words = label.partition(" (")[2].removesuffix(")").split(", ")
     left = [word for word in words if word and not word.startswith("ratio=")]
     return f" ({', '.join(left)})" if left else ""
-
-
-def _places(order: Iterable[Hashable], values: pd.Series) -> pd.Series:
-    known = {name: place for place, name in enumerate(order)}
-    return values.map(known).fillna(len(known))

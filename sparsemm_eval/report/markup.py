@@ -1,7 +1,8 @@
-"""A finished table, and how it is written: Markdown, LaTeX, CSV, HTML."""
+"""A finished table, and how it is written: Markdown, LaTeX, CSV, HTML, JSON."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,9 +17,6 @@ BOLD, ITALIC, UNDERLINE = "bold", "italic", "underline"
 _MARKDOWN = {BOLD: "**{}**", ITALIC: "*{}*", UNDERLINE: "<u>{}</u>"}
 _HTML = {BOLD: "<b>{}</b>", ITALIC: "<i>{}</i>", UNDERLINE: "<u>{}</u>"}
 _LATEX = {BOLD: r"\textbf{{{}}}", ITALIC: r"\textit{{{}}}", UNDERLINE: r"\underline{{{}}}"}
-# Names of rows that are not said again, and those that are words.
-_SPARSE = ("benchmark", "budget", "model")
-_WORDS = ("benchmark", "model", "method")
 _SIGNS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -32,28 +30,31 @@ class Table:
 
     Parameters
     ----------
+    text : DataFrame
+        What each cell shows, "" where nothing was run. Columns are named by what stands over
+        them, or by (that, what is shown below it).
+    names : int
+        How many columns, from the left, are words that name the row.
+    sparse : int
+        How many of these are not repeated where they do not change.
     title : str
         Of the table.
     caption : tuple of str
         Lines below it; **, * and <u> in them are marks as in Markdown.
-    text : DataFrame
-        What each cell shows, "" where nothing was run. Rows and columns are named by
-        MultiIndexes, columns by (column, what is shown); an index of one unnamed level is not
-        shown.
-    marks : DataFrame
-        The same shape: "bold", "italic", "underline" or "".
-    plain : DataFrame
-        The same rows, for machines: numbers without signs around them, names in full.
-    cells : DataFrame
-        What it shows, one row a cell, with statistics.
+    marks : DataFrame, optional
+        As `text`: "bold", "italic", "underline" or "".
+    plain : DataFrame, optional
+        The same rows, for machines: numbers without signs around them, names in full. Default:
+        `text`.
     """
 
-    title: str
-    caption: tuple[str, ...]
     text: pd.DataFrame
-    marks: pd.DataFrame
-    plain: pd.DataFrame
-    cells: pd.DataFrame
+    names: int = 1
+    sparse: int = 0
+    title: str = ""
+    caption: tuple[str, ...] = ()
+    marks: pd.DataFrame | None = None
+    plain: pd.DataFrame | None = None
 
 
 def to_format(table: Table, form: str) -> str:
@@ -62,13 +63,13 @@ def to_format(table: Table, form: str) -> str:
     Parameters
     ----------
     table : Table
-        Of `paper_tables`.
-    form : {"markdown", "latex", "csv", "html"}
-        CSV is numbers and names alone: no title, caption or marks.
+        Of `sparsemm_eval.report.tables`.
+    form : {"markdown", "latex", "csv", "html", "json"}
+        CSV and JSON are numbers and names alone, as text: no title, caption or marks.
 
     Raises
     ------
-    ValueError
+    UserError
         If the format is none of these.
     """
     return checked_format(form)(table)
@@ -81,23 +82,27 @@ def checked_format(form: str) -> Callable[[Table], str]:
     return _FORMATS[form]
 
 
+def to_markdown(table: Table) -> str:
+    """The rows of a table as GitHub Markdown, without title, caption and last line end."""
+    frame = _marked(table, _MARKDOWN, lambda text: text.replace("|", r"\|"), sparse=True)
+    aligned = ["left"] * table.names + ["right"] * (frame.shape[1] - table.names)
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=aligned)
+
+
 def _markdown(table: Table) -> str:
-    frame = _flat(_marked(table, _MARKDOWN, lambda text: text.replace("|", r"\|")), sparse=True)
-    left = _left(table)
-    aligned = ["left"] * left + ["right"] * (frame.shape[1] - left)
-    body = frame.to_markdown(index=False, disable_numparse=True, colalign=aligned)
+    title = f"### {table.title}" if table.title else ""
     # A line of Markdown goes on in the next one but for two blanks.
-    return f"### {table.title}\n\n{body}\n\n" + "  \n".join(table.caption) + "\n"
+    parts = (title, to_markdown(table), "  \n".join(table.caption))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _html(table: Table) -> str:
-    frame = _flat(_marked(table, _HTML, escape), sparse=False)
-    left = _left(table)
-    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
+    frame = _marked(table, _HTML, escape, sparse=False)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in frame.columns)
     rows = []
     for row in frame.itertuples(index=False):
-        names = "".join(f'<th scope="row">{cell}</th>' for cell in row[:left])
-        rows.append(f"<tr>{names}{''.join(f'<td>{cell}</td>' for cell in row[left:])}</tr>")
+        names = "".join(f'<th scope="row">{cell}</th>' for cell in row[: table.names])
+        rows.append(f"<tr>{names}{''.join(f'<td>{cell}</td>' for cell in row[table.names :])}</tr>")
     caption = "<br>".join(_styled(escape(line, quote=False), _HTML) for line in table.caption)
     return (
         f"<table>\n<caption><strong>{escape(table.title)}</strong><br>{caption}</caption>\n"
@@ -106,18 +111,16 @@ def _html(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    frame = _flat(_marked(table, _LATEX, _escaped), sparse=True)
-    left = _left(table)
-    names, values = list(frame.columns[:left]), table.text.columns
-    head = [*map(_escaped, names), *(_escaped(str(name)) for name in frame.columns[left:])]
-    heads = [head]
-    if values.nlevels == 2 and not _one_shown(values):
+    """As pandas' own, with rules between groups of rows, which that one cannot draw."""
+    frame = _marked(table, _LATEX, _escaped, sparse=True)
+    left = table.names
+    heads = [[*map(_escaped, frame.columns)]]
+    values = _heads(table.text)[left:]
+    if any(shown for _, shown in values):
         spans = [(column, len(list(group))) for column, group in groupby(values, lambda v: v[0])]
         top = [rf"\multicolumn{{{width}}}{{c}}{{{_escaped(column)}}}" for column, width in spans]
-        heads = [
-            [""] * left + top,
-            [*map(_escaped, names), *(_escaped(shown or "score") for _, shown in values)],
-        ]
+        below = [*heads[0][:left], *(_escaped(shown or "score") for _, shown in values)]
+        heads = [[""] * left + top, below]
     lines = []
     for number, row in enumerate(frame.itertuples(index=False)):
         if number and left > 1 and row[0]:
@@ -146,70 +149,48 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _csv(table: Table) -> str:
-    return _flat(table.plain, sparse=False).to_csv(index=False, lineterminator="\n")
+    return _plain(table).to_csv(index=False, lineterminator="\n")
 
 
-_FORMATS = {"markdown": _markdown, "latex": _latex, "csv": _csv, "html": _html}
+def _json(table: Table) -> str:
+    rows = (json.dumps(row, ensure_ascii=False) for row in _plain(table).to_dict("records"))
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+_FORMATS = {
+    "markdown": _markdown, "latex": _latex, "csv": _csv, "html": _html, "json": _json,
+}  # fmt: skip
 FORMATS = tuple(_FORMATS)
 
 
-def _left(table: Table) -> int:
-    """How many columns hold words, not numbers: they stand to the left."""
-    if table.text.index.names != [None]:
-        return table.text.index.nlevels
-    return sum(name in _WORDS for name in table.text.columns)
+def _plain(table: Table) -> pd.DataFrame:
+    return _flat(table.text if table.plain is None else table.plain)
 
 
-def _one_shown(columns: pd.Index) -> bool:
-    return columns.nlevels == 2 and set(columns.get_level_values(1)) == {""}
+def _heads(frame: pd.DataFrame) -> list[tuple[str, str]]:
+    return [name if isinstance(name, tuple) else (name, "") for name in frame.columns]
 
 
-def _marked(table: Table, signs: dict[str, str], escaped: Callable[[str], str]) -> pd.DataFrame:
-    """Text made safe for the format, with its marks; names of rows made safe, too."""
-    frame = pd.DataFrame(
-        [
-            [
-                signs[mark].format(escaped(cell)) if mark and cell else escaped(cell)
-                for cell, mark in zip(cells, marks, strict=True)
-            ]
-            for cells, marks in zip(table.text.to_numpy(), table.marks.to_numpy(), strict=True)
-        ],
-        index=table.text.index,
-        columns=table.text.columns,
-    )
-    if table.text.index.names != [None]:
-        names = [tuple(map(escaped, name)) for name in _names(table.text)]
-        frame.index = pd.MultiIndex.from_tuples(names, names=table.text.index.names)
+def _flat(frame: pd.DataFrame) -> pd.DataFrame:
+    """With one line over its columns."""
+    return frame.set_axis([" ".join(filter(None, head)) for head in _heads(frame)], axis="columns")
+
+
+def _marked(
+    table: Table, signs: dict[str, str], escaped: Callable[[str], str], sparse: bool
+) -> pd.DataFrame:
+    """Text made safe for the format, with its marks; `sparse`: a name only where it changes."""
+    frame = _flat(table.text).map(escaped)
+    if table.marks is not None:
+        shown = table.text.ne("").to_numpy()
+        for mark, sign in signs.items():
+            here = table.marks.eq(mark).to_numpy() & shown
+            frame = frame.mask(here, frame.map(sign.format))
+    if sparse and table.sparse:
+        names = frame.iloc[:, : table.sparse]
+        changed = names.ne(names.shift()).cummax(axis="columns")
+        frame.iloc[:, : table.sparse] = names.where(changed, "")
     return frame
-
-
-def _names(frame: pd.DataFrame) -> list[tuple[str, ...]]:
-    return [name if isinstance(name, tuple) else (name,) for name in frame.index]
-
-
-def _flat(frame: pd.DataFrame, sparse: bool) -> pd.DataFrame:
-    """One header line, names of rows as columns; `sparse`: a name only where it changes."""
-    columns = [
-        " ".join(filter(None, name if isinstance(name, tuple) else (name,)))
-        for name in frame.columns
-    ]
-    flat = frame.set_axis(columns, axis="columns")
-    if frame.index.names == [None]:
-        return flat
-    names = _names(frame)
-    shown = names
-    if sparse:
-        before = [(), *names]
-        shown = [
-            tuple(
-                "" if frame.index.names[level] in _SPARSE and last[: level + 1] == name[: level + 1]
-                else name[level]
-                for level in range(len(name))
-            )
-            for last, name in zip(before, names, strict=False)
-        ]  # fmt: skip
-    left = pd.DataFrame(shown, columns=list(frame.index.names))
-    return pd.concat([left, flat.reset_index(drop=True)], axis="columns")
 
 
 def _escaped(text: str) -> str:

@@ -6,6 +6,7 @@ scale and in the direction that lmms-eval states, behind those of the paper.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -183,17 +184,31 @@ ROWS = ("benchmark", "task", "model", "method", "label", "source", "budget")
 def in_order(cells: pd.DataFrame, by: Iterable[str] = ROWS) -> pd.DataFrame:
     """Sort cells: benchmarks, models and methods as the paper has them, one's own behind by name.
 
+    The one order of tables, figures and the page.
+
     Parameters
     ----------
     cells : DataFrame
         With the columns named.
     by : iterable of str
         Columns, the outermost first. Budgets fall, and what has none comes first; what was
-        measured stands before the paper's; all else ascends, missing values first.
+        measured stands before the paper's; labels ascend by the numbers in them; all else
+        ascends, missing values first.
     """
     columns = [[_place(name, value) for value in cells[name]] for name in by]
     keys = list(zip(*columns, strict=True))
     return cells.iloc[sorted(range(len(cells)), key=keys.__getitem__)]
+
+
+def distinct(cells: pd.DataFrame, column: str) -> list[Any]:
+    """What a column of cells holds, each once, in the order of `in_order`; none is left out."""
+    return sorted(cells[column].dropna().unique(), key=lambda value: _place(column, value))
+
+
+def labels_in_order(cells: pd.DataFrame) -> dict[str, str]:
+    """Method by label of cells, the paper's methods first and in its order, then by label."""
+    ordered = in_order(cells, ("method", "label"))
+    return dict(zip(ordered["label"], ordered["method"], strict=True))
 
 
 def _place(column: str, value: Any) -> tuple:
@@ -206,5 +221,8 @@ def _place(column: str, value: Any) -> tuple:
     if column in _ORDERS:
         order = _ORDERS[column]
         return True, order.get(value, len(order)), value
-    # Settings with more digits stand behind those with fewer.
-    return (True, len(value), value) if column == "label" else (True, value)
+    if column == "label":
+        # Text and numbers by turns: ratio=0.3 stands before ratio=1, window=8 before window=16.
+        parts = enumerate(re.split(r"(\d+(?:\.\d+)?)", value))
+        return True, *(float(part) if i % 2 else (len(part), part) for i, part in parts)
+    return True, value

@@ -65,6 +65,11 @@ class Results:
     files: pd.DataFrame
     unreadable: tuple[Unreadable, ...] = ()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A sentence each file that was not read."""
+        return tuple(f"not read: {file.path}: {file.reason}" for file in self.unreadable)
+
 
 def gather(results: Iterable[str]) -> Results:
     """As `load`, where ``paper`` stands for the paper's numbers.

@@ -21,8 +21,8 @@ from sparsemm_eval.engine.wrapper import SparseMMModel
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
+from sparsemm_eval.report.names import method_label
 from sparsemm_eval.report.results import load
-from sparsemm_eval.report.tables import METHOD_NAMES
 from sparsemm_eval.sweep.checks import (
     check_data,
     check_models,
@@ -229,13 +229,12 @@ class Runner:
         )
 
     def _names(self, planned: PlannedCell, model: SparseMMModel) -> dict[str, Any]:
-        """Method of a table's row: with the settings that vary in this grid."""
+        """What a table's row is called: the method with the settings that vary in this grid."""
         method = model.method
         stated = {**planned.settings, **method.settings}
         settings = {name: stated[name] for name in self.grid.varied() if name in stated}
-        words = ", ".join(f"{name}={value}" for name, value in settings.items())
-        label = f"{METHOD_NAMES.get(method.name, method.name)} {words}" if words else method.name
-        return {"method": label, "budget": method.budget or float("nan"), **settings}
+        budget = method.budget or float("nan")
+        return {"label": method_label(method.name, settings), "budget": budget, **settings}
 
     def _plan(self, counts: Mapping[str, int]) -> Plan:
         jobs = tuple(

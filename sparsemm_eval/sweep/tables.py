@@ -18,7 +18,7 @@ from sparsemm_eval.tiny.chance import constant_answer_score
 
 FIDELITY = ("compared", "same_answer", "first_difference", "kl_full")
 _COLUMNS = [
-    "model", "task", "metric", "method", "budget", "score", "stderr", "samples",
+    "model", "task", "metric", "method", "label", "budget", "score", "stderr", "samples",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", *FIDELITY,
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.heads.budgets import HeadBudgets, budget_maps, draw_budgets, head_budgets
 from sparsemm_eval.methods import HeadScores
-from sparsemm_eval.report.styles import save
+from sparsemm_eval.report.figures.style import save
 from sparsemm_eval.tiny import default_checkpoint
 
 

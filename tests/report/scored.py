@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.report.cells import cells_frame
+from sparsemm_eval.report.markup import Table
 from sparsemm_eval.report.names import method_label
 
 NO_SCORES = pd.DataFrame({"cell": [], "doc_id": [], "score": []})
@@ -44,3 +45,10 @@ def coins(seed: int, samples: int, *chances: float) -> list[np.ndarray]:
     """Right and wrong answers: columns that err on the same hard samples."""
     hard = np.random.default_rng(seed).random(samples)
     return [(hard < chance).astype(float) for chance in chances]
+
+
+def by_name(table: Table, frame: pd.DataFrame | None = None, names: int | None = None):
+    """A table's text, or another frame of it, by the names of its rows."""
+    frame = table.text if frame is None else frame
+    named = frame.set_index(list(frame.columns[: table.names if names is None else names]))
+    return named.rename_axis([head[0] for head in named.index.names])

@@ -16,19 +16,20 @@ from matplotlib.figure import Figure
 from report.made import write_grid
 
 from sparsemm_eval.report.cells import COLUMNS, cells_frame
-from sparsemm_eval.report.curves import score_curves
-from sparsemm_eval.report.figure_files import Filters, draw_scores
-from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.styles import (
+from sparsemm_eval.report.figures import draw_scores
+from sparsemm_eval.report.figures.scores import score_curves
+from sparsemm_eval.report.figures.style import (
     COLUMN,
     FONT,
     METHOD_STYLES,
     PAGE,
-    label_order,
     line_styles,
     save,
     to_svg,
 )
+from sparsemm_eval.report.names import labels_in_order
+from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.selection import Filters
 
 VICUNA = "LLaVA-NeXT-Vicuna-7B"
 BUDGETS = (64, 128, 256)
@@ -159,7 +160,7 @@ def test_eight_benchmarks_of_one_model_are_two_rows_of_four() -> None:
 
 def test_two_tasks_of_one_benchmark_are_told_apart() -> None:
     figure = score_curves(pd.concat([made(task="docvqa_val"), made(task="docvqa_mini")]))
-    assert titles(figure) == ["docvqa_val (ANLS)", "docvqa_mini (ANLS)"]
+    assert titles(figure) == ["docvqa_mini (ANLS)", "docvqa_val (ANLS)"]
 
 
 def test_axes_go_to_one_but_for_cider_and_unknown_scales() -> None:
@@ -235,7 +236,8 @@ def test_every_curve_is_in_the_legend_and_told_apart() -> None:
 @given(st.lists(st.sampled_from(["sparsemm", "snapkv", "mine", "yours", "fullkv"]), max_size=40))
 def test_no_two_labels_look_alike(methods: list[str]) -> None:
     labels = {f"label {i}": method for i, method in enumerate(methods)}
-    styles = line_styles(label_order(labels))
+    cells = pd.DataFrame({"label": list(labels), "method": list(labels.values())}, dtype=object)
+    styles = line_styles(labels_in_order(cells))
     assert styles.keys() == labels.keys()
     assert len({str(sorted(style.items(), key=str)) for style in styles.values()}) == len(labels)
     for label, method in labels.items():

@@ -1,6 +1,7 @@
-"""Finished tables as Markdown, LaTeX, CSV and HTML."""
+"""Finished tables as Markdown, LaTeX, CSV, HTML and JSON."""
 
 import csv
+import json
 import re
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ from report.scored import cell
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import FORMATS, Table, to_format
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.paper_tables import paper_table
+from sparsemm_eval.report.tables import paper_table
 
 
 @pytest.fixture
@@ -79,6 +80,12 @@ def test_csv_is_read_back(table: Table) -> None:
     assert [row["benchmark"] for row in rows] == ["DocVQA"] * 2
     assert [row["64"] for row in rows] == ["0.800", "0.500"]
     assert [row["32 kept tokens/head"] for row in rows] == ["", ""]
+
+
+def test_json_is_read_back(table: Table) -> None:
+    first, second = json.loads(to_format(table, "json"))
+    assert (first["model"], first["64"], first["32"]) == ("a_b & 50%|<i>", "0.800", "")
+    assert second["32"] == "0.500"
 
 
 def test_html_is_well_formed_and_escaped(table: Table) -> None:

@@ -8,13 +8,13 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 import pytest
-from report.scored import cell, coins, frames
+from report.scored import by_name, cell, coins, frames
 
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.statistics import add_statistics
+from sparsemm_eval.report.tables import applicable, paper_table
 
 FILES = {
     "table1": "table1_ratio_ablation.csv",
@@ -135,7 +135,7 @@ def test_rows_are_in_the_papers_order_and_ones_own_follow() -> None:
         ]
     )  # fmt: skip
     table = paper_table(own)
-    assert list(table.text.index) == [
+    assert list(by_name(table).index) == [
         ("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B", "SnapKV"),
         ("DocVQA (ANLS)", "small", "FullKV"),
         ("DocVQA (ANLS)", "small", "SparseMM"),
@@ -144,14 +144,14 @@ def test_rows_are_in_the_papers_order_and_ones_own_follow() -> None:
         ("OCRBench (accuracy)", "small", "SnapKV"),
         ("mme (score)", "small", "SnapKV"),
     ]
-    assert list(table.text.columns.get_level_values(0)) == ["64", "32"]
-    full = table.text.loc[("DocVQA (ANLS)", "small", "FullKV")]
+    assert list(by_name(table).columns.get_level_values(0)) == ["64", "32"]
+    full = by_name(table).loc[("DocVQA (ANLS)", "small", "FullKV")]
     assert full.tolist() == ["0.900", "0.900"]
-    assert table.text.loc[("DocVQA (ANLS)", "small", "SparseMM")].tolist() == ["", "0.800"]
+    assert by_name(table).loc[("DocVQA (ANLS)", "small", "SparseMM")].tolist() == ["", "0.800"]
 
 
 def marks(table) -> list[str]:
-    return table.marks.iloc[:, 0].tolist()
+    return by_name(table, table.marks).iloc[:, 0].tolist()
 
 
 def test_a_win_is_bold_and_what_may_be_chance_is_not() -> None:
@@ -184,8 +184,8 @@ def test_marks_stay_against_the_next_best_whatever_is_compared_with() -> None:
     full, best, near = coins(2, 300, 0.95, 0.9, 0.6)
     cells, scores = frames({("fullkv", None): full, ("sparsemm", 64): best, ("snapkv", 64): near})
     table = paper_table(cells, scores, show=("score", "difference"), against="fullkv")
-    assert table.marks.iloc[:, 0].tolist() == ["", "bold", "underline"]
-    shown = table.text[("64", "difference")]
+    assert marks(table) == ["", "bold", "underline"]
+    shown = by_name(table)[("64", "difference")]
     drop = best.mean() - full.mean()
     assert shown.iloc[1].startswith(f"{drop:+.3f} [")
     assert "differences are from FullKV" in table.caption[1]
@@ -198,24 +198,24 @@ def test_what_is_shown_beside_a_score() -> None:
     )
     shown = ("score", "n", "kept", "bytes", "paper", "from_paper", "baseline", "p", "spread")
     table = paper_table(cells, scores, like="table3", show=shown)
-    row = table.text.loc[("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B", "SparseMM")].tolist()
+    row = by_name(table).loc[("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B", "SparseMM")].tolist()
     assert row == [
         "0.7500 (n=4)", "4", "64.0", "3", "0.6377", "+0.1123", "SnapKV", "0.500",
         "±0.0100 (3 seeds)",
     ]  # fmt: skip
-    other = table.text.loc[("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B", "SnapKV")].tolist()
+    other = by_name(table).loc[("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B", "SnapKV")].tolist()
     assert other[4:6] == ["≈0.498", "-0.2480"]
-    plain = table.plain.loc[("DocVQA", "LLaVA-NeXT-Vicuna-7B", "SparseMM")].tolist()
+    plain = by_name(table, table.plain).loc[("DocVQA", "LLaVA-NeXT-Vicuna-7B", "SparseMM")].tolist()
     assert plain[0] == "0.7500"
     low, high = add_statistics(cells, scores).loc[0, ["low", "high"]]
-    interval = paper_table(cells, scores, show=("interval",)).text.iloc[0, 0]
+    interval = by_name(paper_table(cells, scores, show=("interval",))).iloc[0, 0]
     assert interval == f"[{low:.3f}, {high:.3f}]"
 
 
 def test_where_all_are_of_the_same_samples_the_caption_says_so_once() -> None:
     cells, scores = frames({("sparsemm", 64): [1, 0, 1, 1], ("snapkv", 64): [0, 0, 1, 0]})
     table = paper_table(cells.assign(expected=10.0), scores)
-    assert "(n=4)" not in "".join(table.text.to_numpy().ravel())
+    assert "(n=4)" not in "".join(by_name(table).to_numpy().ravel())
     assert any("n = 4 of 10;" in line for line in table.caption)
 
 
@@ -233,7 +233,7 @@ def test_where_all_are_of_the_same_samples_the_caption_says_so_once() -> None:
 def test_decimals_and_percent(options: dict, text: str) -> None:
     of = {"benchmark": "MMBench", "task": "mmbench_en_dev_static", "percent": True}
     cells = cells_frame([cell("sparsemm", 64, 0.81541, **of)])
-    assert paper_table(cells, **options).text.iloc[0, 0] == text
+    assert by_name(paper_table(cells, **options)).iloc[0, 0] == text
 
 
 @pytest.mark.parametrize("benchmark", ["TextCaps", "mme"])
@@ -241,7 +241,7 @@ def test_scores_of_no_known_end_are_never_percent(benchmark: str) -> None:
     cells = cells_frame(
         [cell("sparsemm", 64, 1.25, benchmark=benchmark, metric_label="CIDEr", bounded=False)]
     )
-    assert paper_table(cells, percent=True).text.iloc[0, 0] == "1.250"
+    assert by_name(paper_table(cells, percent=True)).iloc[0, 0] == "1.250"
 
 
 def test_own_ratios_stand_side_by_side_a_row_a_budget() -> None:
@@ -254,11 +254,11 @@ def test_own_ratios_stand_side_by_side_a_row_a_budget() -> None:
         + [cell("snapkv", 64, 0.9)]
     )
     table = paper_table(cells, like="table1")
-    assert list(table.text.index) == [("64", "small"), ("32", "small")]
-    assert table.text.loc[("64", "small")].tolist() == ["0.500", "0.510", "0.600"]
-    assert list(table.text.columns.get_level_values(0)) == ["0", "0.1", "1"]
+    assert list(by_name(table).index) == [("64", "small"), ("32", "small")]
+    assert by_name(table).loc[("64", "small")].tolist() == ["0.500", "0.510", "0.600"]
+    assert list(by_name(table).columns.get_level_values(0)) == ["0", "0.1", "1"]
     assert table.title.endswith("DocVQA (ANLS)")
-    assert table.marks.iloc[0].tolist() == ["", "underline", "bold"]
+    assert by_name(table, table.marks).iloc[0].tolist() == ["", "underline", "bold"]
 
 
 def test_own_parts_of_the_cache() -> None:
@@ -270,9 +270,9 @@ def test_own_parts_of_the_cache() -> None:
         ]
     )  # fmt: skip
     table = paper_table(cells, like="table2")
-    assert list(table.text.index) == [("✓", "", ""), ("✓", "✓", ""), ("✓", "✓", "✓")]
-    assert table.text.iloc[:, 0].tolist() == ["0.200", "0.500", "0.800"]
-    assert list(table.plain.index)[1] == ("DocVQA", "small", "1", "1", "0")
+    assert list(by_name(table).index) == [("✓", "", ""), ("✓", "✓", ""), ("✓", "✓", "✓")]
+    assert by_name(table).iloc[:, 0].tolist() == ["0.200", "0.500", "0.800"]
+    assert list(by_name(table, table.plain, 5).index)[1] == ("DocVQA", "small", "1", "1", "0")
 
 
 def test_parts_of_the_cache_are_at_the_papers_ratio_where_there_are_several() -> None:
@@ -281,9 +281,9 @@ def test_parts_of_the_cache_are_at_the_papers_ratio_where_there_are_several() ->
         cell("sparsemm", 64, ratio, ratio=ratio) for ratio in (0.1, 0.3, 1.0)
     ]
     table = paper_table(cells_frame(cells), like="table2")
-    assert table.text.iloc[:, 0].tolist() == ["0.200", "1.000", "0.100"]
+    assert by_name(table).iloc[:, 0].tolist() == ["0.200", "1.000", "0.100"]
     others = paper_table(cells_frame([cells[0], *cells[2:]]), like="table2")
-    assert others.text.iloc[:, 0].tolist() == ["0.200", "1.000", "0.300"]
+    assert by_name(others).iloc[:, 0].tolist() == ["0.200", "1.000", "0.300"]
 
 
 def test_the_paper_beside_ones_own_is_told_apart() -> None:
@@ -291,15 +291,15 @@ def test_the_paper_beside_ones_own_is_told_apart() -> None:
     both = pd.concat([own, paper_cells()], ignore_index=True)
     table = paper_table(both, like="table3")
     name = ("DocVQA (ANLS)", "LLaVA-NeXT-Vicuna-7B")
-    assert table.text.loc[(*name, "SparseMM"), ("64", "")] == "0.6300"
-    assert table.text.loc[(*name, "SparseMM (paper)"), ("64", "")] == "0.6377"
-    rows = list(table.text.index)
+    assert by_name(table).loc[(*name, "SparseMM"), ("64", "")] == "0.6300"
+    assert by_name(table).loc[(*name, "SparseMM (paper)"), ("64", "")] == "0.6377"
+    rows = list(by_name(table).index)
     assert rows.index((*name, "SparseMM (paper)")) == rows.index((*name, "SparseMM")) + 1
 
 
 def test_two_tasks_of_a_benchmark_have_their_own_rows() -> None:
     cells = cells_frame([cell("sparsemm", 64, 0.5), cell("sparsemm", 64, 0.6, task="docvqa_mini")])
-    names = list(paper_table(cells).text.index.get_level_values(0))
+    names = list(by_name(paper_table(cells)).index.get_level_values(0))
     assert names == ["DocVQA (ANLS), docvqa_mini", "DocVQA (ANLS), docvqa_val"]
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
+from report.scored import by_name
 
-from sparsemm_eval.report.figures import score_over_silenced
+from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.results_file import parse_model_args
 from sparsemm_eval.report.tables import (
     kept_table,
     overview_table,
-    score_table,
     score_tables,
     silenced_table,
     to_markdown,
@@ -66,16 +66,17 @@ def test_one_row_a_metric_with_its_settings(frame: pd.DataFrame) -> None:
 def test_the_table_has_the_papers_order_and_leaves_out_what_was_not_run(
     frame: pd.DataFrame,
 ) -> None:
-    table = score_table(frame)
-    assert list(table.index) == ["FullKV", "SparseMM", "SnapKV"]
-    assert list(table.columns) == ["64", "32"]
-    assert table.loc["FullKV"].tolist() == [0.99, 0.99]
-    assert pd.isna(table.loc["SparseMM", "32"])
+    ((_, table),) = score_tables(frame, {})
+    shown = by_name(table)
+    assert list(shown.index) == ["FullKV", "SparseMM", "SnapKV"]
+    assert list(shown.columns.get_level_values(0)) == ["64", "32"]
+    assert shown.loc["FullKV"].tolist() == ["0.990", "0.990"]
+    assert shown.loc["SparseMM"].tolist() == ["0.900", ""]
     assert "| SnapKV" in to_markdown(table)
 
 
 def test_the_kept_table_states_nominal_and_real(frame: pd.DataFrame) -> None:
-    table = kept_table(frame)
+    table = kept_table(frame).text
     assert table["budget"].tolist() == ["", "64", "64", "32"]
     assert table["kept tokens/head"].tolist() == ["359.0", "63.5", "64.0", "32.0"]
     assert table["KV KiB/sample"].tolist() == ["359.0", "63.5", "64.0", "32.0"]
@@ -110,9 +111,10 @@ def test_the_overview_has_a_row_a_benchmark(frame: pd.DataFrame) -> None:
     )
     both = pd.concat([frame, own])
     table = overview_table(both, 64, chance)
-    assert list(table.index) == ["DocVQA (ANLS)", "MMBench (accuracy)"]
-    assert list(table.columns) == ["FullKV", "SparseMM", "SnapKV", "chance"]
-    assert table["chance"].tolist() == [0.1, 0.25]
+    shown = by_name(table)
+    assert list(shown.index) == ["DocVQA (ANLS)", "MMBench (accuracy)"]
+    assert list(shown.columns.get_level_values(0)) == ["FullKV", "SparseMM", "SnapKV", "chance"]
+    assert shown["chance", ""].tolist() == ["0.100", "0.250"]
     assert "| budget 64" in to_markdown(table)
 
 
@@ -123,7 +125,7 @@ def test_tables_name_benchmark_metric_and_chance(frame: pd.DataFrame) -> None:
     )
     ((title, table),) = score_tables(own, chance)
     assert title == "MMBench: accuracy (chance 0.250, answering “A”)"
-    assert list(table.index) == ["FullKV", "SparseMM", "SnapKV"]
+    assert list(by_name(table).index) == ["FullKV", "SparseMM", "SnapKV"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}', "no json"])

@@ -6,7 +6,7 @@ import pytest
 from report.scored import cell
 
 from sparsemm_eval.report.cells import cells_frame
-from sparsemm_eval.report.selection import select
+from sparsemm_eval.report.selection import Filters
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def cells():
     ],
 )
 def test_what_is_kept(cells, names: dict, kept: list[int]) -> None:
-    assert list(select(cells, **names).index) == kept
+    assert list(Filters(**names).apply(cells).index) == kept
 
 
 @pytest.mark.parametrize(
@@ -51,4 +51,4 @@ def test_what_is_kept(cells, names: dict, kept: list[int]) -> None:
 )
 def test_unknown_names_are_one_sentence(cells, names: dict, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
-        select(cells, **names)
+        Filters(**names).apply(cells)

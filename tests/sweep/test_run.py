@@ -179,9 +179,9 @@ def test_fidelity_of_tokens_and_divergence() -> None:
 def test_cells_that_differ_in_more_than_method_and_budget_are_told_apart(tmp_path: Path) -> None:
     changes = {"methods": ["sparsemm"], "budgets": [24], "ratio": [0.1, 0.6], "samples": 2}
     made = run_sweep(grid(**changes, tasks=["docvqa_mini"]), tmp_path, "x")
-    assert list(made.frame["method"]) == ["SparseMM ratio=0.1", "SparseMM ratio=0.6"]
+    assert list(made.frame["label"]) == ["SparseMM (ratio=0.1)", "SparseMM (ratio=0.6)"]
     assert list(made.frame["ratio"]) == [0.1, 0.6]
-    assert "| SparseMM ratio=0.6 |" in made.markdown
+    assert "| SparseMM (ratio=0.6) |" in made.markdown
     # Without full KV there is nothing to be near to.
     assert made.frame["same_answer"].isna().all()
 

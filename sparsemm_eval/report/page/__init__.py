@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -12,15 +14,24 @@ import pandas as pd
 import sparsemm_eval
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.figures.scores import score_curves
+from sparsemm_eval.report.figures.style import to_svg
+from sparsemm_eval.report.layouts import LAYOUTS
+from sparsemm_eval.report.markup import to_format
+from sparsemm_eval.report.names import MODEL_NAMES
 from sparsemm_eval.report.page.differences import Visuals, browse, find_differences
-from sparsemm_eval.report.page.exhibits import figures, tables
 from sparsemm_eval.report.page.leaderboard import leaderboard
 from sparsemm_eval.report.page.runs import runs
 from sparsemm_eval.report.results import Results
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
+from sparsemm_eval.report.tables import applicable, paper_table
 
 TITLE = "KV-cache compression of vision-language models"
+_CURVES = {
+    "budget": "Score over budget",
+    "kept_tokens_per_head": "Score over the tokens that were really kept",
+}
 
 
 def write_page(
@@ -78,8 +89,8 @@ def write_page(
         version=sparsemm_eval.__version__,
         unreadable=results.unreadable,
         leaderboard=leaderboard(cells, differences.counts(origin), against),
-        tables=tables(joined, scores),
-        figures=figures(cells),
+        tables=_tables(joined, scores),
+        figures=_figures(cells),
         notes=scored.notes,
         browser=browser,
         runs=runs(results.files),
@@ -134,3 +145,63 @@ def _read(results: Results) -> str:
 
 def _text(name: str) -> str:
     return (files("sparsemm_eval.report.page") / name).read_text(encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class TableOnPage:
+    """A table; `html` is the finished element, or `lack` says why there is none."""
+
+    title: str
+    html: str = ""
+    lack: str = ""
+
+
+@dataclass(frozen=True)
+class FigureOnPage:
+    """A figure; `uri` holds all of it, as an image of its own so that no names of two clash."""
+
+    title: str
+    uri: str
+
+
+def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[TableOnPage]:
+    """The paper's tables that these cells fill at least in part; else all cells in one.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Of `sparsemm_eval.report.results.load`, seeds joined.
+    scores : DataFrame
+        Of their samples.
+    """
+    measured = cells["source"].eq("measured")
+    beside_paper = cells.loc[measured, "model"].isin(MODEL_NAMES).any()
+    show = ("score", "paper") if beside_paper else ("score",)
+    made = []
+    for like in applicable(cells) or (None,):
+        title = "All cells" if like is None else LAYOUTS[like].title
+        try:
+            table = paper_table(cells, scores, like, show)
+        except ValueError as error:
+            made.append(TableOnPage(title, lack=f"It was left out: {error}."))
+        else:
+            made.append(TableOnPage(title, to_format(table, "html")))
+    return made
+
+
+def _figures(cells: pd.DataFrame) -> list[FigureOnPage]:
+    """Score over budget and over what was kept, where there are curves to draw.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Cells with their statistics, seeds joined.
+    """
+    drawn = []
+    for over, title in _CURVES.items():
+        some = cells[cells["budget"].isna() | cells[over].notna()]
+        if some["budget"].notna().any():
+            svg = to_svg(score_curves(some, over))
+            uri = b64encode(svg.encode("utf-8")).decode("ascii")
+            drawn.append(FigureOnPage(title, f"data:image/svg+xml;base64,{uri}"))
+    return drawn

@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from sparsemm_eval.report.page.images import Images
-from sparsemm_eval.report.page.order import choices, in_order
+from sparsemm_eval.report.page.leaderboard import by_budget, choices
 from sparsemm_eval.report.samples import read_samples
 
 Visuals = Callable[[str, Sequence[int]], Mapping[int, Sequence[Image.Image]]]
@@ -108,7 +108,7 @@ def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
         except ValueError as error:
             notes[f"Not compared: {error}."] = None
     found = []
-    for index, cell in in_order(measured[~full]).iterrows():
+    for index, cell in by_budget(measured[~full]).iterrows():
         reference = _reference(cell, measured[full & measured.index.isin(samples)])
         if index in samples and reference is not None:
             found.append(_compare(index, reference, samples, by_sample))

@@ -8,7 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.report.page.order import choices, distinct, in_order
+from sparsemm_eval.report.cell_text import budget_text
+from sparsemm_eval.report.names import in_order
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,13 @@ class Field:
     ----------
     text : str
         What is shown.
-    kind : {"text", "number"}
-        Numbers stand at the right.
     sort : str
-        What it is sorted by; empty ones come last.
+        What a number is sorted by; empty ones come last.
     mark : str
         "better" or "worse" than the baseline, or nothing.
     """
 
     text: str
-    kind: str = "text"
     sort: str = ""
     mark: str = ""
 
@@ -86,6 +84,14 @@ class Leaderboard:
 
 _BASELINES = {"best": "the best other method at the same budget", "fullkv": "full KV"}
 _FIRST = "1e18"  # sorted before any budget: full KV has none
+CHOICES = {
+    "model": ("source", "model"),
+    "benchmark": ("source", "model", "benchmark", "task"),
+    "method": ("method", "label"),
+    "budget": ("budget",),
+}
+# What is compared stands together: the methods at one budget.
+_ORDER = ("source", "model", "benchmark", "task", "budget", "method", "label")
 
 COLUMNS = (
     Column("model"),
@@ -103,6 +109,29 @@ COLUMNS = (
 )
 
 
+def by_budget(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells in the order of the page: measured ones first, and methods at one budget together."""
+    return in_order(cells, _ORDER)
+
+
+def choices(cells: pd.DataFrame) -> pd.DataFrame:
+    """Name cells by `CHOICES`, as text, with the index of `cells`.
+
+    A benchmark that a model ran as several tasks is named with each.
+    """
+    several = cells.groupby(["model", "benchmark"])["task"].transform("nunique").gt(1)
+    named = cells["benchmark"] + ", " + cells["task"]
+    return pd.DataFrame(
+        {
+            "model": cells["model"],
+            "benchmark": named.where(several, cells["benchmark"]),
+            "method": cells["label"],
+            "budget": [budget_text(budget, none="all") for budget in cells["budget"]],
+        },
+        index=cells.index,
+    )
+
+
 def leaderboard(
     cells: pd.DataFrame, unlike: Mapping[int, tuple[int, int, int]], against: str
 ) -> Leaderboard:
@@ -117,8 +146,12 @@ def leaderboard(
     against : str
         What the baseline is, as for `add_statistics`.
     """
-    cells = in_order(cells)
+    cells = by_budget(cells)
     named = choices(cells)
+    filters = {
+        name: tuple(dict.fromkeys(named.loc[in_order(cells, by).index, name]))
+        for name, by in CHOICES.items()
+    }
     rows = tuple(
         _row(cell, names, unlike.get(index))
         for (index, cell), names in zip(
@@ -130,7 +163,7 @@ def leaderboard(
         "Each row is a cell: one model and method on one benchmark, at one budget. Differences are "
         f"from {baseline}, over the same samples; significant ones are coloured."
     )
-    return Leaderboard(COLUMNS, rows, distinct(cells, named), explanation, bool(unlike))
+    return Leaderboard(COLUMNS, rows, filters, explanation, bool(unlike))
 
 
 def _row(cell: pd.Series, names: Any, unlike: tuple[int, int, int] | None) -> Row:
@@ -140,7 +173,7 @@ def _row(cell: pd.Series, names: Any, unlike: tuple[int, int, int] | None) -> Ro
         Field(names.model),
         Field(f"{names.benchmark} ({cell['metric_label']})"),
         Field(names.method),
-        Field(names.budget, "number", _FIRST if pd.isna(cell["budget"]) else names.budget),
+        Field(names.budget, _FIRST if pd.isna(cell["budget"]) else names.budget),
         _number(cell["score"], lambda value: f"{value:.3f}{_spread(cell)}"),
         _interval(cell["low"], cell["high"]),
         _difference(cell, mark),
@@ -164,8 +197,8 @@ def _row(cell: pd.Series, names: Any, unlike: tuple[int, int, int] | None) -> Ro
 
 def _number(value: Any, form: Callable[[Any], str]) -> Field:
     if value is None or pd.isna(value):
-        return Field("", "number")
-    return Field(form(value), "number", f"{float(value):.9g}")
+        return Field("")
+    return Field(form(value), f"{float(value):.9g}")
 
 
 def _spread(cell: pd.Series) -> str:
@@ -175,8 +208,8 @@ def _spread(cell: pd.Series) -> str:
 
 def _interval(low: float, high: float) -> Field:
     if pd.isna(low) or pd.isna(high):
-        return Field("", "number")
-    return Field(f"{low:.3f}\N{EN DASH}{high:.3f}", "number", f"{high - low:.9g}")
+        return Field("")
+    return Field(f"{low:.3f}\N{EN DASH}{high:.3f}", f"{high - low:.9g}")
 
 
 def _difference(cell: pd.Series, mark: str) -> Field:
@@ -184,7 +217,7 @@ def _difference(cell: pd.Series, mark: str) -> Field:
     if not found.text or pd.isna(cell["difference_low"]):
         return found
     between = f"{_signed(cell['difference_low'])} to {_signed(cell['difference_high'])}"
-    return Field(f"{found.text} ({between})", "number", found.sort, mark)
+    return Field(f"{found.text} ({between})", found.sort, mark)
 
 
 def _signed(value: float) -> str:

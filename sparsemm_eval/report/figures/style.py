@@ -7,21 +7,21 @@ import hashlib
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.names import METHOD_NAMES
 
 # Inches: a column and the text's width of a two-column page.
 COLUMN, PAGE = 3.4, 7.0
@@ -56,7 +56,7 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     Parameters
     ----------
     methods : mapping of str to str
-        Method by label, in the order of the legend.
+        Method by label, of `sparsemm_eval.report.names.labels_in_order`.
 
     Returns
     -------
@@ -89,18 +89,6 @@ def _own_style(method: str) -> dict[str, Any]:
     }
 
 
-def label_order(methods: Mapping[str, str]) -> dict[str, str]:
-    """Method by label, the paper's methods first and in its order, then by label."""
-    known = list(METHOD_NAMES)
-
-    def place(label: str) -> tuple[int, int, str]:
-        method = methods[label]
-        own = len(known) if method not in known else known.index(method)
-        return own, len(label), label
-
-    return {label: methods[label] for label in sorted(methods, key=place)}
-
-
 def house_style() -> AbstractContextManager[None]:
     """Fonts and lines of every figure; to be entered before one is made."""
     return mpl.rc_context(
@@ -127,17 +115,50 @@ def house_style() -> AbstractContextManager[None]:
     )
 
 
+def blank_grid(rows: int, columns: int, **options: Any) -> tuple[Figure, np.ndarray]:
+    """A figure and its panels, [rows, columns], to be made inside of `house_style`."""
+    figure = Figure(layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.02)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
 def add_legend(
-    figure: Figure, handles: Sequence[Line2D], width: float, title: str | None = None
+    figure: Figure,
+    styles: Mapping[str, dict[str, Any]],
+    labels: Collection[str],
+    more: Mapping[str, dict[str, Any]],
+    width: float,
+    title: str | None = None,
 ) -> int:
     """Put a legend, and a title over it, above all panels.
+
+    Parameters
+    ----------
+    figure : Figure
+        Whose panels are drawn.
+    styles : mapping
+        Of `line_styles`.
+    labels : collection of str
+        Those of full lines; the paper's alone are dashed.
+    more : mapping
+        Style by name of what is no method, in grey.
+    width : float
+        Inches of the figure.
+    title : str, optional
+        Over the legend.
 
     Returns
     -------
     int
         How many lines high it is.
     """
-    longest = max(len(str(handle.get_label())) for handle in handles)
+    lines = {
+        label: style if label in labels else {**style, **PAPER_LINE}
+        for label, style in styles.items()
+    }
+    lines |= {name: {"color": "#555555", **style} for name, style in more.items()}
+    handles = [Line2D([], [], label=label, **line) for label, line in lines.items()]
+    longest = max(len(label) for label in lines)
     columns = max(1, min(len(handles), int(width / ((longest + 8) * CHARACTER))))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, title=title,
                   title_fontproperties={"weight": "bold", "size": FONT + 1}, columnspacing=1.2,
@@ -149,6 +170,13 @@ def wrapped(lines: Sequence[str], width: float) -> list[str]:
     """Sentences in lines that fit into so many inches."""
     most = int(0.95 * width / CHARACTER)
     return [part for line in lines for part in textwrap.wrap(line, most)]
+
+
+def scale_values(axes: Axes, low: float, high: float) -> None:
+    """A vertical axis of few round numbers, with a grid."""
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(visible=True)
 
 
 def scale_tokens(

@@ -8,24 +8,23 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.efficiency import MEASURES
-from sparsemm_eval.report.names import MODEL_NAMES
-from sparsemm_eval.report.styles import (
+from sparsemm_eval.report.figures.style import (
     COLUMN,
     LINE,
     PAGE,
     PAPER_LINE,
     add_legend,
+    blank_grid,
     house_style,
-    label_order,
     line_styles,
     scale_tokens,
+    scale_values,
     wrapped,
 )
+from sparsemm_eval.report.names import distinct, labels_in_order
 
 _UNITS = {"decode_ms_per_token": "decode (ms per token)", "peak_memory_gb": "peak memory (GiB)"}
 _BOUND = {"linestyle": (0, (1, 1.5)), "linewidth": 0.8, "marker": "None", "zorder": 1.2}
@@ -50,7 +49,7 @@ def efficiency_curves(rows: pd.DataFrame) -> Figure:
         If there is nothing to draw, or models are more than fit side by side.
     """
     measured = rows["source"] == "measured"
-    models = _models(rows[measured] if measured.any() else rows)
+    models = distinct(rows[measured] if measured.any() else rows, "model")
     rows = rows[rows["model"].isin(models)]
     measured = rows["source"] == "measured"
     own, paper = (rows[measured], rows[~measured]) if measured.any() else (rows, rows[:0])
@@ -64,15 +63,12 @@ def efficiency_curves(rows: pd.DataFrame) -> Figure:
             f"{len(models)} models: {_MOST_COLUMNS} fit side by side; choose among "
             f"{', '.join(models)}"
         )
-    methods = dict(zip(rows["label"], rows["method"], strict=True))
-    styles = line_styles(label_order(methods))
+    styles = line_styles(labels_in_order(rows))
     width = COLUMN if len(models) == 1 else PAGE
     notes = ["input tokens (log scale)", *wrapped(_notes(own, paper), width)]
     height = _HEIGHTS[min(len(models), 3)] + LINE
     with house_style():
-        figure = Figure(layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.02)
-        grid = figure.subplots(len(drawn), len(models), squeeze=False, sharex="col")
+        figure, grid = blank_grid(len(drawn), len(models), sharex="col")
         for line, measure in zip(grid, drawn, strict=True):
             for axes, model in zip(line, models, strict=True):
                 here = (part[part["model"] == model] for part in (own, paper))
@@ -86,16 +82,11 @@ def efficiency_curves(rows: pd.DataFrame) -> Figure:
             scale_tokens(axes, ticks, (ticks[0], ticks[-1]), 0.8 * width / len(models))
         figure.align_ylabels(grid[:, 0])
         figure.supxlabel("\n".join(notes))
-        lines = add_legend(figure, _handles(own, paper, styles), width)
+        more = {"byte bound": _BOUND} if own["bound_ms_per_token"].notna().any() else {}
+        more |= {"paper": PAPER_LINE} if len(paper) else {}
+        lines = add_legend(figure, styles, set(own["label"]), more, width)
         figure.set_size_inches(width, len(drawn) * height + LINE * (lines + len(notes) + 2))
     return figure
-
-
-def _models(rows: pd.DataFrame) -> list[str]:
-    found = list(dict.fromkeys(rows["model"]))
-    return sorted(
-        found, key=lambda m: MODEL_NAMES.index(m) if m in MODEL_NAMES else len(MODEL_NAMES)
-    )
 
 
 def _draw(
@@ -116,9 +107,7 @@ def _draw(
                 known = points.dropna(subset="bound_ms_per_token")
                 dotted = {**style, **_BOUND}
                 axes.plot(known["input_tokens"], known["bound_ms_per_token"], **dotted)
-    axes.set_ylim(0, 1.06 * pd.concat([own[measure], paper[measure]]).max())
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(visible=True)
+    scale_values(axes, 0, 1.06 * pd.concat([own[measure], paper[measure]]).max())
 
 
 def _notes(own: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
@@ -130,17 +119,3 @@ def _notes(own: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
     elif (own["source"] != "measured").all():
         lines.append("SparseMM's paper, read off its figure; its GPU is not named.")
     return lines
-
-
-def _handles(
-    own: pd.DataFrame, paper: pd.DataFrame, styles: Mapping[str, dict[str, Any]]
-) -> list[Line2D]:
-    handles = []
-    for label, style in styles.items():
-        line = {} if (own["label"] == label).any() else PAPER_LINE
-        handles.append(Line2D([], [], label=label, **{**style, **line}))
-    if own["bound_ms_per_token"].notna().any():
-        handles.append(Line2D([], [], color="#555555", label="byte bound", **_BOUND))
-    if len(paper):
-        handles.append(Line2D([], [], color="#555555", label="paper", **PAPER_LINE))
-    return handles

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,31 +13,66 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.panels import Panel, Z, panels
-from sparsemm_eval.report.styles import (
+from sparsemm_eval.report.figures.style import (
     CHARACTER,
     COLUMN,
     LINE,
     PAGE,
     PAPER_LINE,
     add_legend,
+    blank_grid,
     house_style,
-    label_order,
     line_styles,
     scale_tokens,
+    scale_values,
     wrapped,
 )
+from sparsemm_eval.report.names import distinct, labels_in_order
 
 AXES = {
     "budget": "budget (tokens per KV head, log scale)",
     "kept_tokens_per_head": "really kept (mean tokens per KV head, log scale)",
 }
+Z = 1.96  # standard errors to either side of a 95% interval
+# They vary one setting at one budget, or parts of the cache: no curves of a method.
+_ABLATIONS = ("table1", "table2")
 _MOST_COLUMNS = 5
 _HEIGHTS = {1: 2.3, 2: 1.9, 3: 1.55, 4: 1.3, 5: 1.25}  # inches of a panel, by columns
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One model on one benchmark.
+
+    Parameters
+    ----------
+    model, title : str
+        Of what.
+    benchmark : str
+        Its column, where several models stand below each other.
+    own : DataFrame
+        Cells drawn in full lines.
+    paper : DataFrame
+        Cells drawn dashed behind them.
+    """
+
+    model: str
+    title: str
+    benchmark: str
+    own: pd.DataFrame
+    paper: pd.DataFrame
+
+    def tokens(self, over: str) -> pd.Series:
+        """Where the points of its curves stand."""
+        return pd.concat([self.own, self.paper]).dropna(subset="budget")[over]
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether its scale does not end at 1: CIDEr, or a task whose scale is not known."""
+        scores = pd.concat([self.own["score"], self.paper["score"]])
+        return bool((self.own["metric_label"] == "CIDEr").any() or scores.max() > 1 + 1e-9)
 
 
 def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) -> Figure:
@@ -64,24 +100,19 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
     """
     if over not in AXES:
         raise UserError(f"over={over!r}: it must be one of {', '.join(AXES)}")
-    found = panels(cells, over)
+    found = _panels(cells, over)
     columns, places = _places(found)
     rows = 1 + max(row for row, _ in places)
-    methods = {
-        label: method
-        for panel in found
-        for part in (panel.own, panel.paper)
-        for label, method in zip(part["label"], part["method"], strict=True)
-    }
-    styles = line_styles(label_order(methods))
+    own, behind = (
+        pd.concat([getattr(panel, part) for panel in found]) for part in ("own", "paper")
+    )
+    styles = line_styles(labels_in_order(pd.concat([own, behind])))
     width, height = COLUMN if columns == 1 else PAGE, _HEIGHTS[columns]
     models = list(dict.fromkeys(panel.model for panel in found))
-    notes = [AXES[over], *wrapped(_notes(found), width)]
+    notes = [AXES[over], *wrapped(_notes(own, behind), width)]
     everywhere = pd.concat([panel.tokens(over) for panel in found])
     with house_style():
-        figure = Figure(layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.02)
-        grid = figure.subplots(rows, columns, squeeze=False)
+        figure, grid = blank_grid(rows, columns)
         for axes in grid.flat:
             axes.set_visible(False)
         for panel, (row, column) in zip(found, places, strict=True):
@@ -100,11 +131,57 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
         _drop_repeated_labels(grid)
         figure.align_ylabels(grid[:, 0])
         figure.supxlabel("\n".join(notes))
+        levels = own.groupby("label")["budget"].count().eq(0)
+        shown = {
+            label: {**style, "marker": "None"} if levels.get(label, default=True) else style
+            for label, style in styles.items()
+        }
+        more = {"paper": PAPER_LINE} if len(behind) else {}
         title = models[0] if len(models) == 1 else None
-        lines = add_legend(figure, _handles(found, styles), width, title)
+        lines = add_legend(figure, shown, set(own["label"]), more, width, title)
         words = LINE * (lines + len(notes) + 1)
         figure.set_size_inches(width, rows * (height + (3 if columns > 3 else 2) * LINE) + words)
     return figure
+
+
+def _panels(cells: pd.DataFrame, over: str) -> list[Panel]:
+    """Model by model, each benchmark or task of it; UserError if nothing is left to draw."""
+    cells = cells[~cells["source"].isin(_ABLATIONS) & cells["score"].notna()]
+    if cells.empty:
+        raise UserError(
+            "there is no cell to draw: give results, and filters that leave some of them"
+        )
+    cells = _with_intervals(cells[cells["budget"].isna() | cells[over].notna()])
+    measured = cells["source"] == "measured"
+    own, paper = (cells[measured], cells[~measured]) if measured.any() else (cells, cells[:0])
+    found = []
+    for model in distinct(own, "model"):
+        for name in distinct(own, "benchmark"):
+            here = own[(own["model"] == model) & (own["benchmark"] == name)]
+            behind = paper[(paper["model"] == model) & (paper["benchmark"] == name)]
+            tasks = distinct(here, "task")
+            for task in tasks:
+                of_task = here[here["task"] == task]
+                column = name if len(tasks) == 1 else task
+                title = f"{column} ({of_task['metric_label'].iloc[0]})"
+                found.append(Panel(model, title, column, of_task, behind))
+    if all(panel.tokens(over).empty for panel in found):
+        lack = "a budget" if over == "budget" else f"a budget and {over}"
+        raise UserError(f"none of the cells has {lack}: there is no curve to draw")
+    return found
+
+
+def _with_intervals(cells: pd.DataFrame) -> pd.DataFrame:
+    """Fill low and high where they are not known, and say in ``interval`` what they are."""
+    unknown = pd.Series(np.nan, index=cells.index)
+    low, high = (cells.get(name, unknown).astype(float) for name in ("low", "high"))
+    error = pd.to_numeric(cells["stderr"])
+    kind = np.where(low.notna(), "bootstrap", np.where(error.notna(), "stderr", ""))
+    return cells.assign(
+        low=low.fillna((cells["score"] - Z * error).clip(lower=0)),
+        high=high.fillna(cells["score"] + Z * error),
+        interval=kind,
+    )
 
 
 def _places(found: Sequence[Panel]) -> tuple[int, list[tuple[int, int]]]:
@@ -153,13 +230,11 @@ def _scale_score(axes: Axes, panel: Panel, zoom: bool) -> None:
         np.nanmin([both["score"].min(), both["low"].min()]),
         np.nanmax([both["score"].max(), both["high"].max()]),
     )
+    margin = max(0.05 * (highest - lowest), 0.005)
     if zoom:
-        margin = max(0.05 * (highest - lowest), 0.005)
-        axes.set_ylim(lowest - margin, highest + margin)
+        scale_values(axes, lowest - margin, highest + margin)
     else:
-        axes.set_ylim(0, 1.05 * highest if panel.open_ended else 1.03)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.grid(visible=True)
+        scale_values(axes, 0, 1.05 * highest if panel.open_ended else 1.03)
 
 
 def _ticks(values: pd.Series, over: str) -> list[float]:
@@ -179,9 +254,8 @@ def _drop_repeated_labels(grid: np.ndarray) -> None:
                 axes.tick_params(labelleft=False)
 
 
-def _notes(found: Sequence[Panel]) -> list[str]:
+def _notes(own: pd.DataFrame, behind: pd.DataFrame) -> list[str]:
     """What the bands are, and where the paper's values are from."""
-    own = pd.concat([panel.own for panel in found])
     kinds = set(own["interval"]) - {""}
     lines = []
     bands = {
@@ -191,7 +265,6 @@ def _notes(found: Sequence[Panel]) -> list[str]:
     if kinds:
         words = "; where samples are not known, ".join(bands[k] for k in bands if k in kinds)
         lines.append(f"Bands: {words}.")
-    behind = pd.concat([panel.paper for panel in found])
     paper = behind if len(behind) else own[own["source"] != "measured"]
     if len(paper):
         digitised = paper.loc[paper["source"].str.contains("digitised"), "benchmark"]
@@ -207,19 +280,3 @@ def _notes(found: Sequence[Panel]) -> list[str]:
 
 def _folded(name: str, inches: float) -> str:
     return "\n".join([*textwrap.wrap(name, int(inches / CHARACTER)), ""])
-
-
-def _handles(found: Sequence[Panel], styles: Mapping[str, dict[str, Any]]) -> list[Line2D]:
-    """Every curve once."""
-    own, behind = (
-        pd.concat([getattr(panel, part) for panel in found]) for part in ("own", "paper")
-    )
-    handles = []
-    for label, style in styles.items():
-        line = style if (own["label"] == label).any() else {**style, **PAPER_LINE}
-        if own.loc[own["label"] == label, "budget"].isna().all():
-            line = {**line, "marker": "None"}
-        handles.append(Line2D([], [], label=label, **line))
-    if len(behind):
-        handles.append(Line2D([], [], color="#555555", label="paper", **PAPER_LINE))
-    return handles

@@ -10,38 +10,18 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import join_seeds
-from sparsemm_eval.report.curves import score_curves
 from sparsemm_eval.report.efficiency import gather_efficiency
-from sparsemm_eval.report.efficiency_figures import efficiency_curves
+from sparsemm_eval.report.figures.efficiency import efficiency_curves
+from sparsemm_eval.report.figures.scores import score_curves
+from sparsemm_eval.report.figures.style import check_formats, save
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.results import PAPER, gather
 from sparsemm_eval.report.samples import score_samples
-from sparsemm_eval.report.selection import select
+from sparsemm_eval.report.selection import Filters
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.styles import check_formats, save
 
 OVER = {"budget": "budget", "kept": "kept_tokens_per_head"}
 KINDS = (*OVER, "efficiency", "heads")
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What is drawn; nothing named draws all.
-
-    Parameters
-    ----------
-    models, benchmarks, methods, budgets : sequence
-        As of `sparsemm_eval.report.selection.select`.
-    """
-
-    models: Sequence[str] = ()
-    benchmarks: Sequence[str] = ()
-    methods: Sequence[str] = ()
-    budgets: Sequence[float] = ()
-
-    def apply(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Rows that are left; ValueError if none is."""
-        return select(rows, self.models, self.benchmarks, self.methods, self.budgets)
 
 
 _ALL = Filters()
@@ -103,7 +83,7 @@ def draw_scores(
             "take kind=budget"
         )
     found = gather(results)
-    notes = [f"not read: {file.path}: {file.reason}" for file in found.unreadable]
+    notes = [*found.notes]
     cells = filters.apply(join_seeds(found.cells))
     scored = score_samples(cells)
     notes += scored.notes
