@@ -40,6 +40,30 @@ _BUILD = (
     "from sparsemm_eval.cache.extension import load_extension; import sys; "
     "load_extension(sys.argv[1])"
 )
+# Benchmarks, by the words that name them.
+_QUICK = {
+    "efficiency": "efficiency --quick",
+    "kernels": "kernels --quick --shapes qwen2vl",
+    "shared prefill": "shared_prefill --samples 2 --batch-size 2 --repeats 1",
+}
+_LONG = "efficiency --lengths 32768 --rows 1"
+_FULL = {
+    "vicuna 32K": f"{_LONG} --models vicuna --engines ours,hf_generate,concatenate",
+    "others 32K": f"{_LONG} --models mistral,qwen2vl-7b --engines ours",
+    "31 rows, 2K": "efficiency --lengths 2048 --rows 31 --models vicuna,mistral,qwen2vl-7b "
+    "--engines ours",
+    "shared prefill": "shared_prefill --model vicuna --samples 1 --batch-size 1 --repeats 1",
+    "kernels": "kernels --seconds 0.3",
+    "vicuna, compiled": f"{_LONG} --models vicuna --engines ours_compiled",
+    "vicuna 2K to 16K": "efficiency --lengths 2048,4096,8192,16384 --rows 1 --models vicuna "
+    "--engines ours,hf_generate",
+    "others 2K to 16K": "efficiency --lengths 4096,8192,16384 --rows 1 "
+    "--models mistral,qwen2vl-7b --engines ours",
+    "others under HF": "efficiency --lengths 2048,32768 --rows 1 --models mistral,qwen2vl-7b "
+    "--engines hf_generate",
+    "host's share": f"{_LONG} --models vicuna --engines ours,hf_generate --profile",
+    "vicuna, static cache": f"{_LONG} --models vicuna --engines hf_static",
+}
 
 
 @dataclass(frozen=True)
@@ -71,45 +95,14 @@ def parts_for(device: str, out: Path, quick: bool) -> list[Part]:
         Every line in seconds.
     """
     tests = ("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS)
-    shared = str(out / "shared_prefill.json")
     begin = [Part("build the op", ("-c", _BUILD, device)), Part("gpu tests", tests)]
-    if device == "cpu" or quick:
-        return [
-            *begin,
-            _bench("efficiency", "efficiency", out, device, "--quick"),
-            _bench("kernels", "kernels", out, device, "--quick", "--shapes", "qwen2vl"),
-            Part("shared prefill", (
-                "-m", "sparsemm_eval.bench.shared_prefill", "--device", device, "--samples", "2",
-                "--batch-size", "2", "--repeats", "1", "--out", shared,
-            )),
-        ]  # fmt: skip
-
-    def lengths(name: str, models: str, tokens: str, engines: str, rows: str = "1") -> Part:
-        return _bench(
-            name, "efficiency", out, device, "--models", models, "--lengths", tokens,
-            "--engines", engines, "--rows", rows,
-        )  # fmt: skip
-
-    return [
-        *begin,
-        lengths("vicuna 32K", "vicuna", "32768", "ours,hf_generate,concatenate"),
-        lengths("others 32K", "mistral,qwen2vl-7b", "32768", "ours"),
-        lengths("31 rows, 2K", "vicuna,mistral,qwen2vl-7b", "2048", "ours", "31"),
-        Part("shared prefill", (
-            "-m", "sparsemm_eval.bench.shared_prefill", "--model", "vicuna", "--device", device,
-            "--samples", "1", "--batch-size", "1", "--repeats", "1", "--out", shared,
-        )),
-        _bench("kernels", "kernels", out, device, "--seconds", "0.3"),
-        lengths("vicuna, compiled", "vicuna", "32768", "ours_compiled"),
-        lengths("vicuna 2K to 16K", "vicuna", "2048,4096,8192,16384", "ours,hf_generate"),
-        lengths("others 2K to 16K", "mistral,qwen2vl-7b", "4096,8192,16384", "ours"),
-        lengths("others under HF", "mistral,qwen2vl-7b", "2048,32768", "hf_generate"),
-        _bench(
-            "host's share", "efficiency", out, device, "--models", "vicuna", "--lengths", "32768",
-            "--engines", "ours,hf_generate", "--rows", "1", "--profile",
-        ),
-        lengths("vicuna, static cache", "vicuna", "32768", "hf_static"),
-    ]  # fmt: skip
+    parts = []
+    for name, benchmark in (_QUICK if device == "cpu" or quick else _FULL).items():
+        module, *options = benchmark.split()
+        file = "shared_prefill.json" if module == "shared_prefill" else module
+        where = ("--device", device, "--out", str(out / file))
+        parts.append(Part(name, ("-m", f"sparsemm_eval.bench.{module}", *where, *options)))
+    return [*begin, *parts]
 
 
 def run_acceptance(
@@ -209,11 +202,6 @@ def summary(records: Sequence[dict[str, Any]], out: Path) -> str:
     if left:
         reached.append(f"{left} parts are left: run the same command again")
     return f"{table}\n\n{bullets(reached)}"
-
-
-def _bench(name: str, module: str, out: Path, device: str, *options: str) -> Part:
-    where = ("--device", device, "--out", str(out / module))
-    return Part(name, ("-m", f"sparsemm_eval.bench.{module}", *where, *options))
 
 
 def _run(part: Part, out: Path, seconds: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import Method, method_names, method_settings
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.figures.efficiency import efficiency_curves
-from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints
 
 # "" in an option takes these.
 DEFAULTS = {
@@ -95,14 +95,12 @@ def run(options: EfficiencyOptions, command: str) -> Benchmark:
         small = options.quick or device.type == "cpu"
         made["copy_bytes_per_second"] = copy_bandwidth(device, 64 << 20 if small else 1 << 30)
         made["code"] = code_digest()
-        known = {} if options.fresh else _earlier(path, made)
-        measuring = Measuring(
-            options, device, made["copy_bytes_per_second"], known,
-            lambda records: _write(path, made, known, records),
-        )  # fmt: skip
+        measuring = Measuring(options, device, path, made)
+        if not options.fresh:
+            measuring.go_on()
         for name in options.words("models"):
             measuring.measure_model(name)
-    whole = _write(path, made, known, measuring.records)
+        whole = measuring.write()
     text = efficiency_page(whole)
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     files = [path, path.with_suffix(".md")]
@@ -131,7 +129,8 @@ def checked(options: EfficiencyOptions, kind: str) -> EfficiencyOptions:
         check_int(name, getattr(options, name), least)
     known = (*SHAPES, *embedded_checkpoints())
     for name in options.words("models"):
-        if name not in known and "/" not in name and not Path(name).is_dir():
+        own = name.removeprefix(EMBEDDED)
+        if own not in known and "/" not in name and not Path(name).is_dir():
             raise UserError(
                 f"models={name!r}: it must be one of {', '.join(known)}, or a checkpoint's folder "
                 "or hub repository"
@@ -197,28 +196,42 @@ class Measuring:
         With its defaults written out.
     device : torch.device
         What is measured.
-    bandwidth : float
-        Of its memory, bytes a second.
-    found : mapping
-        Records of an earlier run, by `identity`: they are not measured again.
-    keep : callable
-        Given all records so far, each time there is a new one.
-    records : list
-        What was found and measured.
+    path : Path
+        The JSON file.
+    made : dict
+        What it says of its making, with the memory's bandwidth.
+    records : dict
+        What was measured, by `identity`: it is not measured again.
     failures : list of str
         A sentence each.
     """
 
     options: EfficiencyOptions
     device: torch.device
-    bandwidth: float
-    found: dict[tuple, Record]
-    keep: Callable[[list[Record]], None]
-    records: list[Record] = field(default_factory=list)
+    path: Path
+    made: Record
+    records: dict[tuple, Record] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
+    def go_on(self) -> None:
+        """Take over what an earlier run measured, if it is as if measured now."""
+        whole = read_earlier(self.path, self.made, "hardware") or {"rows": [], "many_rows": []}
+        rows = [*whole["rows"], *whole["many_rows"]]
+        self.records |= {identity(row): row for row in rows if row["decode_ms_per_token"]}
+
+    def write(self) -> Record:
+        """Write the JSON file; single rows, as the paper's figure shows, apart from many."""
+        ordered = sorted(self.records.values(), key=lambda row: (row["model"], row["input_tokens"]))
+        whole = {
+            **self.made,
+            "rows": [record for record in ordered if record["rows"] == 1],
+            "many_rows": [record for record in ordered if record["rows"] > 1],
+        }
+        write_json(self.path, whole)
+        return whole
+
     def measure_model(self, name: str) -> None:
-        """Every measurement of one model, those that were found left out."""
+        """Every measurement of one model that is not there."""
         # Its weights are made once the first measurement is wanted.
         subject = self._subject(name, torch.device("meta") if name in SHAPES else self.device)
         built: Subject | None = None
@@ -228,11 +241,9 @@ class Measuring:
             for engine in self.options.words("engines"):
                 for method, rows in _of_engine(engine, asked):
                     record = self._named(subject, engine, method, rows, tokens)
-                    known = self.found.get(identity(record))
+                    known = self.records.get(identity(record))
                     if known is None or (self.options.profile and "host_share" not in known):
                         wanted.append((record, engine, [method] * rows))
-                    else:
-                        self.records.append(known)
             if wanted:
                 built = built or self._subject(name, self.device)
                 self._measure(built, wanted, tokens)
@@ -276,15 +287,47 @@ class Measuring:
                 else:
                     if left:
                         continue
-                    record |= _record(subject.model, methods, tokens, timed, self.bandwidth)
+                    record |= self._timed(subject.model, methods, tokens, timed)
                     if self.options.profile:
                         record["host_share"] = host_share(
                             partial(_run, subject, engine, methods, tokens),
                             self.device,
                             record["decode_ms_per_token"],
                         )
-                self.records.append(record)
-                self.keep(self.records)
+                self.records[identity(record)] = record
+                self.write()
+
+    def _timed(
+        self,
+        model: PreTrainedModel,
+        methods: Sequence[Method],
+        tokens: int,
+        passes: Sequence[Timed],
+    ) -> Record:
+        """What the passes of one measurement took, beside its bound."""
+        steps = [ms for timed in passes for ms in timed.step_ms[WARM_UP:]]
+        first, median, third = quartiles(steps)
+        weights = weight_bytes(model)
+        read = kv_bytes(model, methods, tokens, len(passes[0].step_ms))
+        bound = (weights + read) / self.made["copy_bytes_per_second"] * 1e3
+        peak = _median([timed.peak_bytes for timed in passes])
+        return {
+            "decode_ms_per_token": median,
+            "decode_ms_q1": first,
+            "decode_ms_q3": third,
+            "decode_ms_mean": statistics.fmean(steps),  # re-packing, between steps, is in it
+            "bound_ms_per_token": bound,
+            "share_of_bound": bound / median,
+            "prefill_seconds": statistics.median(timed.prefill_seconds for timed in passes),
+            "compress_seconds": _median([timed.compress_seconds for timed in passes]),
+            "peak_memory_gb": None if peak is None else peak / 2**30,
+            "cache_bytes": passes[0].cache_bytes,
+            "weight_bytes": weights,
+            "kv_bytes_a_step": read,
+            "kept_per_head": kept_tokens(methods, tokens)
+            / (len(methods) * methods[0].shape.layers * methods[0].shape.kv_heads),
+            "backend": passes[0].backend,
+        }
 
 
 def asked_of(subject: Subject, options: EfficiencyOptions, tokens: int) -> list[tuple[Method, int]]:
@@ -326,38 +369,6 @@ def _run(
     return decode_stock(model, prompt, steps, held, static=engine == "hf_static")
 
 
-def _record(
-    model: PreTrainedModel,
-    methods: Sequence[Method],
-    tokens: int,
-    passes: Sequence[Timed],
-    bandwidth: float,
-) -> Record:
-    steps = [ms for timed in passes for ms in timed.step_ms[WARM_UP:]]
-    first, median, third = quartiles(steps)
-    weights = weight_bytes(model)
-    read = kv_bytes(model, methods, tokens, len(passes[0].step_ms))
-    bound = (weights + read) / bandwidth * 1e3
-    peak = _median([timed.peak_bytes for timed in passes])
-    return {
-        "decode_ms_per_token": median,
-        "decode_ms_q1": first,
-        "decode_ms_q3": third,
-        "decode_ms_mean": statistics.fmean(steps),  # re-packing, between steps, is in it
-        "bound_ms_per_token": bound,
-        "share_of_bound": bound / median,
-        "prefill_seconds": statistics.median(timed.prefill_seconds for timed in passes),
-        "compress_seconds": _median([timed.compress_seconds for timed in passes]),
-        "peak_memory_gb": None if peak is None else peak / 2**30,
-        "cache_bytes": passes[0].cache_bytes,
-        "weight_bytes": weights,
-        "kv_bytes_a_step": read,
-        "kept_per_head": kept_tokens(methods, tokens)
-        / (len(methods) * methods[0].shape.layers * methods[0].shape.kv_heads),
-        "backend": passes[0].backend,
-    }
-
-
 def _median(values: Sequence[float | None]) -> float | None:
     return None if None in values else statistics.median(values)
 
@@ -365,28 +376,6 @@ def _median(values: Sequence[float | None]) -> float | None:
 def identity(record: Record) -> tuple:
     """What a measurement is of."""
     return tuple(record[key] for key in _IDENTITY)
-
-
-def _earlier(path: Path, made: Record) -> dict[tuple, Record]:
-    """Measurements of an earlier run that are as if made now."""
-    whole = read_earlier(path, made, "hardware") or {"rows": [], "many_rows": []}
-    rows = [*whole["rows"], *whole["many_rows"]]
-    return {identity(row): row for row in rows if row["decode_ms_per_token"]}
-
-
-def _write(
-    path: Path, made: Record, known: dict[tuple, Record], records: Sequence[Record]
-) -> Record:
-    """What was known and what is new; single rows, as the paper's figure shows, apart from many."""
-    every = {**known, **{identity(record): record for record in records}}.values()
-    ordered = sorted(every, key=lambda record: (record["model"], record["input_tokens"]))
-    whole = {
-        **made,
-        "rows": [record for record in ordered if record["rows"] == 1],
-        "many_rows": [record for record in ordered if record["rows"] > 1],
-    }
-    write_json(path, whole)
-    return whole
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def device_name(name: str = "", *others: str) -> str:
 
 
 def find_device(name: str = "") -> torch.device:
-    """As `device_name`."""
+    """What is measured: "cpu", or the current GPU as "cuda"; "" as in `device_name`."""
+    check_choice("device", name, ("", "cpu", "cuda"))
     return torch.device(device_name(name))
 
 

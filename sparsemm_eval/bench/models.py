@@ -23,7 +23,7 @@ from transformers import (
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, method_settings
-from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints, find_checkpoint
+from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints
 
 LARGE = ("vicuna", "mistral", "qwen2vl-7b")
 # The same models with few, narrow layers, for runs that take seconds.
@@ -79,16 +79,16 @@ class Subject:
         ends : bool
             Leave a checkpoint the tokens that end its answers.
         """
-        folder = ""
+        name, chased = name.removeprefix(EMBEDDED), None
         if name in SHAPES:
             model = large_model(name, device, dtype)
         else:
-            folder = find_checkpoint(EMBEDDED + name if name in embedded_checkpoints() else name)
+            folder = embedded_checkpoints().get(name, Path(name))
+            chased = folder / "head_scores.json"
             model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(device)
             use_head_budget_attention(model.eval()) if ends else endless(model)
         shape = ModelShape.from_config(model.config)
-        chased = Path(folder) / "head_scores.json"
-        if folder and chased.is_file():
+        if chased and chased.is_file():
             scores = HeadScores.read(chased)
         else:
             scores = heavy_scores(shape.layers, shape.query_heads)

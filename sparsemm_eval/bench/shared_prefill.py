@@ -22,7 +22,7 @@ from sparsemm_eval.bench.timing import clocked, copy_bandwidth
 from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
 from sparsemm_eval.errors import check_choice, check_int
 from sparsemm_eval.methods import Method
-from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
 LARGE_TOKENS, LARGE_NEW_TOKENS = 2000, 32  # of a prompt, and decoded
@@ -80,17 +80,18 @@ def run(options: SharedPrefillOptions, command: str) -> Benchmark:
     settings = {name: getattr(options, name) for name in ("samples", "batch_size", "repeats")}
     for name, value in settings.items():
         check_int(name, value, least=1)
-    check_choice("model", options.model, (*embedded_checkpoints(), *LARGE))
-    device, large = find_device(options.device), options.model in LARGE
+    model = options.model.removeprefix(EMBEDDED)
+    check_choice("model", model, (*embedded_checkpoints(), *LARGE))
+    device, large = find_device(options.device), model in LARGE
     with threads(options.threads):
         dtype = torch.float16 if large else torch.float32
-        subject = Subject.load(options.model, device, dtype, ends=True)
+        subject = Subject.load(model, device, dtype, ends=True)
         prompts = (_random if large else _drawn)(subject, options)
         methods = grid_methods(subject.shape, subject.scores, large)
         passes, unlike = _measure(subject, prompts, methods, options.repeats)
         whole = {
             **provenance_on(device, command),
-            "model": options.model,
+            "model": model,
             **settings,
             "dtype": str(dtype).removeprefix("torch."),
             "cells": len(methods),
