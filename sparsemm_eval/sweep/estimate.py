@@ -10,8 +10,10 @@ from typing import Any
 
 from lmms_eval.tasks import TaskManager
 from tabulate import tabulate
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
+from sparsemm_eval.bench.models import shape_config
+from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.sweep.grid import Grid, Job, ModelSpec
 from sparsemm_eval.sweep.tasks import find_tasks, obstacle
 
@@ -125,15 +127,32 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * size * tokens
 
 
+def _shape(text: PreTrainedConfig, *vision: int, dtype: str) -> Shape:
+    """A decoder's shape with a vision tower's layers, width, width of its MLPs, and merge."""
+    heads = ModelShape.from_config(text)
+    return Shape(
+        heads.layers,
+        text.hidden_size,
+        text.intermediate_size,
+        heads.query_heads,
+        heads.kv_heads,
+        heads.head_dim,
+        text.vocab_size,
+        *vision,
+        dtype=dtype,
+    )
+
+
+_CLIP = (24, 1024, 4096, 1)
 _SHAPES = {
-    "llava-hf/llava-v1.6-vicuna-7b-hf": Shape(
-        32, 4096, 11008, 32, 32, 128, 32064, 24, 1024, 4096, 1
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _shape(
+        shape_config("vicuna").text_config, *_CLIP, dtype="float16"
     ),
-    "llava-hf/llava-v1.6-mistral-7b-hf": Shape(
-        32, 4096, 14336, 32, 8, 128, 32064, 24, 1024, 4096, 1
+    "llava-hf/llava-v1.6-mistral-7b-hf": _shape(
+        shape_config("mistral").text_config, *_CLIP, dtype="float16"
     ),
-    "Qwen/Qwen2-VL-7B-Instruct": Shape(
-        28, 3584, 18944, 28, 4, 128, 152064, 32, 1280, 5120, 4, "bfloat16"
+    "Qwen/Qwen2-VL-7B-Instruct": _shape(
+        shape_config("qwen2vl-7b").text_config, 32, 1280, 5120, 4, dtype="bfloat16"
     ),
 }
 
@@ -145,23 +164,16 @@ def shape_of(model: ModelSpec) -> Shape | None:
     try:
         config = AutoConfig.from_pretrained(model.source, local_files_only=True)
         text, vision = config.get_text_config(), config.vision_config
-        heads = text.num_attention_heads
         # A Qwen2-VL tower has other names for what CLIP's has.
         qwen = hasattr(vision, "embed_dim")
         width = vision.embed_dim if qwen else vision.hidden_size
-        return Shape(
-            text.num_hidden_layers,
-            text.hidden_size,
-            text.intermediate_size,
-            heads,
-            getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads,
-            text.vocab_size,
+        return _shape(
+            text,
             vision.depth if qwen else vision.num_hidden_layers,
             width,
             int(width * vision.mlp_ratio) if qwen else vision.intermediate_size,
             vision.spatial_merge_size**2 if qwen else 1,
-            str(config.dtype or "float16").removeprefix("torch."),
+            dtype=str(config.dtype or "float16").removeprefix("torch."),
         )
     except (OSError, ValueError, AttributeError):
         return None
