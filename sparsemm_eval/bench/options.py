@@ -220,7 +220,11 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     program = ["python", "-m", _module(name)]
     kind = BENCHMARKS[name]
-    parser = argparse.ArgumentParser(shlex.join(program), description=kind.__doc__)
+    parser = argparse.ArgumentParser(
+        shlex.join(program),
+        description=kind.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     for one in kind.declared():
         more: dict[str, Any] = {"action": "store_true"}
         if one.default is not False:

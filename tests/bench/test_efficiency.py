@@ -169,6 +169,15 @@ def test_a_dry_run_states_the_papers_bounds() -> None:
     assert ("LLaVA-NeXT-Vicuna-7B", "sparsemm 256", "2048", "31") in rows
 
 
+def test_an_embedded_model_has_one_name_with_its_prefix_and_without() -> None:
+    shown = []
+    for name in ("qwen2vl", "embedded:qwen2vl"):
+        options = EfficiencyOptions(dry_run=True, models=name, lengths="64")
+        shown.append(run(options, "dry run").text)
+    assert shown[0] == shown[1]
+    assert "| qwen2vl | sparsemm 256 | 64 | 1 |" in shown[0]
+
+
 BAD = [
     (["--models", "gpt"], "models='gpt': it must be one of vicuna, mistral, qwen2vl-7b, "),
     (["--lengths", "64,x"], "lengths='x': it must be an integer of at least 1"),
