@@ -19,13 +19,13 @@ from sparsemm_eval.cli.common import (
 from sparsemm_eval.errors import UserError
 
 if TYPE_CHECKING:
-    from sparsemm_eval.report.selection import Filters
+    from sparsemm_eval.report.cells import Filters
 
 app = typer.Typer()
 
 
 def _filters(models: str, benchmarks: str, methods: str, budgets: str) -> Filters:
-    from sparsemm_eval.report.selection import Filters
+    from sparsemm_eval.report.cells import Filters
 
     given = (words(names) for names in (models, benchmarks, methods))
     return Filters(*given, numbers("budgets", budgets, "256,64"))
@@ -70,7 +70,7 @@ def table(
 ) -> None:
     """Scores in the paper's shape, with intervals and tests where there are samples files."""
     with one_sentence():
-        from sparsemm_eval.report.tables import written_table
+        from sparsemm_eval.report.paper_tables import written_table
 
         filters = _filters(models, benchmarks, methods, budgets)
         made = written_table(
@@ -130,7 +130,7 @@ def figure(
         load_plugins(plugin)
         if kind == "heads":
             from sparsemm_eval.heads.budgets import draw_budgets
-            from sparsemm_eval.report.results_file import parse_model_args
+            from sparsemm_eval.report.results import parse_model_args
 
             if results:
                 raise UserError(f"kind=heads takes no results ({results[0]}): give model=…")
@@ -180,11 +180,11 @@ def report(
     with one_sentence():
         quiet()
         from sparsemm_eval.report.page import write_page
-        from sparsemm_eval.report.results import gather
+        from sparsemm_eval.report.results import gather, not_read
 
         read = gather(results)
-        for file in read.unreadable:
-            typer.echo(f"not read: {file.path}: {file.reason}", err=True)
+        for note in not_read(read.unreadable):
+            typer.echo(note, err=True)
         visuals = None
         if not no_images:
             from sparsemm_eval.engine.visuals import visuals

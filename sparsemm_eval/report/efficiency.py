@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import METHOD_NAMES, paper_model
 from sparsemm_eval.report.paper import paper_efficiency
 from sparsemm_eval.report.provenance import SCHEMA
-from sparsemm_eval.report.results import PAPER, Unreadable
+from sparsemm_eval.report.results import PAPER, Unreadable, find_files
 
 KIND = "efficiency"
 MEASURES = ("decode_ms_per_token", "peak_memory_gb")
@@ -71,11 +70,14 @@ def gather_efficiency(results: Iterable[str]) -> Efficiency:
     """
     words = list(results)
     frames: list[pd.DataFrame] = []
-    unreadable: list[Unreadable] = []
-    for path in _found(Path(word) for word in words if word != PAPER):
+    given = [Path(word) for word in words if word != PAPER]
+    paths, unreadable = find_files(given, (".json",), ("answers", "cells"))
+    for path in paths:
+        if path not in given and not _states_kind(path):
+            continue
         try:
             frames.append(read_efficiency(path))
-        except ValueError as error:
+        except UserError as error:
             unreadable.append(Unreadable(str(path), str(error).removeprefix(f"{path}: ")))
     if PAPER in words:
         paper = paper_efficiency()
@@ -89,12 +91,10 @@ def gather_efficiency(results: Iterable[str]) -> Efficiency:
         )
     rows = [row for frame in frames for row in frame.to_dict("records")]
     numbers = ("budget", "input_tokens", *MEASURES, *_OPTIONAL)
-    found = pd.DataFrame(rows, columns=list(COLUMNS))
-    _check_twice(found)
-    return Efficiency(
-        found.assign(**{name: pd.to_numeric(found[name]).astype(float) for name in numbers}),
-        tuple(unreadable),
-    )
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    _check_twice(frame)
+    as_floats = {name: pd.to_numeric(frame[name]).astype(float) for name in numbers}
+    return Efficiency(frame.assign(**as_floats), tuple(unreadable))
 
 
 def _check_twice(rows: pd.DataFrame) -> None:
@@ -171,19 +171,6 @@ def _label(method: str, budget: float | None, engine: str | None = None) -> str:
     """Such as "SparseMM 256" and "FullKV (static cache)"."""
     tokens = "" if budget is None or math.isnan(budget) else f" {budget:g}"
     return f"{METHOD_NAMES.get(method, method)}{tokens}" + (f" ({engine})" if engine else "")
-
-
-def _found(given: Iterable[Path]) -> Iterator[Path]:
-    for path in given:
-        if not path.exists():
-            raise UserError(f"{path}: there is no such file or folder")
-        if path.is_file():
-            yield path
-            continue
-        for place, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if name not in ("answers", "cells"))
-            names = sorted(name for name in files if name.endswith(".json"))
-            yield from (Path(place) / name for name in names if _states_kind(Path(place) / name))
 
 
 def _states_kind(path: Path) -> bool:

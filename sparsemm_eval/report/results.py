@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,9 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
+from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results_file import SUFFIX, NotResults, read_file
+from sparsemm_eval.report.provenance import OURS, SCHEMA
 
 PAPER = "paper"
 FILE_COLUMNS = (
@@ -27,6 +31,24 @@ _LEFT_BEHIND = {
     ".unfinished": "it was never finished: its process was ended while writing it",
     ".broken": "it was set aside because it was cut off or changed",
 }
+SUFFIX = "_results.json"
+# What our wrappers leave in an lmms-eval results file, beside the scores.
+MEASURED = {
+    "avg_kept_tokens_per_head": "kept_tokens_per_head",
+    "avg_kept_kv_bytes": "kept_kv_bytes",
+    "avg_prompt_tokens": "prompt_tokens",
+    "avg_share_uncompressed": "share_uncompressed",
+}
+# Of our entry; what is not there is unknown.
+_ENTRY = {
+    "schema": int, "command": str, "commit": str, "date": str, "python": str, "versions": dict,
+    "hardware": dict, "model": str, "answers": str, "samples": str, "results": str,
+}  # fmt: skip
+_STDERR = ("_stderr", "_stderr_clt", "_stderr_clustered")
+
+
+class NotResults(ValueError):
+    """A file that cannot be read as results; the reason in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +87,10 @@ class Results:
     files: pd.DataFrame
     unreadable: tuple[Unreadable, ...] = ()
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """A sentence each file that was not read."""
-        return tuple(f"not read: {file.path}: {file.reason}" for file in self.unreadable)
+
+def not_read(unreadable: Iterable[Unreadable]) -> tuple[str, ...]:
+    """A sentence each file."""
+    return tuple(f"not read: {file.path}: {file.reason}" for file in unreadable)
 
 
 def gather(results: Iterable[str]) -> Results:
@@ -110,32 +132,27 @@ def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
         If a path does not exist, nothing could be read, or one cell has two scores.
     """
     given = [Path(path) for path in paths]
-    found, unreadable = _found(given)
+    endings = (SUFFIX, *(f"{SUFFIX}{suffix}" for suffix in _LEFT_BEHIND))
+    paths, unreadable = find_files(given, endings, _NOT_SEARCHED)
     rows: list[dict[str, Any]] = []
     files: list[dict[str, Any]] = []
-    for path in found:
-        left = _LEFT_BEHIND.get(path.suffix)
+    for path in paths:
         try:
-            if left is not None:
-                raise NotResults(left)
-            file = read_file(path, all_metrics)
+            about, of_file, without = _read(path, all_metrics)
         except NotResults as error:
             unreadable.append(Unreadable(str(path), str(error)))
             continue
-        rows += [_measured(row, len(files)) for row in file.rows]
-        files.append(file.about)
+        place = len(files)
+        measured = {"seeds": 1, "source": "measured", "file": place, "files_of": (place,)}
+        rows += [row | measured for row in of_file]
+        files.append(about)
         unreadable += [
-            Unreadable(str(path), f"its task {task} has no score that counts")
-            for task in file.without_score
+            Unreadable(str(path), f"its task {task} has no score that counts") for task in without
         ]
     if not rows:
         raise UserError(_nothing(given, unreadable))
     cells = cells_frame(labelled(counted_once(named(rows), files)))
     return Results(cells, _files(files), tuple(unreadable))
-
-
-def _measured(row: dict[str, Any], file: int) -> dict[str, Any]:
-    return row | {"seeds": 1, "source": "measured", "file": file, "files_of": (file,)}
 
 
 def _files(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -144,14 +161,36 @@ def _files(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return frame.assign(schema=frame["schema"].astype("Int64"), changed=frame["changed"].eq(True))
 
 
-def _found(given: Iterable[Path]) -> tuple[list[Path], list[Unreadable]]:
-    """All files, each once, whichever way it was named; and folders that could not be searched."""
-    found: dict[Path, Path] = {}
+def find_files(
+    given: Iterable[Path], endings: tuple[str, ...], left_out: Collection[str]
+) -> tuple[list[Path], list[Unreadable]]:
+    """All files, each once, whichever way it was named; and folders that could not be searched.
+
+    Parameters
+    ----------
+    given : iterable of Path
+        Files, and folders that are searched.
+    endings : tuple of str
+        How the names of files in folders end.
+    left_out : collection of str
+        Names of folders below them that are not searched.
+
+    Raises
+    ------
+    UserError
+        If a path does not exist.
+    """
+    files: dict[Path, Path] = {}
     closed: list[Unreadable] = []
 
     def note(error: OSError) -> None:
         reason = f"the folder cannot be searched ({error.strerror})"
         closed.append(Unreadable(str(error.filename), reason))
+
+    def search(folder: Path) -> Iterator[Path]:
+        for place, folders, names in os.walk(folder, onerror=note):
+            folders[:] = [name for name in folders if name not in left_out]
+            yield from (Path(place) / name for name in names if name.endswith(endings))
 
     for path in given:
         if not path.exists():
@@ -159,16 +198,9 @@ def _found(given: Iterable[Path]) -> tuple[list[Path], list[Unreadable]]:
                 f"{path}: there is no such file or folder; give results files, folders that hold "
                 f"some, or the word {PAPER}"
             )
-        for file in sorted(_search(path, note)) if path.is_dir() else [path]:
-            found.setdefault(file.resolve(), file)
-    return list(found.values()), closed
-
-
-def _search(folder: Path, note: Callable[[OSError], None]) -> Iterator[Path]:
-    names = (SUFFIX, *(f"{SUFFIX}{suffix}" for suffix in _LEFT_BEHIND))
-    for place, folders, files in os.walk(folder, onerror=note):
-        folders[:] = [name for name in folders if name not in _NOT_SEARCHED]
-        yield from (Path(place) / name for name in files if name.endswith(names))
+        for file in sorted(search(path)) if path.is_dir() else [path]:
+            files.setdefault(file.resolve(), file)
+    return list(files.values()), closed
 
 
 def _nothing(given: list[Path], unreadable: list[Unreadable]) -> str:
@@ -183,3 +215,232 @@ def _nothing(given: list[Path], unreadable: list[Unreadable]) -> str:
         f"{where}: nothing here could be read, {len(unreadable)} tried, first {first.path}: "
         f"{first.reason}"
     )
+
+
+# --- one file ------------------------------------------------------------------------------------
+
+
+def _read(path: Path, all_metrics: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """What a results file says of its making; a row a task, or a score; tasks without a score.
+
+    Raises
+    ------
+    NotResults
+        If it cannot be read.
+    """
+    if (left := _LEFT_BEHIND.get(path.suffix)) is not None:
+        raise NotResults(left)
+    content = _content(path)
+    entry = _entry(content)
+    config = _dict(content, "config")
+    settings = _settings(config.get("model_args"))
+    # A group's line repeats its tasks.
+    groups = {name for name, tasks in _dict(content, "group_subtasks").items() if tasks}
+    tasks = [task for task in _dict(content, "results") if task not in groups]
+    scored = {task: rows for task in tasks if (rows := _scored(content, task))}
+    if not scored:
+        raise NotResults("it holds no scores")
+    where = {"model": _model(entry, settings, content, path), **_method(settings, config)}
+    measured = _measured(content, len(tasks))
+    rows = [
+        {**where, **measured, **row, "samples_files": _samples_files(path, task)}
+        for task, scores in scored.items()
+        for row in (scores if all_metrics else scores[:1])
+    ]
+    without = [task for task in tasks if task not in scored]
+    return _about(path, content, entry, config), rows, without
+
+
+def _content(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotResults(f"it cannot be opened ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise NotResults("it is no UTF-8 text") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise NotResults(f"it is no JSON, or was cut off ({error})") from error
+    if not isinstance(content, dict) or "results" not in content:
+        raise NotResults("it is JSON, but no lmms-eval results file: it has no entry results")
+    return content
+
+
+def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
+    entry = content.get(OURS, {})
+    if not isinstance(entry, dict):
+        raise NotResults(f"its entry {OURS} is no mapping")
+    for name, kind in _ENTRY.items():
+        value = entry.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise NotResults(f"its entry {OURS} has {name}={value!r}: it must be {kind.__name__}")
+        # First of all: what follows may look otherwise in a newer one.
+        if name == "schema" and (value or 0) > SCHEMA:
+            raise NotResults(
+                f"it has schema {value} and this version reads up to {SCHEMA}: update sparsemm-eval"
+            )
+    return entry
+
+
+def _dict(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = content.get(name) or {}
+    if not isinstance(found, dict):
+        raise NotResults(f"its entry {name} is no mapping")
+    return found
+
+
+def parse_model_args(text: str) -> dict[str, Any]:
+    """``name=value,…`` with numbers as numbers."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    return {name: _value(value) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _settings(model_args: Any) -> dict[str, Any]:
+    if isinstance(model_args, dict):
+        return dict(model_args)
+    if model_args is None or isinstance(model_args, str):
+        return parse_model_args(model_args or "")
+    raise NotResults(f"its config.model_args is {model_args!r}: it must be text or a mapping")
+
+
+def _method(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Method and its settings; a model that states none is a method of its own.
+
+    Whether another program's model compresses its cache, its results file does not say.
+    """
+    method = settings.get("method", config.get("model") or "unknown")
+    numbers = ("budget", "ratio", "seed", "window")
+    found = {name: number(settings.get(name)) for name in numbers}
+    if method == "fullkv":
+        found["budget"] = None
+    found["allocation"] = settings.get("allocation")
+    return {"method": str(method), "settings": dict(settings), **found}
+
+
+def _model(
+    entry: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    content: Mapping[str, Any],
+    path: Path,
+) -> str:
+    """The name in the grid, or the checkpoint's; older files say neither, but their folder does."""
+    pretrained = settings.get("pretrained") or settings.get("model")
+    if entry.get("model"):
+        return entry["model"]
+    folder = path.absolute().parent
+    if folder.parent.name == "cells":  # a sweep's: cells/MODEL/…
+        return folder.name
+    if pretrained:
+        return last_part(str(pretrained))
+    if folder.name == "cells":  # the demo's: MODEL/cells/…, MODEL/mask/cells/…
+        parent = folder.parent
+        return (parent.parent if parent.name == "mask" else parent).name
+    return last_part(str(content.get("model_name") or _dict(content, "config").get("model")))
+
+
+def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
+    """A row a metric that has a score, the one that counts first.
+
+    That is the paper's of a benchmark of the paper, else the first that the task names.
+    """
+    scores: dict[str, tuple[float, float | None]] = {}
+    for metric, pair in scores_of(_dict(_dict(content, "results"), task)):
+        scores.setdefault(metric, pair)
+    benchmark = find_benchmark(task)
+    listed = _dict(_dict(content, "configs"), task).get("metric_list")
+    named = [one.get("metric") for one in listed or () if isinstance(one, Mapping)]
+    first = [*([] if benchmark is None else [benchmark.metric]), *named, *scores]
+    rising = _dict(_dict(content, "higher_is_better"), task)
+    counts = _dict(_dict(content, "n-samples"), task)
+    samples = number(counts.get("effective"))
+    rows = []
+    for metric in dict.fromkeys(metric for metric in first if metric in scores):
+        known = benchmark is not None and benchmark.metric == metric
+        top = top_score(task, metric, samples)
+        score, stderr = scores[metric]
+        rows.append(
+            {
+                "task": task,
+                "benchmark": task if benchmark is None else benchmark.title,
+                "metric": metric,
+                "metric_label": benchmark.label if known else metric,
+                "higher_is_better": rising.get(metric) is not False,
+                "bounded": known and benchmark.bounded,
+                "percent": known and benchmark.percent,
+                "score": score / top,
+                "stderr": None if stderr is None else stderr / top,
+                "samples": samples,
+                "expected": number(counts.get("original")),
+            }
+        )
+    return rows
+
+
+def scores_of(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float | None]]]:
+    """Each metric's score and standard error, as lmms-eval names and scales them."""
+    for name, value in values.items():
+        metric, comma, filter_name = name.partition(",")
+        if not comma or metric.endswith(_STDERR):
+            continue
+        if (score := number(value)) is not None:
+            yield metric, (score, number(values.get(f"{metric}_stderr,{filter_name}")))
+
+
+def number(value: Any) -> float | None:
+    """A number that is one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _measured(content: Mapping[str, Any], tasks: int) -> dict[str, float | None]:
+    """What was kept; unknown where a file holds several tasks, as lmms-eval adds them up."""
+    throughput = _dict(content, "throughput") if tasks == 1 else {}
+    return {name: number(throughput.get(key)) for key, name in MEASURED.items()}
+
+
+def _samples_files(path: Path, task: str) -> tuple[str, ...]:
+    found = path.with_name(f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
+    return (str(found),) if found.is_file() else ()
+
+
+def _about(
+    path: Path, content: Mapping[str, Any], entry: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    model_args = config.get("model_args")
+    lmms_eval = content.get("lmms_eval_version")
+    return {
+        "path": str(path),
+        "kind": "sparsemm-eval" if entry else "lmms-eval",
+        "schema": entry.get("schema"),
+        "command": entry.get("command"),
+        "commit": entry.get("commit") or content.get("git_hash"),
+        "date": _date(content.get("date")) or entry.get("date"),
+        "python": entry.get("python"),
+        "versions": entry.get("versions") or ({"lmms-eval": lmms_eval} if lmms_eval else {}),
+        "hardware": entry.get("hardware") or {},
+        "model_args": model_args if isinstance(model_args, str) else json.dumps(model_args),
+        "changed": "results" in entry and entry["results"] != content_hash(content),
+    }
+
+
+def _date(text: Any) -> str | None:
+    """lmms-eval's 20261122_004307 as 2026-11-22 00:43:07."""
+    day, underscore, time = str(text or "").partition("_")
+    if not (underscore and len(day) == 8 and len(time) == 6 and (day + time).isdigit()):
+        return None
+    return f"{day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}:{time[4:]}"
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a results file without our own entry, as a sweep seals it."""
+    rest = {name: value for name, value in content.items() if name != OURS}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ import pandas as pd
 
 from sparsemm_eval.report.cider import cider, plain_words, treebank_words
 from sparsemm_eval.report.names import find_benchmark
-from sparsemm_eval.report.results_file import number
+from sparsemm_eval.report.results import number
 
 # Relative; lmms-eval's own means are rounded in their last bits.
 _CLOSE = 1e-6

@@ -1,20 +1,18 @@
-"""What a score is worth: an interval a cell, and paired differences from a baseline."""
+"""What a score is worth: its interval and rank, and its paired difference from a baseline."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.baselines import BEST, baselines, ranks
 from sparsemm_eval.report.resampling import RESAMPLES, bootstrap, holm, mcnemar, sign_flips
 
-__all__ = ["add_statistics", "bootstrap", "holm", "mcnemar", "sign_flips"]
-
+BEST = "best"
 LEVEL = 0.95
 # What a comparison with the baseline adds.
 COMPARED = (
@@ -24,16 +22,8 @@ COMPARED = (
 Pair = tuple[Hashable, Hashable]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The first of two cells minus the second, over the documents that both have."""
-
-    difference: float
-    low: float
-    high: float
-    documents: int
-    p: float
-    test: str
+# By pair: the first of two cells minus the second, over the documents that both have.
+_Compared = dict[Pair, dict[str, Any]]
 
 
 def add_statistics(
@@ -85,7 +75,7 @@ def add_statistics(
     baseline_of = baselines(cells, against)
     place = {cell: number for number, cell in enumerate(cells.index)}
     ends: dict[Hashable, tuple[float, float]] = {}
-    compared: dict[Pair, Comparison] = {}
+    compared: _Compared = {}
     scored = scores[scores["cell"].isin(cells.index)]
     group_of = cells.groupby(["model", "task"], dropna=False, sort=False).ngroup()
     for _, some in scored.groupby(scored["cell"].map(group_of), sort=False):
@@ -99,14 +89,13 @@ def add_statistics(
         intervals, differences = _resample(matrix, sorted(pairs), level, resamples, seed)
         ends |= intervals
         compared |= differences
-    corrected = holm(np.array([one.p for one in compared.values()]))
-    corrected_of = dict(zip(compared, enumerate(corrected), strict=True))
+    corrected = holm(np.array([one["p"] for one in compared.values()]))
+    for number, one in enumerate(compared.values()):
+        one |= {"comparison": number, "p_corrected": corrected[number]}
     rows = []
     for cell, other in baseline_of.items():
-        row = {"low": np.nan, "high": np.nan, "baseline": "", "test": ""}
-        row |= dict(zip(("low", "high"), ends.get(cell, ()), strict=False))
-        row |= _against(cells, cell, other, compared, corrected_of)
-        rows.append(row)
+        low, high = ends.get(cell, (np.nan, np.nan))
+        rows.append({"low": low, "high": high, **_against(cells, cell, other, compared)})
     added = pd.DataFrame(rows, index=cells.index)
     counts = added["p_corrected"] < 1 - level
     gain = added["difference"].where(cells["higher_is_better"], -added["difference"])
@@ -119,33 +108,25 @@ def add_statistics(
 
 
 def _against(
-    cells: pd.DataFrame,
-    cell: Hashable,
-    other: Hashable | None,
-    compared: dict[Pair, Comparison],
-    corrected: dict[Pair, tuple[int, float]],
-) -> dict[str, float | str]:
+    cells: pd.DataFrame, cell: Hashable, other: Hashable | None, compared: _Compared
+) -> dict[str, Any]:
     """What a cell's row says of its baseline."""
-    numbers = (
-        "difference", "difference_low", "difference_high", "pairs", "p", "comparison",
-        "p_corrected",
-    )  # fmt: skip
-    row: dict[str, float | str] = dict.fromkeys(numbers, np.nan)
+    row = dict.fromkeys(COMPARED[:-2], np.nan) | {"baseline": "", "test": ""}
     if other is None:
         return row
     row["baseline"] = cells.at[other, "label"]
-    pair, sign = ((cell, other), 1) if (cell, other) in compared else ((other, cell), -1)
-    if pair not in compared:
-        return row | {"difference": _plain_difference(cells, cell, other)}
-    one = compared[pair]
-    low, high = sorted((sign * one.low, sign * one.high))
-    values = (sign * one.difference, low, high, one.documents, one.p, *corrected[pair])
-    return row | dict(zip(numbers, values, strict=True)) | {"test": one.test}
+    if (cell, other) in compared:
+        return row | compared[cell, other]
+    if (turned := compared.get((other, cell))) is not None:
+        low, high = -turned["difference_high"], -turned["difference_low"]
+        ends = {"difference_low": low, "difference_high": high}
+        return row | turned | {"difference": -turned["difference"], **ends}
+    return row | {"difference": _plain_difference(cells, cell, other)}
 
 
 def _resample(
     matrix: pd.DataFrame, pairs: list[Pair], level: float, resamples: int, seed: int
-) -> tuple[dict[Hashable, tuple[float, float]], dict[Pair, Comparison]]:
+) -> tuple[dict[Hashable, tuple[float, float]], _Compared]:
     """Intervals of one model's cells on one task, and comparisons of pairs of them.
 
     Parameters
@@ -176,14 +157,14 @@ def _resample(
     return (
         dict(zip(matrix.columns, zip(low, high, strict=True), strict=False)),
         {
-            pair: Comparison(
-                difference=float(means[cells + number]),
-                low=float(low[cells + number]),
-                high=float(high[cells + number]),
-                documents=int(shared[number]),
-                p=float(p[cells + number]),
-                test="McNemar" if binary[number] else "permutation",
-            )
+            pair: {
+                "difference": float(means[cells + number]),
+                "difference_low": float(low[cells + number]),
+                "difference_high": float(high[cells + number]),
+                "pairs": int(shared[number]),
+                "p": float(p[cells + number]),
+                "test": "McNemar" if binary[number] else "permutation",
+            }
             for number, pair in enumerate(pairs)
             if shared[number]
         },
@@ -206,3 +187,94 @@ def _plain_difference(cells: pd.DataFrame, cell: Hashable, other: Hashable) -> f
     if pd.notna(one) and pd.notna(two) and one != two:
         return np.nan
     return cells.at[cell, "score"] - cells.at[other, "score"]
+
+
+def ranks(cells: pd.DataFrame) -> pd.Series:
+    """Place of each cell among its rivals, 1 the best; ties share one, the next follows at once.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Of `results.load`, seeds joined.
+
+    Returns
+    -------
+    Series
+        By the index of `cells`; NaN for what has no rival.
+    """
+    found = pd.Series(float("nan"), index=cells.index)
+    for _, rivals in _columns(cells):
+        if len(rivals) > 1:
+            found[rivals.index] = _gain(rivals).round(9).rank(method="dense", ascending=False)
+    return found
+
+
+def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashable | None]:
+    """The cell that each cell is compared with, or None.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        Of `results.load`, seeds joined.
+    against : str
+        "best", "fullkv", or a method by name or label.
+
+    Returns
+    -------
+    dict
+        Labels of the index of `cells`, in its order.
+
+    Raises
+    ------
+    ValueError
+        If `against` is no method of the cells, or several at one budget.
+    """
+    found: dict[Hashable, Hashable | None] = dict.fromkeys(cells.index)
+    if against == BEST:
+        for here, rivals in _columns(cells):
+            gains = _gain(rivals).sort_values(ascending=False, kind="stable")
+            best = list(gains.index[:2])
+            for cell in here.index:
+                found[cell] = next((other for other in best if other != cell), None)
+        return found
+    chosen = cells["label"].eq(against)
+    chosen = chosen if chosen.any() else cells["method"].eq(against)
+    if not chosen.any():
+        known = sorted(set(cells["method"]) | set(cells["label"]))
+        raise UserError(f"against={against}: it must be {BEST} or one of {', '.join(known)}")
+    for _, group in _groups(cells):
+        candidates = group[chosen[group.index]]
+        for cell, budget in group["budget"].items():
+            there = candidates[candidates["budget"].isna() | candidates["budget"].eq(budget)]
+            if len(there) > 1:
+                several = ", ".join(there["label"])
+                raise UserError(f"against={against}: it is several here, name one of {several}")
+            if len(there) and there.index[0] != cell:
+                found[cell] = there.index[0]
+    return found
+
+
+def _gain(cells: pd.DataFrame) -> pd.Series:
+    """Scores, turned round where lower is better."""
+    return cells["score"].where(cells["higher_is_better"], -cells["score"])
+
+
+def _groups(cells: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:
+    """One model's cells on one task; the paper's are no rivals of what was measured."""
+    measured = cells["source"].eq("measured").rename("measured")
+    return iter(cells.groupby(["model", "benchmark", "task", measured], dropna=False, sort=False))
+
+
+def _columns(cells: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """What compresses a model's cache on a task to one budget: all cells, rivals.
+
+    Full KV and models of other tools are neither. A cell with fewer samples than the others is
+    no rival of theirs.
+    """
+    compressed = cells[
+        cells["budget"].notna() & cells["score"].notna() & cells["method"].ne("fullkv")
+    ]
+    for _, group in _groups(compressed):
+        for _, here in group.groupby("budget"):
+            samples = here["samples"]
+            yield here, here[samples.isna() | samples.eq(samples.max())]

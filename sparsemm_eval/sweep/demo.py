@@ -25,18 +25,12 @@ from sparsemm_eval.report.figures.style import save
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.names import top_score
 from sparsemm_eval.report.page import write_page
+from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import (
-    applicable,
-    kept_table,
-    overview_table,
-    paper_table,
-    score_tables,
-    to_markdown,
-)
+from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
 from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from report.made import write_grid
 
-from sparsemm_eval.report.cells import COLUMNS, cells_frame
+from sparsemm_eval.report.cells import COLUMNS, Filters, cells_frame
 from sparsemm_eval.report.figures import draw_scores
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import (
@@ -29,7 +29,6 @@ from sparsemm_eval.report.figures.style import (
 )
 from sparsemm_eval.report.names import labels_in_order
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.selection import Filters
 
 VICUNA = "LLaVA-NeXT-Vicuna-7B"
 BUDGETS = (64, 128, 256)

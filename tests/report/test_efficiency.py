@@ -7,11 +7,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from sparsemm_eval.report.cells import Filters
 from sparsemm_eval.report.efficiency import gather_efficiency, read_efficiency
 from sparsemm_eval.report.figures import draw_efficiency
 from sparsemm_eval.report.figures.efficiency import efficiency_curves
 from sparsemm_eval.report.paper import paper_efficiency
-from sparsemm_eval.report.selection import Filters
 
 LENGTHS = (2048, 8192, 32768)
 VICUNA = "LLaVA-NeXT-Vicuna-7B"

@@ -11,7 +11,7 @@ from report.scored import cell
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import FORMATS, Table, to_format
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.tables import paper_table
+from sparsemm_eval.report.paper_tables import paper_table
 
 
 @pytest.fixture

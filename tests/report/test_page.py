@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.report.page import write_page
-from sparsemm_eval.report.page.differences import target
-from sparsemm_eval.report.page.images import Images
+from sparsemm_eval.report.page.samples import Images, target
 from sparsemm_eval.report.results import gather
 
 WRONG = ["no"] * 4

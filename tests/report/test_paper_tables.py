@@ -13,8 +13,8 @@ from report.scored import by_name, cell, coins, frames
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import applicable, paper_table
 
 FILES = {
     "table1": "table1_ratio_ablation.csv",

@@ -10,8 +10,7 @@ from report.scored import by_name
 
 from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.results import load
-from sparsemm_eval.report.results_file import parse_model_args
+from sparsemm_eval.report.results import load, parse_model_args
 from sparsemm_eval.report.tables import (
     kept_table,
     overview_table,

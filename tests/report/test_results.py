@@ -12,8 +12,7 @@ import pytest
 from sparsemm_eval.report.cells import COLUMNS, join_seeds
 from sparsemm_eval.report.names import BENCHMARKS, find_benchmark
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results import FILE_COLUMNS, Results, gather, load
-from sparsemm_eval.report.results_file import content_hash
+from sparsemm_eval.report.results import FILE_COLUMNS, Results, content_hash, gather, load
 
 QWEN = "pretrained=Qwen/Qwen2-VL-7B-Instruct"
 

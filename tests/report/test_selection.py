@@ -5,8 +5,7 @@ import re
 import pytest
 from report.scored import cell
 
-from sparsemm_eval.report.cells import cells_frame
-from sparsemm_eval.report.selection import Filters
+from sparsemm_eval.report.cells import Filters, cells_frame
 
 
 @pytest.fixture

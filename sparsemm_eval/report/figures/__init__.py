@@ -9,21 +9,18 @@ from pathlib import Path
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.cells import Filters, join_seeds
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.figures.efficiency import efficiency_curves
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import check_formats, save
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results import PAPER, gather
+from sparsemm_eval.report.results import PAPER, gather, not_read
 from sparsemm_eval.report.samples import score_samples
-from sparsemm_eval.report.selection import Filters
 from sparsemm_eval.report.statistics import add_statistics
 
 OVER = {"budget": "budget", "kept": "kept_tokens_per_head"}
 KINDS = (*OVER, "efficiency", "heads")
-
-
 _ALL = Filters()
 
 
@@ -83,7 +80,7 @@ def draw_scores(
             "take kind=budget"
         )
     found = gather(results)
-    notes = [*found.notes]
+    notes = [*not_read(found.unreadable)]
     cells = filters.apply(join_seeds(found.cells))
     scored = score_samples(cells)
     notes += scored.notes
@@ -136,6 +133,5 @@ def draw_efficiency(
         )
     words = [*results, PAPER] if paper and PAPER not in results else results
     found = gather_efficiency(words)
-    notes = [f"not read: {file.path}: {file.reason}" for file in found.unreadable]
     figure = efficiency_curves(filters.apply(found.rows))
-    return DrawnFiles((*save(figure, out / "efficiency", formats),), (*notes,))
+    return DrawnFiles((*save(figure, out / "efficiency", formats),), not_read(found.unreadable))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +18,12 @@ from sparsemm_eval.report.figures.style import to_svg
 from sparsemm_eval.report.layouts import LAYOUTS
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.names import MODEL_NAMES
-from sparsemm_eval.report.page.differences import Visuals, browse, find_differences
-from sparsemm_eval.report.page.leaderboard import leaderboard
-from sparsemm_eval.report.page.runs import runs
+from sparsemm_eval.report.page.leaderboard import leaderboard, runs
+from sparsemm_eval.report.page.samples import Visuals, browse, find_differences
+from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.results import Results
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import applicable, paper_table
 
 TITLE = "KV-cache compression of vision-language models"
 _CURVES = {
@@ -147,25 +145,10 @@ def _text(name: str) -> str:
     return (files("sparsemm_eval.report.page") / name).read_text(encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class TableOnPage:
-    """A table; `html` is the finished element, or `lack` says why there is none."""
-
-    title: str
-    html: str = ""
-    lack: str = ""
-
-
-@dataclass(frozen=True)
-class FigureOnPage:
-    """A figure; `uri` holds all of it, as an image of its own so that no names of two clash."""
-
-    title: str
-    uri: str
-
-
-def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[TableOnPage]:
+def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[dict[str, str]]:
     """The paper's tables that these cells fill at least in part; else all cells in one.
+
+    Each has a title and html, the finished element, or lack, which says why there is none.
 
     Parameters
     ----------
@@ -182,15 +165,18 @@ def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[TableOnPage]:
         title = "All cells" if like is None else LAYOUTS[like].title
         try:
             table = paper_table(cells, scores, like, show)
-        except ValueError as error:
-            made.append(TableOnPage(title, lack=f"It was left out: {error}."))
+        except UserError as error:
+            made.append({"title": title, "html": "", "lack": f"It was left out: {error}."})
         else:
-            made.append(TableOnPage(title, to_format(table, "html")))
+            made.append({"title": title, "html": to_format(table, "html")})
     return made
 
 
-def _figures(cells: pd.DataFrame) -> list[FigureOnPage]:
+def _figures(cells: pd.DataFrame) -> list[dict[str, str]]:
     """Score over budget and over what was kept, where there are curves to draw.
+
+    Each has a title and a uri that holds all of it, as an image of its own so that no names of two
+    clash.
 
     Parameters
     ----------
@@ -203,5 +189,5 @@ def _figures(cells: pd.DataFrame) -> list[FigureOnPage]:
         if some["budget"].notna().any():
             svg = to_svg(score_curves(some, over))
             uri = b64encode(svg.encode("utf-8")).decode("ascii")
-            drawn.append(FigureOnPage(title, f"data:image/svg+xml;base64,{uri}"))
+            drawn.append({"title": title, "uri": f"data:image/svg+xml;base64,{uri}"})
     return drawn

@@ -1,4 +1,4 @@
-"""The leaderboard: one row a cell."""
+"""The leaderboard, one row a cell, and the runs that its numbers lead to."""
 
 from __future__ import annotations
 
@@ -38,48 +38,6 @@ class Field:
     text: str
     sort: str = ""
     mark: str = ""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A cell in the leaderboard.
-
-    Parameters
-    ----------
-    samples : int
-        The cell whose samples are looked at, where some are unlike full KV's.
-    model, benchmark, method, budget : str
-        What it is filtered by.
-    fields : tuple of Field
-        One a column.
-    unlike : Field
-        How many answers are not full KV's.
-    runs : tuple of int
-        Numbers of its results files, from 1.
-    source : str
-        Where a number is from that no file holds.
-    """
-
-    samples: int | None
-    model: str
-    benchmark: str
-    method: str
-    budget: str
-    fields: tuple[Field, ...]
-    unlike: Field
-    runs: tuple[int, ...]
-    source: str
-
-
-@dataclass(frozen=True)
-class Leaderboard:
-    """All rows, and what they can be filtered by."""
-
-    columns: tuple[Column, ...]
-    rows: tuple[Row, ...]
-    filters: Mapping[str, tuple[str, ...]]
-    explanation: str
-    has_samples: bool
 
 
 _BASELINES = {"best": "the best other method at the same budget", "fullkv": "full KV"}
@@ -134,7 +92,7 @@ def choices(cells: pd.DataFrame) -> pd.DataFrame:
 
 def leaderboard(
     cells: pd.DataFrame, unlike: Mapping[int, tuple[int, int, int]], against: str
-) -> Leaderboard:
+) -> dict[str, Any]:
     """Lay cells out as rows.
 
     Parameters
@@ -145,54 +103,57 @@ def leaderboard(
         By index of a cell, of `Differences.counts`.
     against : str
         What the baseline is, as for `add_statistics`.
+
+    Returns
+    -------
+    dict
+        As the page's template reads it: columns, rows, filters (what they can be filtered by),
+        baseline (in words), has_samples.
     """
     cells = by_budget(cells)
     named = choices(cells)
-    filters = {
-        name: tuple(dict.fromkeys(named.loc[in_order(cells, by).index, name]))
-        for name, by in CHOICES.items()
+    rows = zip(cells.iterrows(), named.to_dict("records"), strict=True)
+    return {
+        "columns": COLUMNS,
+        "rows": [_row(cell, names, unlike.get(index)) for (index, cell), names in rows],
+        "filters": {
+            name: list(dict.fromkeys(named.loc[in_order(cells, by).index, name]))
+            for name, by in CHOICES.items()
+        },
+        "baseline": _BASELINES.get(against, against),
+        "has_samples": bool(unlike),
     }
-    rows = tuple(
-        _row(cell, names, unlike.get(index))
-        for (index, cell), names in zip(
-            cells.iterrows(), named.itertuples(index=False), strict=True
-        )
-    )
-    baseline = _BASELINES.get(against, against)
-    explanation = (
-        "Each row is a cell: one model and method on one benchmark, at one budget. Differences are "
-        f"from {baseline}, over the same samples; significant ones are coloured."
-    )
-    return Leaderboard(COLUMNS, rows, filters, explanation, bool(unlike))
 
 
-def _row(cell: pd.Series, names: Any, unlike: tuple[int, int, int] | None) -> Row:
+def _row(
+    cell: pd.Series, names: Mapping[str, str], unlike: tuple[int, int, int] | None
+) -> dict[str, Any]:
+    """A cell: what it is filtered by, its fields, its runs, and which samples it leads to."""
     differ, compared, first = unlike or (None, None, None)
     mark = "better" if cell["better"] else "worse" if cell["worse"] else ""
-    fields = (
-        Field(names.model),
-        Field(f"{names.benchmark} ({cell['metric_label']})"),
-        Field(names.method),
-        Field(names.budget, _FIRST if pd.isna(cell["budget"]) else names.budget),
-        _number(cell["score"], lambda value: f"{value:.3f}{_spread(cell)}"),
-        _interval(cell["low"], cell["high"]),
-        _difference(cell, mark),
-        _number(cell["p_corrected"], _p_value),
-        Field("" if pd.isna(cell["baseline"]) else str(cell["baseline"])),
-        _number(cell["kept_tokens_per_head"], "{:,.1f}".format),
-        _number(cell["kept_kv_bytes"] / 2**20, "{:,.3g}".format),
-        _count(cell),
-    )  # fmt: skip
-    shown = Field("")
-    if unlike:
-        words = f"{differ}" if compared == cell["samples"] else f"{differ} of {compared}"
-        shown = _number(differ, lambda _: words)
-    measured = cell["source"] == "measured"
-    return Row(
-        first if differ else None, *names, fields, shown,
-        tuple(number + 1 for number in cell["files_of"]) if measured else (),
-        "" if measured else f"paper, {cell['source']}",
-    )  # fmt: skip
+    budget, measured = names["budget"], cell["source"] == "measured"
+    words = f"{differ}" if compared == cell["samples"] else f"{differ} of {compared}"
+    return {
+        **names,
+        "fields": (
+            Field(names["model"]),
+            Field(f"{names['benchmark']} ({cell['metric_label']})"),
+            Field(names["method"]),
+            Field(budget, _FIRST if pd.isna(cell["budget"]) else budget),
+            _number(cell["score"], lambda value: f"{value:.3f}{_spread(cell)}"),
+            _interval(cell["low"], cell["high"]),
+            _difference(cell, mark),
+            _number(cell["p_corrected"], _p_value),
+            Field("" if pd.isna(cell["baseline"]) else str(cell["baseline"])),
+            _number(cell["kept_tokens_per_head"], "{:,.1f}".format),
+            _number(cell["kept_kv_bytes"] / 2**20, "{:,.3g}".format),
+            _count(cell),
+        ),
+        "unlike": _number(differ, lambda _: words),
+        "samples": first if differ else None,
+        "runs": [number + 1 for number in cell["files_of"]] if measured else [],
+        "source": "" if measured else f"paper, {cell['source']}",
+    }
 
 
 def _number(value: Any, form: Callable[[Any], str]) -> Field:
@@ -236,3 +197,54 @@ def _count(cell: pd.Series) -> Field:
     return _number(
         scored, lambda value: f"{value:,.0f} of {expected:,.0f}" if partial else f"{value:,.0f}"
     )
+
+
+def runs(files: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
+    """Number results files as the leaderboard does, and what made them, each once.
+
+    Parameters
+    ----------
+    files : DataFrame
+        Of `sparsemm_eval.report.results.load`.
+
+    Returns
+    -------
+    dict
+        As the page's template reads it: rows, a results file each; makers, with the command (""
+        where no file says it) and facts: commit, Python, versions and hardware as (name, value).
+    """
+    makers: dict[tuple, int] = {}
+    rows = []
+    for number, file in files.iterrows():
+        maker = (_text(file["command"]), tuple(_facts(file)))
+        rows.append(
+            {
+                "number": int(number) + 1,
+                "path": str(file["path"]),
+                "tool": _text(file["kind"]),
+                "settings": _text(file["model_args"]).replace(",", ", "),
+                "date": _text(file["date"]),
+                "commit": _text(file["commit"]),
+                "changed": bool(file["changed"]),
+                "made_by": makers.setdefault(maker, len(makers) + 1),
+            }
+        )
+    listed = [{"command": command, "facts": facts} for command, facts in makers]
+    return {"rows": rows, "makers": listed}
+
+
+def _facts(file: pd.Series) -> list[tuple[str, str]]:
+    facts = [(name, _text(file[name])) for name in ("commit", "python")]
+    for name in ("versions", "hardware"):
+        if isinstance(file[name], Mapping):
+            facts += [(key, _text(value)) for key, value in file[name].items()]
+    facts.append(("schema", _text(file["schema"])))
+    return [(name.replace("_", " "), value) for name, value in facts if value]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_text(each)}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return "" if value is None or pd.isna(value) else str(value)

@@ -1,8 +1,10 @@
-"""Samples whose answer is not full KV's, as the page's own script reads them."""
+"""Samples whose answer is not full KV's, as the page's own script reads them, and their images."""
 
 from __future__ import annotations
 
+import io
 from ast import literal_eval
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +13,11 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
-from sparsemm_eval.report.page.images import Images
 from sparsemm_eval.report.page.leaderboard import by_budget, choices
-from sparsemm_eval.report.samples import read_samples
+from sparsemm_eval.report.samples import NoScores, read_samples
 
+LONGEST_SIDE = 384  # pixels of an image
+_QUALITY = 60  # text stays legible
 Visuals = Callable[[str, Sequence[int]], Mapping[int, Sequence[Image.Image]]]
 _ALL_EQUAL = "No answer differs from full KV's."
 _NOTHING_TO_COMPARE = (
@@ -105,7 +108,7 @@ def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
     for index, cell in measured.iterrows():
         try:
             samples[index] = _by_document(cell["samples_files"])
-        except ValueError as error:
+        except NoScores as error:
             notes[f"Not compared: {error}."] = None
     found = []
     for index, cell in by_budget(measured[~full]).iterrows():
@@ -262,3 +265,51 @@ def target(line: Mapping[str, Any]) -> str:
     except (ValueError, SyntaxError):
         return text
     return "\n".join(dict.fromkeys(map(str, entries)))
+
+
+class Images:
+    """Images of a page, equal ones kept once.
+
+    Attributes
+    ----------
+    kept : list of tuple
+        (data URI, width, height) of each, in pixels.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, int, int]] = []
+        self._places: dict[str, int] = {}
+
+    def add(self, image: Image.Image) -> int:
+        """Take an image in, and return its place in `kept`."""
+        image = _small(image)
+        uri = _data_uri(image)
+        if uri not in self._places:
+            self._places[uri] = len(self.kept)
+            self.kept.append((uri, *image.size))
+        return self._places[uri]
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """In plain colours or greys, its longest side at most `LONGEST_SIDE`."""
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGBA")
+        paper = Image.new("RGBA", image.size, "white")  # what is transparent is read on white
+        image = Image.alpha_composite(paper, image).convert("RGB")
+    longest = max(image.size)
+    if longest <= LONGEST_SIDE:
+        return image
+    size = tuple(max(1, round(side * LONGEST_SIDE / longest)) for side in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _data_uri(image: Image.Image) -> str:
+    """As WebP or PNG, whichever is smaller."""
+    forms = {"webp": {"quality": _QUALITY, "method": 4}, "png": {}}
+    files = {}
+    for form, options in forms.items():
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        files[form] = file.getvalue()
+    form = min(files, key=lambda name: len(files[name]))
+    return f"data:image/{form};base64,{b64encode(files[form]).decode('ascii')}"
