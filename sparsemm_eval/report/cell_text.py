@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
@@ -25,7 +26,6 @@ SHOWN = {
     "spread": "spread",
 }
 _DIGITS = 3
-_SHIFT = {(1, 100): -2, (100, 1): 2}  # decimals, from one factor of the score to another
 
 
 def checked_shown(names: Sequence[str]) -> tuple[str, ...]:
@@ -46,34 +46,26 @@ def checked_shown(names: Sequence[str]) -> tuple[str, ...]:
 
 def with_paper(cells: pd.DataFrame, like: str | None) -> pd.DataFrame:
     """Add the paper's score of the same model, benchmark, method, budget and ratio: paper_score,
-    paper_source; NaN and "" where it has none, and for the paper's own cells.
+    paper_source, paper_digits; NaN and "" where it has none, and for the paper's own cells.
     """
     reference = paper_cells(like)
     if like is None:
         reference = reference[~reference["source"].isin(("table1", "table2"))]
-    printed = {
-        _key(row): (row["score"], row["source"], row["digits"])
-        for row in reference.to_dict("records")
-    }
-    found = [
-        printed.get(_key(row), (None, "", None))
-        if row["source"] == "measured"
-        else (None, "", None)
-        for row in cells.to_dict("records")
-    ]
-    score, source, digits = zip(*found, strict=True) if found else ((), (), ())
+    key = ["model", "benchmark", "method", "budget", "ratio"]
+    reference = reference.assign(ratio=_ratio(reference)).drop_duplicates(key, keep="last")
+    wanted = cells[key].assign(ratio=_ratio(cells))
+    same = wanted.merge(reference, how="left", on=key).set_axis(cells.index)
+    same = same.where(cells["source"].eq("measured"))
     return cells.assign(
-        paper_score=pd.Series(score, index=cells.index, dtype=float),
-        paper_source=pd.Series(source, index=cells.index, dtype=object),
-        paper_digits=pd.Series(digits, index=cells.index, dtype="Int64"),
+        paper_score=same["score"],
+        paper_source=same["source"].fillna(""),
+        paper_digits=same["digits"],
     )
 
 
-def _key(row: Mapping) -> tuple:
-    ratio = row["ratio"] if row["method"] == "sparsemm" else 0.0
-    ratio = DEFAULTS["ratio"] if pd.isna(ratio) else float(ratio)
-    budget = None if pd.isna(row["budget"]) else float(row["budget"])
-    return row["model"], row["benchmark"], row["method"], budget, ratio
+def _ratio(cells: pd.DataFrame) -> pd.Series:
+    """SparseMM's, or its default where none is stated; 0 of other methods."""
+    return cells["ratio"].where(cells["method"].eq("sparsemm"), 0.0).fillna(DEFAULTS["ratio"])
 
 
 def with_scale(
@@ -85,25 +77,25 @@ def with_scale(
     `digits` and `percent`, where given, hold for all; CIDEr and benchmarks whose scale is not
     known are never percent.
     """
-    printed: dict[str, int] = {}
+    natural = cells["percent"] & (like is not None)
+    factor = natural if percent is None else cells["bounded"] & percent
+    # Of a score from 0 to 1; in percent two fewer are printed.
+    decimals = pd.Series(_DIGITS, index=cells.index)
     if like is not None:
         reference = paper_cells(like)
         exact = reference[~reference["source"].str.endswith("_digitised")]
-        printed = exact.groupby("benchmark")["digits"].max().to_dict()
-    factors, decimals = [], []
-    for row in cells.to_dict("records"):
-        natural = 100 if like is not None and row["percent"] else 1
-        usual = _DIGITS + _SHIFT.get((1, natural), 0)
-        places = int(printed.get(row["benchmark"], usual))
-        if like is not None and pd.notna(row["digits"]):
-            places = int(row["digits"])
-        factor = natural
-        if percent is not None:
-            factor = 100 if percent and row["bounded"] else 1
-        places += _SHIFT.get((natural, factor), 0)
-        factors.append(factor)
-        decimals.append(max(places, 0) if digits is None else digits)
-    return cells.assign(factor=factors, decimals=decimals)
+        printed = cells["benchmark"].map(exact.groupby("benchmark")["digits"].max())
+        printed = cells["digits"].astype(float).fillna(printed.astype(float)) + 2 * natural
+        decimals = printed.fillna(decimals).astype(int)
+    decimals = (decimals - 2 * factor).clip(lower=0)
+    return cells.assign(
+        factor=np.where(factor, 100, 1), decimals=decimals if digits is None else digits
+    )
+
+
+def budget_text(budget: float, none: str = "") -> str:
+    """A budget in tables and on the page; `none` for what has none, such as full KV."""
+    return none if pd.isna(budget) else f"{budget:g}"
 
 
 def cell_texts(cells: pd.DataFrame, shown: Sequence[str], plain: bool = False) -> pd.DataFrame:
@@ -139,11 +131,6 @@ def _interval(row: Mapping, plain: bool) -> str:
     return f"[{_number(row['low'], row)}, {_number(row['high'], row)}]"
 
 
-def budget_text(budget: float, none: str = "") -> str:
-    """A budget in tables and on the page; `none` for what has none, such as full KV."""
-    return none if pd.isna(budget) else f"{budget:g}"
-
-
 def _kept(row: Mapping, plain: bool) -> str:
     return "" if pd.isna(row["kept_tokens_per_head"]) else f"{row['kept_tokens_per_head']:.1f}"
 
@@ -158,7 +145,7 @@ def _bytes(row: Mapping, plain: bool) -> str:
 def _paper(row: Mapping, plain: bool) -> str:
     if pd.isna(row["paper_score"]):
         return ""
-    places = row["paper_digits"] + _SHIFT.get((100 if row["percent"] else 1, row["factor"]), 0)
+    places = row["paper_digits"] + 2 * row["percent"] - (2 if row["factor"] == 100 else 0)
     text = f"{row['paper_score'] * row['factor']:.{min(max(places, 0), row['decimals'])}f}"
     return text if plain else _digitised(row["paper_source"]) + text
 

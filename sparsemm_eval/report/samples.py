@@ -79,11 +79,6 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         raise NoScores(f"{path}: it cannot be read ({error})") from error
 
 
-def sample_scores(cells: pd.DataFrame) -> pd.DataFrame:
-    """Scores of the samples of cells: the frame of `score_samples`."""
-    return score_samples(cells).frame
-
-
 def score_samples(cells: pd.DataFrame) -> SampleScores:
     """Score the samples of cells; only of cells whose samples' mean is the cell's score.
 

@@ -45,7 +45,7 @@ def add_statistics(
     cells : DataFrame
         Of `results.load`, one row a cell, seeds joined.
     scores : DataFrame
-        Of `samples.sample_scores`: cell (label of `cells`' index), doc_id, score; several rows of
+        Of `samples.score_samples`: cell (label of `cells`' index), doc_id, score; several rows of
         one document, such as one a seed, are averaged.
     against : str
         "best": the best other compression method at the same model, task and budget; "fullkv"; or

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sparsemm_eval.report.cells import cells_frame, join_seeds
 from sparsemm_eval.report.names import BENCHMARKS
 from sparsemm_eval.report.results import Results, load
-from sparsemm_eval.report.samples import read_samples, sample_scores, score_samples
+from sparsemm_eval.report.samples import read_samples, score_samples
 from sparsemm_eval.sweep.grid import parse_grid
 from sparsemm_eval.sweep.run import run_sweep
 
@@ -81,7 +81,7 @@ def test_samples_of_joined_seeds_are_means_over_seeds(results: Results) -> None:
     assert len(joined) == 2 * len(TASKS)
     made = score_samples(joined)
     assert made.notes == ()
-    single = sample_scores(results.cells)
+    single = score_samples(results.cells).frame
     for cell in joined[joined["seeds"] == 2].itertuples():
         seeds = results.cells.index[results.cells["file"].isin(cell.files_of)]
         expected = single[single["cell"].isin(seeds)].groupby("doc_id")["score"].mean()
@@ -102,7 +102,7 @@ def test_a_plain_file_of_several_tasks_has_samples_too(swept: Path, tmp_path: Pa
         shutil.copy(samples, tmp_path / f"20260102_030405_samples_{task}.jsonl")
     (tmp_path / "20260102_030405_results.json").write_text(json.dumps(plain))
     cells = load([tmp_path]).cells
-    assert sample_scores(cells)["cell"].value_counts().to_dict() == {0: SAMPLES, 1: SAMPLES}
+    assert score_samples(cells).frame["cell"].value_counts().to_dict() == {0: SAMPLES, 1: SAMPLES}
 
 
 def test_lines_hold_question_answer_and_target(results: Results) -> None:
@@ -127,7 +127,7 @@ def write(path: Path, *lines: Any) -> Path:
 
 def test_samples_that_do_not_make_up_the_score_are_not_used(tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", {"doc_id": 0, "anls": 1.0}, {"doc_id": 1, "anls": 0.0})
-    assert len(sample_scores(cell(path, 0.5))) == 2
+    assert len(score_samples(cell(path, 0.5)).frame) == 2
     made = score_samples(cell(path, 0.75))
     assert made.frame.empty
     assert made.notes == (
@@ -177,7 +177,7 @@ def test_an_unknown_benchmarks_numbers_are_as_they_are(tmp_path: Path) -> None:
 
 def test_answers_to_a_repeated_document_are_averaged(tmp_path: Path) -> None:
     lines = [{"doc_id": doc, "anls": score} for doc, score in ((0, 1), (0, 0), (1, 1), (1, 1))]
-    made = sample_scores(cell(write(tmp_path / "s.jsonl", *lines), 0.75))
+    made = score_samples(cell(write(tmp_path / "s.jsonl", *lines), 0.75)).frame
     assert made["score"].tolist() == [0.5, 1]
 
 

@@ -95,7 +95,7 @@ def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
     cells : DataFrame
         Of `sparsemm_eval.report.results.load`, seeds not joined.
     scores : DataFrame
-        Of `sample_scores`.
+        The frame of `score_samples`.
     """
     by_sample = {
         (cell, doc): float(score)
