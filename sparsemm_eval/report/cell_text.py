@@ -106,7 +106,7 @@ def cell_texts(cells: pd.DataFrame, shown: Sequence[str], plain: bool = False) -
     cells : DataFrame
         With statistics, `with_paper` and `with_scale`.
     shown : sequence of str
-        Of `SHOWN`.
+        Names in `SHOWN`.
     plain : bool
         Without signs around numbers: no ≈, no n of a partial score.
     """

@@ -64,13 +64,13 @@ def _varied(rows: list[dict[str, Any]]) -> dict[tuple, dict[str, None]]:
     for row in rows:
         of = (row["model"], row["method"], row["task"], row["metric"], _budget(row))
         groups.setdefault(of, []).append(keyed(row["settings"]))
-    found: dict[tuple, dict[str, None]] = {}
+    varied: dict[tuple, dict[str, None]] = {}
     for (model, method, *_), settings in groups.items():
-        names = found.setdefault((model, method), {})
+        names = varied.setdefault((model, method), {})
         for name in dict.fromkeys(name for one in settings for name in one):
             if any(_of(one, name) != _of(settings[0], name) for one in settings):
                 names[name] = None
-    return found
+    return varied
 
 
 def _chosen(row: Mapping[str, Any], varied: Mapping[tuple, Mapping[str, None]]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def join_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     cells : DataFrame
-        Of `sparsemm_eval.report.results.load`.
+        As `sparsemm_eval.report.results.load` gives them.
 
     Returns
     -------
@@ -254,7 +254,7 @@ class Filters:
         Parameters
         ----------
         cells : DataFrame
-            Of `results.load`.
+            As `results.load` gives them.
 
         Returns
         -------
@@ -286,7 +286,7 @@ class Filters:
 
 
 def _has_name(cells: pd.DataFrame, name: str, words: Sequence[str]) -> pd.Series:
-    found = pd.Series(False, index=cells.index)
+    named = pd.Series(False, index=cells.index)
     for word in words:
         here = pd.Series(False, index=cells.index)
         for column in _NAMED_BY[name]:
@@ -294,5 +294,5 @@ def _has_name(cells: pd.DataFrame, name: str, words: Sequence[str]) -> pd.Series
         if not here.any():
             known = sorted({str(v) for column in _NAMED_BY[name] for v in cells[column].dropna()})
             raise UserError(f"{name}={word}: it must be of {', '.join(known)}")
-        found |= here
-    return found
+        named |= here
+    return named

@@ -44,7 +44,7 @@ def cider(
     images_with = Counter(ngram for texts in cooked.values() for ngram in set().union(*texts))
     whole = math.log(len(references)) if references else 0.0
     weights = {ngram: whole - math.log(count) for ngram, count in images_with.items()}
-    found = {}
+    scores = {}
     for image, texts in answers.items():
         vectors = [_vector(text, weights, whole) for text in cooked[image]]
         # Most n-grams of an answer are in no reference: one look says so for all of them.
@@ -54,8 +54,8 @@ def cider(
                 places.setdefault(ngram, []).append((place, weight))
         for text in dict.fromkeys(texts):
             own = _vector(_ngrams(text), weights, whole)
-            found[image, text] = 10 * _similarity(own, vectors, places) / len(vectors)
-    return found
+            scores[image, text] = 10 * _similarity(own, vectors, places) / len(vectors)
+    return scores
 
 
 def _ngrams(text: str) -> Counter[_Ngram]:
@@ -113,5 +113,5 @@ def treebank_words(texts: Sequence[str]) -> dict[str, str]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # not needed but here
 
     given = {number: [{"caption": text}] for number, text in enumerate(texts)}
-    found = PTBTokenizer().tokenize(given)
-    return {text: found[number][0] for number, text in enumerate(texts)}
+    tokenized = PTBTokenizer().tokenize(given)
+    return {text: tokenized[number][0] for number, text in enumerate(texts)}

@@ -20,7 +20,7 @@ class Layout:
     Parameters
     ----------
     title : str
-        Of the table.
+        What stands over it.
     rows : tuple of str
         What names a row, outermost first.
     column : {"budget", "ratio"}
@@ -104,9 +104,9 @@ def chosen_cells(cells: pd.DataFrame, like: str | None) -> pd.DataFrame:
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, seeds joined.
+        As `results.load` gives them, seeds joined.
     like : str or None
-        Of `LAYOUTS`.
+        One of `LAYOUTS`.
     """
     if like in _STUDIES:
         ours = cells["method"].eq("sparsemm")
@@ -146,7 +146,7 @@ def placed(cells: pd.DataFrame, layout: Layout) -> pd.DataFrame:
     Parameters
     ----------
     cells : DataFrame
-        Of `chosen_cells`.
+        Those that `chosen_cells` left.
     layout : Layout
         The table's.
     """
@@ -168,17 +168,17 @@ def _row_names(cells: pd.DataFrame, layout: Layout, plain: bool = False) -> list
         task = f", {row['shown_task']}" if row["shown_task"] else ""
         source = " (paper)" if beside and row["source"] != "measured" else ""
         by_method = "method" in layout.rows
-        found = {
+        named = {
             "benchmark": row["benchmark"] + metric + task,
             "budget": f"{row['budget']:g}",
             "method": row["label"] + source,
             "model": row["model"] + ("" if by_method else _settings(row["label"]) + source),
         }
         for number, part in enumerate(_PARTS):
-            found[part] = has if row.get("part", 0) > number else lacks
+            named[part] = has if row.get("part", 0) > number else lacks
         if row.get("part") == len(_PARTS) and ratios > 1:
-            found[_PARTS[-1]] += f" ratio={row['ratio']:g}"
-        names.append(tuple(found[name] for name in layout.rows))
+            named[_PARTS[-1]] += f" ratio={row['ratio']:g}"
+        names.append(tuple(named[name] for name in layout.rows))
     return names
 
 

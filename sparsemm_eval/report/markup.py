@@ -38,7 +38,7 @@ class Table:
     sparse : int
         How many of these are not repeated where they do not change.
     title : str
-        Of the table.
+        What stands over it.
     caption : tuple of str
         Lines below it; **, * and <u> in them are marks as in Markdown.
     marks : DataFrame, optional
@@ -63,7 +63,7 @@ def to_format(table: Table, form: str) -> str:
     Parameters
     ----------
     table : Table
-        Of `sparsemm_eval.report.tables`.
+        From `sparsemm_eval.report.tables`.
     form : {"markdown", "latex", "csv", "html", "json"}
         CSV and JSON are numbers and names alone, as text: no title, caption or marks.
 

@@ -110,7 +110,7 @@ def applicable(cells: pd.DataFrame) -> list[str]:
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, seeds joined.
+        As `results.load` gives them, seeds joined.
     """
     return [like for like in LAYOUTS if len(chosen_cells(cells, like))]
 
@@ -130,9 +130,9 @@ def paper_table(
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, seeds joined; the paper's own may be among them.
+        As `results.load` gives them, seeds joined; the paper's own may be among them.
     scores : DataFrame
-        Of `samples.score_samples`, for statistics over exactly the cells shown.
+        From `samples.score_samples`, for statistics over exactly the cells shown.
     like : {"table1", "table2", "table3", "table4"}, optional
         Whose shape, cells, decimals and percent; default: all cells by benchmark, model, method.
     show : sequence of str

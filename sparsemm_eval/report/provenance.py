@@ -41,7 +41,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout this package runs from, "+" behind it where files differ; None elsewhere."""
+    """The checkout's that this package runs from, "+" where files differ; None elsewhere."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

@@ -37,7 +37,7 @@ def bootstrap(
     resamples : int
         Bootstrap resamples.
     seed : int
-        Of the draws.
+        The draws'.
     level : float
         Coverage, between 0 and 1.
 
@@ -95,7 +95,7 @@ def sign_flips(differences: np.ndarray, seed: int = 0) -> np.ndarray:
     differences : ndarray
         [samples, pairs], complete.
     seed : int
-        Of the draws.
+        The draws'.
 
     Returns
     -------

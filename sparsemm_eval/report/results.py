@@ -282,10 +282,10 @@ def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _dict(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    found = content.get(name) or {}
-    if not isinstance(found, dict):
+    mapping = content.get(name) or {}
+    if not isinstance(mapping, dict):
         raise NotResults(f"its entry {name} is no mapping")
-    return found
+    return mapping
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
@@ -318,11 +318,11 @@ def _method(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
     """
     method = settings.get("method", config.get("model") or "unknown")
     numbers = ("budget", "ratio", "seed", "window")
-    found = {name: number(settings.get(name)) for name in numbers}
+    stated = {name: number(settings.get(name)) for name in numbers}
     if method == "fullkv":
-        found["budget"] = None
-    found["allocation"] = settings.get("allocation")
-    return {"method": str(method), "settings": dict(settings), **found}
+        stated["budget"] = None
+    stated["allocation"] = settings.get("allocation")
+    return {"method": str(method), "settings": dict(settings), **stated}
 
 
 def _model(
@@ -408,8 +408,8 @@ def _measured(content: Mapping[str, Any], tasks: int) -> dict[str, float | None]
 
 
 def _samples_files(path: Path, task: str) -> tuple[str, ...]:
-    found = path.with_name(f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
-    return (str(found),) if found.is_file() else ()
+    file = path.with_name(f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
+    return (str(file),) if file.is_file() else ()
 
 
 def _about(

@@ -36,7 +36,7 @@ class SampleScores:
     frame : DataFrame
         cell (of the index of the cells), doc_id, score: 0 to 1, CIDEr as it is.
     notes : tuple of str
-        Of which cells samples files were not used, and why.
+        Which cells' samples files were not used, and why.
     """
 
     frame: pd.DataFrame
@@ -85,9 +85,9 @@ def score_samples(cells: pd.DataFrame) -> SampleScores:
     Parameters
     ----------
     cells : DataFrame
-        Of `sparsemm_eval.report.results.load`; where seeds are joined, a sample's score is its
-        mean over them. A sample of MMBench is a question under all orders of its options, under
-        the number of the first.
+        As `sparsemm_eval.report.results.load` gives them; where seeds are joined, a sample's score
+        is its mean over them. A sample of MMBench is a question under all orders of its options,
+        under the number of the first.
     """
     frames, reasons = [], {}
     sampled = cells[cells["samples_files"].map(len) > 0]
@@ -122,11 +122,11 @@ def _of_cell(cell: Any, read: Sequence[Scores | NoScores]) -> Scores:
     for scores in read:
         for doc, score in scores.items():
             sums.setdefault(doc, []).append(score)
-    found = {doc: sum(values) / len(values) for doc, values in sums.items()}
-    mean = float(np.mean([*found.values()])) if found else math.nan
+    means = {doc: sum(values) / len(values) for doc, values in sums.items()}
+    mean = float(np.mean([*means.values()])) if means else math.nan
     if not math.isclose(mean, cell.score, rel_tol=_CLOSE, abs_tol=1e-9):
         raise NoScores(f"their mean is {mean:.6g} and the results file says {cell.score:.6g}")
-    return found
+    return means
 
 
 def _reader(task: str) -> _Reader:
@@ -142,13 +142,13 @@ def _reader(task: str) -> _Reader:
 
 def _each(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
     """What is read of each file, or why nothing is."""
-    found = []
+    outcomes = []
     for path in paths:
         try:
-            found.append(read(path))
+            outcomes.append(read(path))
         except NoScores as error:
-            found.append(error)
-    return found
+            outcomes.append(error)
+    return outcomes
 
 
 # --- benchmarks whose samples files state the score ---------------------------------------------
@@ -156,15 +156,15 @@ def _each(paths: Sequence[Path], read: Callable[[Path], Any]) -> list[Any]:
 
 def _stated(metric: str, paths: list[Path]) -> list[Scores | NoScores]:
     def read(path: Path) -> Scores:
-        found: dict[Any, list[float]] = {}
+        of_document: dict[Any, list[float]] = {}
         for line in _lines(path):
             value = line.get(metric)
             score = number(value.get("score") if isinstance(value, Mapping) else value)
             if score is None:
                 raise NoScores(f"document {line['doc_id']} has no number for {metric}")
-            found.setdefault(line["doc_id"], []).append(score)
+            of_document.setdefault(line["doc_id"], []).append(score)
         # A task that repeats its documents has several answers to each.
-        return {doc: sum(scores) / len(scores) for doc, scores in found.items()}
+        return {doc: sum(scores) / len(scores) for doc, scores in of_document.items()}
 
     return _each(paths, read)
 
@@ -243,7 +243,7 @@ def _captions(
     references: dict[int, list[str]] = {}
 
     def read(path: Path) -> _Captions:
-        found = []
+        answered = []
         for line in _lines(path):
             item = line.get(metric)
             if not isinstance(item, Mapping) or not {"image_id", "pred", "answer"} <= {*item}:
@@ -251,10 +251,10 @@ def _captions(
             image = item["image_id"]
             if references.setdefault(image, item["answer"]) != item["answer"]:
                 raise NoScores(f"image {image} has other captions than in another file")
-            found.append((line["doc_id"], image, item["pred"]))
-        if len({image for _, image, _ in found}) < len(found):
+            answered.append((line["doc_id"], image, item["pred"]))
+        if len({image for _, image, _ in answered}) < len(answered):
             raise NoScores("an image is there twice")
-        return _Captions(tuple(found))
+        return _Captions(tuple(answered))
 
     read_files = _each(paths, read)
     told = [file for file in read_files if isinstance(file, _Captions)]

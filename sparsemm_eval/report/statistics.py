@@ -43,9 +43,9 @@ def add_statistics(
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, one row a cell, seeds joined.
+        As `results.load` gives them, one row a cell, seeds joined.
     scores : DataFrame
-        Of `samples.score_samples`: cell (label of `cells`' index), doc_id, score; several rows of
+        From `samples.score_samples`: cell (label of `cells`' index), doc_id, score; several rows of
         one document, such as one a seed, are averaged.
     against : str
         "best": the best other compression method at the same model, task and budget; "fullkv"; or
@@ -53,7 +53,7 @@ def add_statistics(
     level : float
         Coverage of the intervals; a difference counts where the corrected p is below 1 - level.
     resamples, seed : int
-        Of the bootstrap; the seed of the permutation test, too.
+        The bootstrap's; the seed of the permutation test, too.
 
     Returns
     -------
@@ -182,7 +182,7 @@ def _by_documents(columns: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _plain_difference(cells: pd.DataFrame, cell: Hashable, other: Hashable) -> float:
-    """Of two scores whose samples are not known; NaN where they are of unlike numbers of them."""
+    """Between two scores whose samples are not known; NaN where their numbers of samples differ."""
     one, two = cells.at[cell, "samples"], cells.at[other, "samples"]
     if pd.notna(one) and pd.notna(two) and one != two:
         return np.nan
@@ -195,18 +195,18 @@ def ranks(cells: pd.DataFrame) -> pd.Series:
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, seeds joined.
+        As `results.load` gives them, seeds joined.
 
     Returns
     -------
     Series
         By the index of `cells`; NaN for what has no rival.
     """
-    found = pd.Series(float("nan"), index=cells.index)
+    places = pd.Series(float("nan"), index=cells.index)
     for _, rivals in _columns(cells):
         if len(rivals) > 1:
-            found[rivals.index] = _gain(rivals).round(9).rank(method="dense", ascending=False)
-    return found
+            places[rivals.index] = _gain(rivals).round(9).rank(method="dense", ascending=False)
+    return places
 
 
 def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashable | None]:
@@ -215,7 +215,7 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
     Parameters
     ----------
     cells : DataFrame
-        Of `results.load`, seeds joined.
+        As `results.load` gives them, seeds joined.
     against : str
         "best", "fullkv", or a method by name or label.
 
@@ -229,14 +229,14 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
     ValueError
         If `against` is no method of the cells, or several at one budget.
     """
-    found: dict[Hashable, Hashable | None] = dict.fromkeys(cells.index)
+    baseline_of: dict[Hashable, Hashable | None] = dict.fromkeys(cells.index)
     if against == BEST:
         for here, rivals in _columns(cells):
             gains = _gain(rivals).sort_values(ascending=False, kind="stable")
             best = list(gains.index[:2])
             for cell in here.index:
-                found[cell] = next((other for other in best if other != cell), None)
-        return found
+                baseline_of[cell] = next((other for other in best if other != cell), None)
+        return baseline_of
     chosen = cells["label"].eq(against)
     chosen = chosen if chosen.any() else cells["method"].eq(against)
     if not chosen.any():
@@ -250,8 +250,8 @@ def baselines(cells: pd.DataFrame, against: str = BEST) -> dict[Hashable, Hashab
                 several = ", ".join(there["label"])
                 raise UserError(f"against={against}: it is several here, name one of {several}")
             if len(there) and there.index[0] != cell:
-                found[cell] = there.index[0]
-    return found
+                baseline_of[cell] = there.index[0]
+    return baseline_of
 
 
 def _gain(cells: pd.DataFrame) -> pd.Series:

@@ -75,7 +75,7 @@ def score_tables(frame: pd.DataFrame, chance: Chance) -> Iterator[tuple[str, Tab
     Parameters
     ----------
     frame : DataFrame
-        Of one model: `sparsemm_eval.report.results.load`'s cells.
+        One model's cells, as `sparsemm_eval.report.results.load` gives them.
     chance : mapping
         Best constant answer and its score on the task's own scale, by task, where it is known.
 
@@ -103,7 +103,7 @@ def overview_table(frame: pd.DataFrame, budget: int, chance: Chance) -> Table:
     Parameters
     ----------
     frame : DataFrame
-        Of one model: `sparsemm_eval.report.results.load`'s cells.
+        One model's cells, as `sparsemm_eval.report.results.load` gives them.
     budget : int
         Which cells are shown.
     chance : mapping
@@ -145,8 +145,8 @@ def fidelity_table(frame: pd.DataFrame) -> Table:
     Parameters
     ----------
     frame : DataFrame
-        Of one model and task: method, label, budget, compared, same_answer, first_difference,
-        kl_full.
+        One model's cells on one task: method, label, budget, compared, same_answer,
+        first_difference, kl_full.
     """
     columns = {
         "same answer": ("same_answer", ".3f"),
@@ -172,7 +172,7 @@ def silenced_table(frame: pd.DataFrame, total: int) -> Table:
     Parameters
     ----------
     frame : DataFrame
-        Of one task and metric: silenced ("none", "visual" or "random"), share, mode, heads, score.
+        One task and metric: silenced ("none", "visual" or "random"), share, mode, heads, score.
     total : int
         Query heads of the model.
     """

@@ -60,7 +60,7 @@ def draw_scores(
     out : Path
         The folder.
     formats : sequence of str
-        Of "svg" and "png".
+        "svg", "png", or both.
     filters : Filters
         Which cells are drawn.
     paper : bool
@@ -79,9 +79,9 @@ def draw_scores(
             "paper with kind=kept: the paper does not say what was really kept; leave it out, or "
             "take kind=budget"
         )
-    found = gather(results)
-    notes = [*not_read(found.unreadable)]
-    cells = filters.apply(join_seeds(found.cells))
+    read = gather(results)
+    notes = [*not_read(read.unreadable)]
+    cells = filters.apply(join_seeds(read.cells))
     scored = score_samples(cells)
     notes += scored.notes
     if len(scored.frame):
@@ -132,6 +132,6 @@ def draw_efficiency(
             f"benchmarks={','.join(filters.benchmarks)}: kind=efficiency knows none; leave it out"
         )
     words = [*results, PAPER] if paper and PAPER not in results else results
-    found = gather_efficiency(words)
-    figure = efficiency_curves(filters.apply(found.rows))
-    return DrawnFiles((*save(figure, out / "efficiency", formats),), not_read(found.unreadable))
+    read = gather_efficiency(words)
+    figure = efficiency_curves(filters.apply(read.rows))
+    return DrawnFiles((*save(figure, out / "efficiency", formats),), not_read(read.unreadable))

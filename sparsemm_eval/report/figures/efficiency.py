@@ -41,7 +41,7 @@ def efficiency_curves(rows: pd.DataFrame) -> Figure:
     Parameters
     ----------
     rows : DataFrame
-        Of `sparsemm_eval.report.efficiency.gather_efficiency`.
+        From `sparsemm_eval.report.efficiency.gather_efficiency`.
 
     Raises
     ------

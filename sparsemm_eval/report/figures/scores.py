@@ -49,7 +49,7 @@ class Panel:
     Parameters
     ----------
     model, title : str
-        Of what.
+        What is drawn.
     benchmark : str
         Its column, where several models stand below each other.
     own : DataFrame
@@ -85,9 +85,9 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
     Parameters
     ----------
     cells : DataFrame
-        Of `sparsemm_eval.report.results.load`, seeds joined. Where it has the columns low and high
-        of `sparsemm_eval.report.statistics.add_statistics` these are the bands, elsewhere 1.96
-        standard errors.
+        As `sparsemm_eval.report.results.load` gives them, seeds joined. Where it has the columns
+        low and high of `sparsemm_eval.report.statistics.add_statistics` these are the bands,
+        elsewhere 1.96 standard errors.
     over : {"budget", "kept_tokens_per_head"}
         The horizontal axis, in tokens per KV head.
     zoom : bool
@@ -100,22 +100,22 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
     """
     if over not in AXES:
         raise UserError(f"over={over!r}: it must be one of {', '.join(AXES)}")
-    found = _panels(cells, over)
-    columns, places = _places(found)
+    panels = _panels(cells, over)
+    columns, places = _places(panels)
     rows = 1 + max(row for row, _ in places)
     own, behind = (
-        pd.concat([getattr(panel, part) for panel in found]) for part in ("own", "paper")
+        pd.concat([getattr(panel, part) for panel in panels]) for part in ("own", "paper")
     )
     styles = line_styles(labels_in_order(pd.concat([own, behind])))
     width, height = COLUMN if columns == 1 else PAGE, _HEIGHTS[columns]
-    models = list(dict.fromkeys(panel.model for panel in found))
+    models = list(dict.fromkeys(panel.model for panel in panels))
     notes = [AXES[over], *wrapped(_notes(own, behind), width)]
-    everywhere = pd.concat([panel.tokens(over) for panel in found])
+    everywhere = pd.concat([panel.tokens(over) for panel in panels])
     with house_style():
         figure, grid = blank_grid(rows, columns)
         for axes in grid.flat:
             axes.set_visible(False)
-        for panel, (row, column) in zip(found, places, strict=True):
+        for panel, (row, column) in zip(panels, places, strict=True):
             axes = grid[row, column]
             axes.set_visible(True)
             _draw(axes, panel, over, styles)
@@ -154,7 +154,7 @@ def _panels(cells: pd.DataFrame, over: str) -> list[Panel]:
     cells = _with_intervals(cells[cells["budget"].isna() | cells[over].notna()])
     measured = cells["source"] == "measured"
     own, paper = (cells[measured], cells[~measured]) if measured.any() else (cells, cells[:0])
-    found = []
+    panels = []
     for model in distinct(own, "model"):
         for name in distinct(own, "benchmark"):
             here = own[(own["model"] == model) & (own["benchmark"] == name)]
@@ -164,11 +164,11 @@ def _panels(cells: pd.DataFrame, over: str) -> list[Panel]:
                 of_task = here[here["task"] == task]
                 column = name if len(tasks) == 1 else task
                 title = f"{column} ({of_task['metric_label'].iloc[0]})"
-                found.append(Panel(model, title, column, of_task, behind))
-    if all(panel.tokens(over).empty for panel in found):
+                panels.append(Panel(model, title, column, of_task, behind))
+    if all(panel.tokens(over).empty for panel in panels):
         lack = "a budget" if over == "budget" else f"a budget and {over}"
         raise UserError(f"none of the cells has {lack}: there is no curve to draw")
-    return found
+    return panels
 
 
 def _with_intervals(cells: pd.DataFrame) -> pd.DataFrame:
@@ -184,11 +184,11 @@ def _with_intervals(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _places(found: Sequence[Panel]) -> tuple[int, list[tuple[int, int]]]:
+def _places(panels: Sequence[Panel]) -> tuple[int, list[tuple[int, int]]]:
     """Columns, and row and column of each panel: every model begins a row of its own."""
-    names = list(dict.fromkeys(panel.benchmark for panel in found))
+    names = list(dict.fromkeys(panel.benchmark for panel in panels))
     of_model: dict[str, list[str]] = {}
-    for panel in found:
+    for panel in panels:
         of_model.setdefault(panel.model, []).append(panel.benchmark)
     if len(names) <= _MOST_COLUMNS:
         # One row a model, and what a model lacks leaves a gap.
@@ -199,7 +199,7 @@ def _places(found: Sequence[Panel]) -> tuple[int, list[tuple[int, int]]]:
         first[model] = rows
         rows += -(-len(own) // columns)
     places = []
-    for panel in found:
+    for panel in panels:
         line, column = divmod(of_model[panel.model].index(panel.benchmark), columns)
         places.append((first[panel.model] + line, column))
     return columns, places

@@ -137,7 +137,7 @@ def add_legend(
     figure : Figure
         Whose panels are drawn.
     styles : mapping
-        Of `line_styles`.
+        From `line_styles`.
     labels : collection of str
         Those of full lines; the paper's alone are dashed.
     more : mapping
@@ -187,7 +187,7 @@ def scale_tokens(
     Parameters
     ----------
     axes : Axes
-        Of a panel.
+        A panel.
     ticks : sequence of float
         Tokens, ascending.
     ends : tuple of float

@@ -45,11 +45,11 @@ def write_page(
     Parameters
     ----------
     results : Results
-        Of `sparsemm_eval.report.results.load`.
+        What `sparsemm_eval.report.results.load` gives.
     folder : Path
         Where it goes; made if it is not there.
     title : str
-        Of the page.
+        The page's.
     samples : int
         Samples a cell that can be looked at, at most.
     visuals : callable, optional
@@ -119,7 +119,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _origin(cells: pd.DataFrame, joined: pd.DataFrame) -> dict[int, int]:
-    """Of each cell the index of that in which its seeds are joined."""
+    """By index of a cell the index of the one in which its seeds are joined."""
     places = {
         (file, cell["task"]): index
         for index, cell in joined.iterrows()
@@ -153,23 +153,23 @@ def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[dict[str, str]]:
     Parameters
     ----------
     cells : DataFrame
-        Of `sparsemm_eval.report.results.load`, seeds joined.
+        As `sparsemm_eval.report.results.load` gives them, seeds joined.
     scores : DataFrame
-        Of their samples.
+        Those of their samples.
     """
     measured = cells["source"].eq("measured")
     beside_paper = cells.loc[measured, "model"].isin(MODEL_NAMES).any()
     show = ("score", "paper") if beside_paper else ("score",)
-    made = []
+    shown = []
     for like in applicable(cells) or (None,):
         title = "All cells" if like is None else LAYOUTS[like].title
         try:
             table = paper_table(cells, scores, like, show)
         except UserError as error:
-            made.append({"title": title, "html": "", "lack": f"It was left out: {error}."})
+            shown.append({"title": title, "html": "", "lack": f"It was left out: {error}."})
         else:
-            made.append({"title": title, "html": to_format(table, "html")})
-    return made
+            shown.append({"title": title, "html": to_format(table, "html")})
+    return shown
 
 
 def _figures(cells: pd.DataFrame) -> list[dict[str, str]]:

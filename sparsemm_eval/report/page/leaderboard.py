@@ -163,7 +163,7 @@ def _number(value: Any, form: Callable[[Any], str]) -> Field:
 
 
 def _spread(cell: pd.Series) -> str:
-    """Of seeds that were joined."""
+    """The deviation over seeds, where several were joined."""
     return "" if cell["seeds"] < 2 else f" \N{PLUS-MINUS SIGN} {cell['spread']:.3f}"
 
 
@@ -174,11 +174,11 @@ def _interval(low: float, high: float) -> Field:
 
 
 def _difference(cell: pd.Series, mark: str) -> Field:
-    found = _number(cell["difference"], lambda value: _signed(value))
-    if not found.text or pd.isna(cell["difference_low"]):
-        return found
+    number = _number(cell["difference"], lambda value: _signed(value))
+    if not number.text or pd.isna(cell["difference_low"]):
+        return number
     between = f"{_signed(cell['difference_low'])} to {_signed(cell['difference_high'])}"
-    return Field(f"{found.text} ({between})", found.sort, mark)
+    return Field(f"{number.text} ({between})", number.sort, mark)
 
 
 def _signed(value: float) -> str:
@@ -205,7 +205,7 @@ def runs(files: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
     Parameters
     ----------
     files : DataFrame
-        Of `sparsemm_eval.report.results.load`.
+        Results files, as `sparsemm_eval.report.results.load` lists them.
 
     Returns
     -------

@@ -33,7 +33,7 @@ class Cell:
     Parameters
     ----------
     index : int
-        Of the frame of cells.
+        In the frame of cells.
     reference : int
         Index of its model's full KV on the same task.
     differing : tuple of int
@@ -78,13 +78,12 @@ class Differences:
         origin : mapping
             Where the count of a cell goes: seeds that were joined count together.
         """
-        found: dict[int, tuple[int, int, int]] = {}
+        counted: dict[int, tuple[int, int, int]] = {}
         for cell in self.cells:
-            unlike, compared, first = found.get(origin[cell.index], (0, 0, cell.index))
-            found[origin[cell.index]] = (
-                unlike + len(cell.differing), compared + cell.compared, first,
-            )  # fmt: skip
-        return found
+            place = origin[cell.index]
+            unlike, compared, first = counted.get(place, (0, 0, cell.index))
+            counted[place] = (unlike + len(cell.differing), compared + cell.compared, first)
+        return counted
 
 
 def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
@@ -93,7 +92,7 @@ def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
     Parameters
     ----------
     cells : DataFrame
-        Of `sparsemm_eval.report.results.load`, seeds not joined.
+        As `sparsemm_eval.report.results.load` gives them, seeds not joined.
     scores : DataFrame
         The frame of `score_samples`.
     """
@@ -110,12 +109,12 @@ def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
             samples[index] = _by_document(cell["samples_files"])
         except NoScores as error:
             notes[f"Not compared: {error}."] = None
-    found = []
+    compared = []
     for index, cell in by_budget(measured[~full]).iterrows():
         reference = _reference(cell, measured[full & measured.index.isin(samples)])
         if index in samples and reference is not None:
-            found.append(_compare(index, reference, samples, by_sample))
-    return Differences(tuple(found), samples, by_sample, tuple(notes))
+            compared.append(_compare(index, reference, samples, by_sample))
+    return Differences(tuple(compared), samples, by_sample, tuple(notes))
 
 
 def _reference(cell: pd.Series, full: pd.DataFrame) -> int | None:
@@ -153,10 +152,10 @@ def _compare(
 
 def answer(line: Mapping[str, Any]) -> str:
     """What was answered, as one text."""
-    said = line.get("filtered_resps", line.get("resps", ""))
-    while isinstance(said, list) and len(said) == 1:
-        said = said[0]
-    return said if isinstance(said, str) else str(said)
+    text = line.get("filtered_resps", line.get("resps", ""))
+    while isinstance(text, list) and len(text) == 1:
+        text = text[0]
+    return text if isinstance(text, str) else str(text)
 
 
 @dataclass
@@ -188,7 +187,7 @@ def browse(
     cells : DataFrame
         Those that were compared.
     differences : Differences
-        Of `find_differences`.
+        From `find_differences`.
     count : int
         Samples of a cell.
     visuals : callable, optional
@@ -246,11 +245,11 @@ def _images(
         return places
     for task, docs in tasks.items():
         try:
-            found = visuals(task, sorted(docs))
+            of_task = visuals(task, sorted(docs))
         except (ValueError, OSError) as error:
             notes.append(f"{task} is shown without images: {' '.join(str(error).split())}.")
             continue
-        for doc, pictures in found.items():
+        for doc, pictures in of_task.items():
             places[task, doc] = tuple(images.add(picture) for picture in pictures)
     return places
 

@@ -37,7 +37,7 @@ def paper_cells(like: str | None = None) -> pd.DataFrame:
     Parameters
     ----------
     like : {"table1", "table2", "table3", "table4"}, optional
-        Of one table, Figure 4's with Table 3's; default all, told apart by `source`.
+        One table alone, Figure 4's with Table 3's; default all, told apart by `source`.
 
     Returns
     -------
