@@ -106,7 +106,7 @@ def parts_for(device: str, out: Path, quick: bool) -> list[Part]:
 
 
 def run_acceptance(
-    parts: Sequence[Part], out: Path, made: dict[str, Any], seconds: float
+    parts: Sequence[Part], out: Path, provenance: dict[str, Any], seconds: float
 ) -> list[dict[str, Any]]:
     """Run the parts that are left, and write ``acceptance.json`` after each.
 
@@ -116,7 +116,7 @@ def run_acceptance(
         In their order.
     out : Path
         The device's folder.
-    made : dict
+    provenance : dict
         Provenance, with the code's digest.
     seconds : float
         For all of them: a part that runs longer is stopped, and keeps what it has written.
@@ -128,7 +128,7 @@ def run_acceptance(
         the log's last line.
     """
     path = out / "acceptance.json"
-    earlier = read_earlier(path, made) or {"parts": []}
+    earlier = read_earlier(path, provenance) or {"parts": []}
     before = {part["name"]: part for part in earlier["parts"]}
     ends = time.monotonic() + seconds
     records: list[dict[str, Any]] = []
@@ -143,7 +143,7 @@ def run_acceptance(
             print(f"{number} of {len(parts)}: {part.name}", file=sys.stderr, flush=True)
             record = _run(part, out, left)
         records.append(record)
-        write_json(path, {**made, "parts": records})
+        write_json(path, {**provenance, "parts": records})
     return records
 
 
@@ -160,12 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
         if not asked.minutes > 0:
             raise UserError(f"minutes={asked.minutes!r}: it must be above 0")
         device = find_device(asked.device)
-        made = provenance_on(device, shlex.join(["python", "-m", "sparsemm_eval.bench", *given]))
-        made["code"] = code_digest()
-        out = asked.out.resolve() / slug(made["hardware"])
+        provenance = provenance_on(
+            device, shlex.join(["python", "-m", "sparsemm_eval.bench", *given])
+        )
+        provenance["code"] = code_digest()
+        out = asked.out.resolve() / slug(provenance["hardware"])
         out.mkdir(parents=True, exist_ok=True)
         parts = parts_for(device.type, out, asked.quick)
-        records = run_acceptance(parts, out, made, 60 * asked.minutes)
+        records = run_acceptance(parts, out, provenance, 60 * asked.minutes)
     except (UserError, OSError) as error:
         print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
         return 1

@@ -78,8 +78,8 @@ def run(options: KernelOptions, command: str) -> Benchmark:
     entries = [ENTRIES[name] for name in options.words("entries", ENTRIES)]
     records: list[Record] = []
     with threads(options.threads):
-        made = provenance_on(device, command)
-        about = made["hardware"]
+        provenance = provenance_on(device, command)
+        about = provenance["hardware"]
         path = options.out / f"{slug(about)}.json"
         cache = about["cache_bytes"]
         if device.type == "cuda":
@@ -98,7 +98,12 @@ def run(options: KernelOptions, command: str) -> Benchmark:
                 cold=0 if options.quick else 2 * cache,
             )  # fmt: skip
             reached = kernels_aims(records, about["kind"])
-            whole = {**made, "method": _method(options, about), "aims": reached, "records": records}
+            whole = {
+                **provenance,
+                "method": _method(options, about),
+                "aims": reached,
+                "records": records,
+            }
             write_json(path, whole)
     text = write_page(
         "Append and attend, one layer", whole, whole["method"], kernels_table(records),
@@ -221,24 +226,26 @@ def measure_case(
     fit = [entry for entry in entries if not unfit[entry.name]]
     sizes = {"": Layers.bytes(case), **{entry.name: entry.bytes(case) for entry in fit}}
     counts = share_memory(memory, sizes, wanted)
-    found: dict[str, Record] = {name: {"note": why} for name, why in unfit.items() if why}
+    outcomes: dict[str, Record] = {name: {"note": why} for name, why in unfit.items() if why}
     right: list[Entry] = []
     if counts[""]:
         layers = Layers(case, counts[""], device)
-        for entry in fit:
-            found[entry.name], made = _prepare(entry, layers, counts[entry.name], memory)
-            right += made
-            if "layers" in found[entry.name]:
-                held = counts[entry.name] * max(sizes[""], sizes[entry.name])
-                found[entry.name]["cold"] = device.type == "cuda" or held >= cold > 0
+        for kind in fit:
+            record, entry = _prepare(kind, layers, counts[kind.name], memory)
+            outcomes[kind.name] = record
+            if entry is not None:
+                right.append(entry)
+            if "layers" in record:
+                held = counts[kind.name] * max(sizes[""], sizes[kind.name])
+                record["cold"] = device.type == "cuda" or held >= cold > 0
     else:
-        found |= {entry.name: {"note": _too_large(sizes[""], memory)} for entry in fit}
+        outcomes |= {entry.name: {"note": _too_large(sizes[""], memory)} for entry in fit}
     if not right:
-        return _records(case, entries, found, {}, clock)
-    measures = _measures(right, found, clock)
+        return _records(case, entries, outcomes, {}, clock)
+    measures = _measures(right, outcomes, clock)
     samples, taken = _undisturbed(lambda: in_turn(measures, repeats, seconds), device.type)
     calm = {"taken_per_s": taken, "disturbed": device.type == "cpu" and taken > DISTURBED}
-    return [record | calm for record in _records(case, entries, found, samples, clock)]
+    return [record | calm for record in _records(case, entries, outcomes, samples, clock)]
 
 
 def share_memory(limit: int, sizes: Mapping[str, int], wanted: int) -> dict[str, int]:
@@ -272,40 +279,40 @@ def worst_error(out: Tensor, reference: Tensor) -> float:
 
 
 def _prepare(
-    made_by: type[Entry], layers: Layers, count: int, memory: int
-) -> tuple[Record, list[Entry]]:
+    kind: type[Entry], layers: Layers, count: int, memory: int
+) -> tuple[Record, Entry | None]:
     """Make an entry and hold it against float64; it comes back only if it is right."""
     if not count:
-        return {"note": _too_large(made_by.bytes(layers.case), memory)}, []
+        return {"note": _too_large(kind.bytes(layers.case), memory)}, None
     layers.rewind()
     try:
-        entry = made_by(layers, count)
+        entry = kind(layers, count)
         out = entry.step(0)
         error = worst_error(out, layers.wanted)
         newest = entry.newest(0)
     except (RuntimeError, ValueError, TypeError, AttributeError, ImportError) as failure:
-        return {"note": f"failed: {one_line(failure)}", "failed": True}, []
-    graph = made_by.graph_note if layers.device.type == "cuda" else ""
-    note = "; ".join(filter(None, (made_by.note, graph)))
+        return {"note": f"failed: {one_line(failure)}", "failed": True}, None
+    graph = kind.graph_note if layers.device.type == "cuda" else ""
+    note = "; ".join(filter(None, (kind.note, graph)))
     record = {"layers": count, "error": error, "note": note}
     token = layers.tokens[0]
     if error > TOLERANCES[layers.case.dtype]:
         record |= {"note": f"wrong: off by {error:.1e} from float64; not timed", "failed": True}
-        return record, []
+        return record, None
     if not (torch.equal(newest[0], token.key) and torch.equal(newest[1], token.value)):
         record |= {"note": "wrong: did not write the token; not timed", "failed": True}
-        return record, []
-    return record, [entry]
+        return record, None
+    return record, entry
 
 
 def _measures(
-    entries: Sequence[Entry], found: dict[str, Record], clock: HostClock | DeviceClock
+    entries: Sequence[Entry], outcomes: dict[str, Record], clock: HostClock | DeviceClock
 ) -> dict[str, Measure]:
     measures: dict[str, Measure] = {BOUND: clock.copy}
     for entry in entries:
         measures[entry.name] = lambda entry=entry: clock.sweep(entry)
         if isinstance(clock, DeviceClock) and entry.capturable:
-            _add_replay(measures, entry, found[entry.name], clock)
+            _add_replay(measures, entry, outcomes[entry.name], clock)
     return measures
 
 
@@ -350,7 +357,7 @@ def _add_replay(
 def _records(
     case: Case,
     entries: Sequence[type[Entry]],
-    found: dict[str, Record],
+    outcomes: dict[str, Record],
     samples: dict[str, list[float]],
     clock: HostClock | DeviceClock,
 ) -> list[Record]:
@@ -367,7 +374,7 @@ def _records(
         record |= {"copy_gb_s": speed, "note": "bytes / bandwidth of a large copy"}
         records.append({**about, "entry": BOUND, **record})
     for entry in entries:
-        record = dict(found[entry.name])
+        record = dict(outcomes[entry.name])
         launched = samples.get(entry.name)
         best = samples.get(f"{entry.name} in a graph", launched)
         if best is not None:

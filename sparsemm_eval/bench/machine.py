@@ -50,8 +50,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def provenance_on(device: torch.device, command: str) -> dict[str, Any]:
     """What a file says of its making, the device that was measured beside the machine."""
-    made = provenance(command)
-    return made | {"hardware": made["hardware"] | describe(device)}
+    whole = provenance(command)
+    return whole | {"hardware": whole["hardware"] | describe(device)}
 
 
 def write_json(path: Path, whole: Mapping[str, Any]) -> None:
@@ -113,8 +113,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    found = _look_up("/proc/meminfo", r"^MemAvailable:\s*(\d+) kB$")
-    return int(found) << 10 if found else UNKNOWN_MEMORY
+    available = _look_up("/proc/meminfo", r"^MemAvailable:\s*(\d+) kB$")
+    return int(available) << 10 if available else UNKNOWN_MEMORY
 
 
 @contextmanager
@@ -129,12 +129,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def _cpu_name() -> str:
-    found = _look_up("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
-    return found or platform.processor() or platform.machine()
+    model = _look_up("/proc/cpuinfo", r"^model name\s*:\s*(.+)$")
+    return model or platform.processor() or platform.machine()
 
 
 def _look_up(path: str, pattern: str) -> str:
     file = Path(path)
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    found = re.search(pattern, text, re.MULTILINE)
-    return found[1].strip() if found else ""
+    match = re.search(pattern, text, re.MULTILINE)
+    return match[1].strip() if match else ""

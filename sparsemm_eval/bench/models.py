@@ -159,14 +159,14 @@ def shape_config(name: str) -> LlavaNextConfig | Qwen2VLConfig:
         vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": hidden}
         special = {f"{what}_token_id": 500 + i for i, what in enumerate(_SPECIAL)} if small else {}
         return Qwen2VLConfig(text_config=text, vision_config=vision, **special)
-    made, kv_heads, inner = {
+    config_type, kv_heads, inner = {
         "vicuna": (LlamaConfig, 32, 11008), "mistral": (MistralConfig, 8, 14336)
     }[kind]  # fmt: skip
     sizes = {"num_key_value_heads": kv_heads, "intermediate_size": inner}
     if small:
         sizes = _SMALL | {"num_key_value_heads": kv_heads // 4}
-    text = made(**{**_LLAVA, **sizes})
-    if made is MistralConfig:
+    text = config_type(**{**_LLAVA, **sizes})
+    if config_type is MistralConfig:
         text.sliding_window = None
     vision = CLIPVisionConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,

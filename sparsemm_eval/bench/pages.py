@@ -18,11 +18,11 @@ Record = dict[str, Any]
 
 def write_page(title: str, whole: Record, *parts: str) -> str:
     """A page of Markdown: how its numbers were made, then the parts that hold something."""
-    made = (
+    command = (
         f"`{whole['command']}` · {whole['date']} · commit {whole['commit']} · "
         f"torch {torch.__version__}"
     )
-    shown = (f"# {title}: {whole['hardware']['name']}", made, *parts)
+    shown = (f"# {title}: {whole['hardware']['name']}", command, *parts)
     return "\n\n".join(part for part in shown if part)
 
 

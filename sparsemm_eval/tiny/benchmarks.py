@@ -244,9 +244,9 @@ def build(
 def _write(benchmark: Benchmark, folder: Path, samples: int, seed: int) -> None:
     numbers = tqdm(range(samples), desc=f"drawing {benchmark.name}", leave=False)
     rows = [draw(benchmark, seed, number) for number in numbers]
-    for table, found in zip(benchmark.tables, zip(*rows, strict=True), strict=True):
+    for table, own in zip(benchmark.tables, zip(*rows, strict=True), strict=True):
         (folder / table.config).mkdir(parents=True)
-        data = datasets.Dataset.from_list([_encoded(row) for row in found], table.features)
+        data = datasets.Dataset.from_list([_encoded(row) for row in own], table.features)
         data.to_parquet(folder / table.config / f"{table.split}-00000-of-00001.parquet")
     card = _CARD.format(
         configs="".join(_CONFIG.format(config=t.config, split=t.split) for t in benchmark.tables),

@@ -54,7 +54,7 @@ def score(task: ConfigurableTask, answers: Sequence[str]) -> float:
     """
     metric, aggregate = next(iter(task.aggregation().items()))
     pairs = zip(task.eval_docs_no_media, answers, strict=True)
-    return float(aggregate([task.process_results(doc, [said])[metric] for doc, said in pairs]))
+    return float(aggregate([task.process_results(doc, [answer])[metric] for doc, answer in pairs]))
 
 
 def constant_answer_score(name: str, tasks: Path) -> tuple[str, float]:

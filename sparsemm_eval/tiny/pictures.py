@@ -276,14 +276,14 @@ def _scene_questions(
         count = sum(mark.shape == shape for mark in marks)
         questions.append((Kind.COUNT, Question(f"How many {_plural(shape)}?", str(count))))
         questions.append((Kind.EXISTENCE, _existence(str(rng.choice(SHAPES)), marks)))
-    found = {mark.shape: mark for mark in marks if mark.shape in lone}
+    single = {mark.shape: mark for mark in marks if mark.shape in lone}
     for shape in lone:
-        color = found[shape].color
+        color = single[shape].color
         questions.append((Kind.COLOR, Question(f"What color is the {shape}?", color)))
         if color in CHOICES.values():
             questions.append((Kind.CHOICE, _choice(shape, color)))
     for first, second in zip(lone[:2], lone[1::-1], strict=False):
-        left, right = found[first].column, found[second].column
+        left, right = single[first].column, single[second].column
         if abs(left - right) >= 2:
             answer = "yes" if left < right else "no"
             text = f"Is the {first} left of the {second}?"

@@ -296,12 +296,12 @@ def vqav2(rng: np.random.Generator, number: int) -> tuple[Row, ...]:
         ("what color is the", "other", _COLOR),
     )[number % 2]
     image, question = ask(rng)
-    said = {"answer": question.answer, "answer_confidence": "yes"}
+    annotation = {"answer": question.answer, "answer_confidence": "yes"}
     return (
         {
             "question_type": start,
             "multiple_choice_answer": question.answer,
-            "answers": [{**said, "answer_id": person} for person in range(1, 11)],
+            "answers": [{**annotation, "answer_id": person} for person in range(1, 11)],
             "image_id": number,
             "answer_type": kind,
             "question_id": number,
