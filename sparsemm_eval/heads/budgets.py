@@ -33,6 +33,7 @@ from sparsemm_eval.report.figures.style import (
     COLUMN,
     LINE,
     PAGE,
+    blank_grid,
     check_formats,
     house_style,
     save,
@@ -217,9 +218,8 @@ def budget_maps(panels: Sequence[HeadBudgets], title: str) -> Figure:
     words = wrapped([title], width)
     with house_style():
         size = (width, rows * (_HEIGHTS[columns] + 2.5 * LINE) + LINE * (len(words) + 2))
-        figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.04, wspace=0.02, hspace=0.02)
-        grid = figure.subplots(rows, columns, squeeze=False)
+        figure, grid = blank_grid(rows, columns)
+        figure.set_size_inches(*size)
         for axes in grid.flat:
             axes.set_visible(False)
         for panel, (row, column) in zip(panels, places, strict=True):

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import DEFAULTS
-from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.paper import STUDIES, paper_cells
 
 # What --show takes, and what stands in the table's head for it.
 SHOWN = {
@@ -50,7 +50,7 @@ def with_paper(cells: pd.DataFrame, like: str | None) -> pd.DataFrame:
     """
     reference = paper_cells(like)
     if like is None:
-        reference = reference[~reference["source"].isin(("table1", "table2"))]
+        reference = reference[~reference["source"].isin(STUDIES)]
     key = ["model", "benchmark", "method", "budget", "ratio"]
     reference = reference.assign(ratio=_ratio(reference)).drop_duplicates(key, keep="last")
     wanted = cells[key].assign(ratio=_ratio(cells))

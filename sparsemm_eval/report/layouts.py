@@ -8,8 +8,8 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.names import DEFAULTS, GENERAL, OCR_RICH, in_order
+from sparsemm_eval.report.paper import STUDIES
 
-_STUDIES = ("table1", "table2")
 _PARTS = ("local window", "uniform", "score-preferred")
 
 
@@ -108,12 +108,12 @@ def chosen_cells(cells: pd.DataFrame, like: str | None) -> pd.DataFrame:
     like : str or None
         One of `LAYOUTS`.
     """
-    if like in _STUDIES:
+    if like in STUDIES:
         ours = cells["method"].eq("sparsemm")
         cells = cells.assign(ratio=cells["ratio"].fillna(DEFAULTS["ratio"]).where(ours))
         cells = cells[cells["source"].isin(("measured", like))]
-    elif not cells["source"].isin(_STUDIES).all():
-        cells = cells[~cells["source"].isin(_STUDIES)]
+    elif not cells["source"].isin(STUDIES).all():
+        cells = cells[~cells["source"].isin(STUDIES)]
     place = ["model", "benchmark", "task", "source"]
     if like == "table1":
         cells = cells[cells["method"].eq("sparsemm")]

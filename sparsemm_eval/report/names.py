@@ -31,8 +31,6 @@ class Benchmark:
         Best score on lmms-eval's own scale; CIDEr has none and is left as it is.
     percent : bool
         Whether the paper prints its scores in percent.
-    binary : bool
-        Whether a sample is right or wrong and nothing between.
     bounded : bool
         Whether its scale has an end.
     """
@@ -42,21 +40,18 @@ class Benchmark:
     label: str
     top: float = 1.0
     percent: bool = False
-    binary: bool = False
     bounded: bool = True
 
 
 # In the paper's order, by the task's name without `_val`, `_mini` and the like.
 BENCHMARKS = {
     "docvqa": Benchmark("DocVQA", "anls", "ANLS"),
-    "ocrbench": Benchmark("OCRBench", "ocrbench_accuracy", "accuracy", binary=True),
+    "ocrbench": Benchmark("OCRBench", "ocrbench_accuracy", "accuracy"),
     "textvqa": Benchmark("TextVQA", "exact_match", "VQA accuracy"),
-    "chartqa": Benchmark("ChartQA", "relaxed_overall", "relaxed accuracy", binary=True),
+    "chartqa": Benchmark("ChartQA", "relaxed_overall", "relaxed accuracy"),
     "textcaps": Benchmark("TextCaps", "textcaps_CIDEr", "CIDEr", bounded=False),
-    "mmbench": Benchmark(
-        "MMBench", "gpt_eval_score", "accuracy", top=100.0, percent=True, binary=True
-    ),
-    "gqa": Benchmark("GQA", "exact_match", "accuracy", percent=True, binary=True),
+    "mmbench": Benchmark("MMBench", "gpt_eval_score", "accuracy", top=100.0, percent=True),
+    "gqa": Benchmark("GQA", "exact_match", "accuracy", percent=True),
     "vqav2": Benchmark("VQAv2", "exact_match", "VQA accuracy", percent=True),
 }
 OCR_RICH = ("DocVQA", "OCRBench", "TextVQA", "ChartQA", "TextCaps")

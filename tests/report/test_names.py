@@ -1,12 +1,16 @@
 """Names of models and methods."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_names, method_settings
 from sparsemm_eval.report.names import (
     DEFAULTS,
     METHOD_NAMES,
+    distinct,
+    in_order,
+    labels_in_order,
     last_part,
     method_label,
     paper_model,
@@ -61,3 +65,41 @@ def test_every_method_has_a_name() -> None:
         "SparseMM (ratio=1, allocation=exact)"
     )
     assert method_label("mine", {}) == "mine"
+
+
+# As they are to stand; those that are not the paper's behind it, by name.
+ORDERED = {
+    "benchmark": ["DocVQA", "TextVQA", "VQAv2", "infovqa_val", "mme"],
+    "model": ["LLaVA-NeXT-Vicuna-7B", "LLaVA-NeXT-Mistral-7B", "Qwen2-VL-7B-Instruct", "a", "b"],
+    "method": ["fullkv", "sparsemm", "snapkv", "streaming", "h2o", "mine"],
+    "budget": [256.0, 64.0, 8.0],
+    "label": [
+        "SnapKV", "SnapKV (window=8)", "SnapKV (window=16)", "SparseMM (ratio=0.1)",
+        "SparseMM (ratio=0.3)", "SparseMM (ratio=1)",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", ORDERED)
+def test_one_order(column: str) -> None:
+    cells = pd.DataFrame({column: ORDERED[column]}).sample(frac=1, random_state=3)
+    assert in_order(cells, (column,))[column].tolist() == ORDERED[column]
+    assert distinct(pd.concat([cells, cells]), column) == ORDERED[column]
+
+
+def test_full_kv_and_what_was_measured_stand_first() -> None:
+    cells = pd.DataFrame(
+        {"budget": [64, None, 256, None], "source": ["measured", "table3", "table3", "measured"]}
+    )
+    assert in_order(cells, ("source", "budget")).index.tolist() == [3, 0, 1, 2]
+    assert in_order(cells, ("budget", "source")).index.tolist() == [3, 1, 2, 0]
+
+
+def test_labels_stand_in_the_order_of_their_methods() -> None:
+    labels = {"mine": "mine", "Random (seed=10)": "random", "Random (seed=9)": "random",
+              "SparseMM": "sparsemm"}  # fmt: skip
+    cells = pd.DataFrame({"label": list(labels), "method": list(labels.values())})
+    assert labels_in_order(cells) == labels
+    assert list(labels_in_order(cells)) == [
+        "SparseMM", "Random (seed=9)", "Random (seed=10)", "mine"
+    ]  # fmt: skip

@@ -30,14 +30,13 @@ from sparsemm_eval.report.figures.style import (
     wrapped,
 )
 from sparsemm_eval.report.names import distinct, labels_in_order
+from sparsemm_eval.report.paper import STUDIES
 
 AXES = {
     "budget": "budget (tokens per KV head, log scale)",
     "kept_tokens_per_head": "really kept (mean tokens per KV head, log scale)",
 }
 Z = 1.96  # standard errors to either side of a 95% interval
-# They vary one setting at one budget, or parts of the cache: no curves of a method.
-_ABLATIONS = ("table1", "table2")
 _MOST_COLUMNS = 5
 _HEIGHTS = {1: 2.3, 2: 1.9, 3: 1.55, 4: 1.3, 5: 1.25}  # inches of a panel, by columns
 
@@ -146,7 +145,7 @@ def score_curves(cells: pd.DataFrame, over: str = "budget", zoom: bool = False) 
 
 def _panels(cells: pd.DataFrame, over: str) -> list[Panel]:
     """Model by model, each benchmark or task of it; UserError if nothing is left to draw."""
-    cells = cells[~cells["source"].isin(_ABLATIONS) & cells["score"].notna()]
+    cells = cells[~cells["source"].isin(STUDIES) & cells["score"].notna()]
     if cells.empty:
         raise UserError(
             "there is no cell to draw: give results, and filters that leave some of them"

@@ -19,7 +19,7 @@ from sparsemm_eval.report.layouts import LAYOUTS
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.names import MODEL_NAMES
 from sparsemm_eval.report.page.leaderboard import leaderboard, runs
-from sparsemm_eval.report.page.samples import Visuals, browse, find_differences
+from sparsemm_eval.report.page.samples import Visuals, browse, compare, unlike_counts
 from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.results import Results
 from sparsemm_eval.report.samples import score_samples
@@ -78,19 +78,20 @@ def write_page(
     origin = _origin(results.cells, joined)
     scores = scored.frame.assign(cell=scored.frame["cell"].map(origin))
     cells = add_statistics(joined, scores, against)
-    differences = find_differences(results.cells, scored.frame)
-    browser = browse(results.cells, differences, samples, visuals)
+    by_sample = scored.frame.set_index(["cell", "doc_id"])["score"].to_dict()
+    comparisons, notes = compare(results.cells, by_sample)
+    browser = browse(results.cells, comparisons, by_sample, samples, visuals)
     page = _environment().get_template("page.html.j2").render(
         title=title,
         read=_read(results),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=sparsemm_eval.__version__,
         unreadable=results.unreadable,
-        leaderboard=leaderboard(cells, differences.counts(origin), against),
+        leaderboard=leaderboard(cells, unlike_counts(comparisons, origin), against),
         tables=_tables(joined, scores),
         figures=_figures(cells),
         notes=scored.notes,
-        browser=browser,
+        browser={**browser, "notes": [*notes, *browser["notes"]]},
         runs=runs(results.files),
         css=_text("page.css"),
         script=_text("page.js"),

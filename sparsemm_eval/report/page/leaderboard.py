@@ -100,7 +100,7 @@ def leaderboard(
     cells : DataFrame
         Cells with their statistics, as `add_statistics` gives them.
     unlike : mapping
-        By index of a cell, of `Differences.counts`.
+        By index of a cell, as `unlike_counts` gives it.
     against : str
         What the baseline is, as for `add_statistics`.
 

@@ -6,8 +6,7 @@ import io
 from ast import literal_eval
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -19,6 +18,8 @@ from sparsemm_eval.report.samples import NoScores, read_samples
 LONGEST_SIDE = 384  # pixels of an image
 _QUALITY = 60  # text stays legible
 Visuals = Callable[[str, Sequence[int]], Mapping[int, Sequence[Image.Image]]]
+Lines = Mapping[int, Mapping[str, Any]]
+Scores = Mapping[tuple[int, int], float]
 _ALL_EQUAL = "No answer differs from full KV's."
 _NOTHING_TO_COMPARE = (
     "There is nothing to compare: this takes samples files of full KV and of another method on one "
@@ -26,16 +27,16 @@ _NOTHING_TO_COMPARE = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A cell beside full KV.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A cell's answers beside full KV's.
 
     Parameters
     ----------
-    index : int
-        In the frame of cells.
-    reference : int
-        Index of its model's full KV on the same task.
+    index, reference : int
+        Labels of the cell, and of its model's full KV on the same task, in the frame of cells.
+    own, full : mapping
+        Lines of their samples files by document.
     differing : tuple of int
         Documents answered in another way than by full KV, those of the most different scores
         first.
@@ -45,76 +46,63 @@ class Cell:
 
     index: int
     reference: int
+    own: Lines
+    full: Lines
     differing: tuple[int, ...]
     compared: int
 
 
-@dataclass(frozen=True, eq=False)
-class Differences:
-    """All cells that have samples files and a full KV to be compared with.
-
-    Parameters
-    ----------
-    cells : tuple of Cell
-        One each.
-    samples : mapping
-        Lines of samples files: by index of a cell, then by document.
-    scores : mapping
-        Score of a sample by (index of its cell, document), where it is known.
-    notes : tuple of str
-        What could not be compared, and why.
-    """
-
-    cells: tuple[Cell, ...]
-    samples: Mapping[int, Mapping[int, Mapping[str, Any]]]
-    scores: Mapping[tuple[int, int], float]
-    notes: tuple[str, ...]
-
-    def counts(self, origin: Mapping[int, int]) -> dict[int, tuple[int, int, int]]:
-        """Answers unlike full KV's, answers compared, and the first cell to look at.
-
-        Parameters
-        ----------
-        origin : mapping
-            Where the count of a cell goes: seeds that were joined count together.
-        """
-        counted: dict[int, tuple[int, int, int]] = {}
-        for cell in self.cells:
-            place = origin[cell.index]
-            unlike, compared, first = counted.get(place, (0, 0, cell.index))
-            counted[place] = (unlike + len(cell.differing), compared + cell.compared, first)
-        return counted
-
-
-def find_differences(cells: pd.DataFrame, scores: pd.DataFrame) -> Differences:
+def compare(cells: pd.DataFrame, scores: Scores) -> tuple[list[Comparison], list[str]]:
     """Compare the answers of every cell with full KV's.
 
     Parameters
     ----------
     cells : DataFrame
         As `sparsemm_eval.report.results.load` gives them, seeds not joined.
-    scores : DataFrame
-        The frame of `score_samples`.
+    scores : mapping
+        Score of a sample by (label of its cell, document), where it is known.
+
+    Returns
+    -------
+    tuple of list
+        A comparison each cell that has a samples file and a full KV; sentences on what could not
+        be compared, and why.
     """
-    by_sample = {
-        (cell, doc): float(score)
-        for cell, doc, score in zip(scores["cell"], scores["doc_id"], scores["score"], strict=True)
-    }
     measured = cells[(cells["source"] == "measured") & cells["samples_files"].map(bool)]
-    full = measured["method"] == "fullkv"
-    samples: dict[int, Mapping[int, Mapping[str, Any]]] = {}
+    lines: dict[int, Lines] = {}
     notes: dict[str, None] = {}
-    for index, cell in measured.iterrows():
+    for index, paths in measured["samples_files"].items():
         try:
-            samples[index] = _by_document(cell["samples_files"])
+            lines[index] = {line["doc_id"]: line for path in paths for line in read_samples(path)}
         except NoScores as error:
             notes[f"Not compared: {error}."] = None
-    compared = []
-    for index, cell in by_budget(measured[~full]).iterrows():
-        reference = _reference(cell, measured[full & measured.index.isin(samples)])
-        if index in samples and reference is not None:
-            compared.append(_compare(index, reference, samples, by_sample))
-    return Differences(tuple(compared), samples, by_sample, tuple(notes))
+    readable = measured[measured.index.isin(lines)]
+    full = readable["method"] == "fullkv"
+    comparisons = []
+    for index, cell in by_budget(readable[~full]).iterrows():
+        reference = _reference(cell, readable[full])
+        if reference is not None:
+            comparisons.append(_compared(index, reference, lines, scores))
+    return comparisons, list(notes)
+
+
+def unlike_counts(
+    comparisons: Sequence[Comparison], origin: Mapping[int, int]
+) -> dict[int, tuple[int, int, int]]:
+    """Answers unlike full KV's, answers compared, and the first cell to look at, by cell.
+
+    Parameters
+    ----------
+    comparisons : sequence of Comparison
+        From `compare`.
+    origin : mapping
+        Where the count of a cell goes: seeds that were joined count together.
+    """
+    counted: dict[int, tuple[int, int, int]] = {}
+    for one in comparisons:
+        unlike, compared, first = counted.get(origin[one.index], (0, 0, one.index))
+        counted[origin[one.index]] = unlike + len(one.differing), compared + one.compared, first
+    return counted
 
 
 def _reference(cell: pd.Series, full: pd.DataFrame) -> int | None:
@@ -129,17 +117,8 @@ def _reference(cell: pd.Series, full: pd.DataFrame) -> int | None:
     return there.index[equal.index(max(equal))]
 
 
-def _by_document(paths: Sequence[Path]) -> dict[int, Mapping[str, Any]]:
-    return {line["doc_id"]: line for path in paths for line in read_samples(path)}
-
-
-def _compare(
-    index: int,
-    reference: int,
-    samples: Mapping[int, Mapping[int, Mapping[str, Any]]],
-    scores: Mapping[tuple[int, int], float],
-) -> Cell:
-    own, full = samples[index], samples[reference]
+def _compared(index: int, reference: int, lines: Mapping[int, Lines], scores: Scores) -> Comparison:
+    own, full = lines[index], lines[reference]
     both = [doc for doc in own if doc in full]
     unlike = [doc for doc in both if answer(own[doc]) != answer(full[doc])]
 
@@ -147,7 +126,7 @@ def _compare(
         pair = (scores.get((index, doc)), scores.get((reference, doc)))
         return (0.0 if None in pair else -abs(pair[0] - pair[1]), doc)
 
-    return Cell(index, reference, tuple(sorted(unlike, key=closeness)), len(both))
+    return Comparison(index, reference, own, full, tuple(sorted(unlike, key=closeness)), len(both))
 
 
 def answer(line: Mapping[str, Any]) -> str:
@@ -158,81 +137,72 @@ def answer(line: Mapping[str, Any]) -> str:
     return text if isinstance(text, str) else str(text)
 
 
-@dataclass
-class Browser:
-    """What the samples browser shows.
-
-    Parameters
-    ----------
-    data : dict
-        ``cells``, and their ``documents`` by model and task.
-    images : list
-        Data URI, width and height of each image.
-    notes : list of str
-        Sentences above it.
-    """
-
-    data: dict[str, list] = field(default_factory=lambda: {"cells": [], "documents": []})
-    images: list[tuple[str, int, int]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
 def browse(
-    cells: pd.DataFrame, differences: Differences, count: int, visuals: Visuals | None
-) -> Browser:
+    cells: pd.DataFrame,
+    comparisons: Sequence[Comparison],
+    scores: Scores,
+    count: int,
+    visuals: Visuals | None,
+) -> dict[str, Any]:
     """Collect what the browser shows: the first `count` samples of each cell, their images once.
 
     Parameters
     ----------
     cells : DataFrame
         Those that were compared.
-    differences : Differences
-        From `find_differences`.
+    comparisons : sequence of Comparison
+        From `compare`.
+    scores : mapping
+        As for `compare`.
     count : int
         Samples of a cell.
     visuals : callable, optional
         Images of documents by task and document number; None leaves images out. If it raises a
         ValueError or OSError, the page has no images of that task and says why.
+
+    Returns
+    -------
+    dict
+        As the page's template reads it: data (``cells``, and their ``documents`` by model and
+        task), images (data URI, width and height of each), notes (sentences above them).
     """
-    browser = Browser(notes=list(differences.notes))
-    shown = [cell for cell in differences.cells if cell.differing]
+    data: dict[str, list[Any]] = {"cells": [], "documents": []}
+    shown = [one for one in comparisons if one.differing]
     if not shown:
-        browser.notes.append(_ALL_EQUAL if differences.cells else _NOTHING_TO_COMPARE)
-        return browser
+        notes = [_ALL_EQUAL if comparisons else _NOTHING_TO_COMPARE]
+        return {"data": data, "images": [], "notes": notes}
     tasks: dict[str, set[int]] = {}
-    for cell in shown:
-        tasks.setdefault(cells.at[cell.index, "task"], set()).update(cell.differing[:count])
-    images = Images()
-    places = _images(tasks, visuals, images, browser.notes)
+    for one in shown:
+        tasks.setdefault(cells.at[one.index, "task"], set()).update(one.differing[:count])
+    images, notes = Images(), []
+    places = _images(tasks, visuals, images, notes)
     groups: dict[int, int] = {}
     named = choices(cells)
-    for cell in shown:
-        task = cells.at[cell.index, "task"]
-        if cell.reference not in groups:
-            groups[cell.reference] = len(groups)
-            browser.data["documents"].append({})
-        documents = browser.data["documents"][groups[cell.reference]]
-        own, full = differences.samples[cell.index], differences.samples[cell.reference]
+    for one in shown:
+        task = cells.at[one.index, "task"]
+        if one.reference not in groups:
+            groups[one.reference] = len(groups)
+            data["documents"].append({})
+        documents = data["documents"][groups[one.reference]]
         rows = []
-        for doc in cell.differing[:count]:
-            line = full[doc]
+        for doc in one.differing[:count]:
+            line = one.full[doc]
             documents[doc] = (
                 str(line.get("input", "")), target(line), answer(line), places.get((task, doc), ()),
             )  # fmt: skip
-            pair = (differences.scores.get((each, doc)) for each in (cell.index, cell.reference))
-            rows.append((doc, answer(own[doc]), *pair))
-        browser.data["cells"].append(
+            pair = (scores.get((each, doc)) for each in (one.index, one.reference))
+            rows.append((doc, answer(one.own[doc]), *pair))
+        data["cells"].append(
             {
-                "cell": int(cell.index),
-                **named.loc[cell.index],
-                "documents": groups[cell.reference],
-                "differ": len(cell.differing),
-                "of": cell.compared,
+                "cell": int(one.index),
+                **named.loc[one.index],
+                "documents": groups[one.reference],
+                "differ": len(one.differing),
+                "of": one.compared,
                 "samples": rows,
             }
         )
-    browser.images = images.kept
-    return browser
+    return {"data": data, "images": images.kept, "notes": notes}
 
 
 def _images(

@@ -21,6 +21,8 @@ _FILES = {
     "table4": "table4_general.csv",
 }
 TABLES = tuple(_FILES)
+# They vary one setting at one budget, or parts of the cache: no comparison of methods.
+STUDIES = ("table1", "table2")
 _TASKS = {benchmark.title: task for task, benchmark in BENCHMARKS.items()}
 _METHODS = {label: method for method, label in METHOD_NAMES.items()}
 # Table 2's parts of the cache (local window, uniform, by score), as methods and settings.
