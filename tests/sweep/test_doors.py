@@ -105,8 +105,8 @@ def test_a_method_of_ones_own_goes_through_a_sweep_to_tables_and_figures(
     shown = run("sweep", grid, "-o", out, "--plugin", plugin, "--dry-run")
     assert "method=early,budget=32,window=8,share=0.6" in shown
     shown = run("sweep", grid, "-o", out, "--plugin", plugin)
-    assert "early share=0.6" in shown
-    assert "early share=0.8" in shown
+    assert "early (share=0.6)" in shown
+    assert "early (share=0.8)" in shown
     plan = json.loads((out / "plan.json").read_text())
     assert list(plan["plugins"]) == [str(plugin)]
     table = run("table", out)
@@ -147,7 +147,7 @@ def test_jobs_get_the_method_with_their_command(plugin: Path, grid: Path, tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     table = (out / "table.md").read_text()
-    assert "early share=0.6" in table
+    assert "early (share=0.6)" in table
     assert len(rows(out / "answers" / "reader")) == 6
     folders = [shutil.copytree(out, tmp_path / name) for name in "ab"]
     assert "0 conflicts" in run("merge", *folders, "-o", tmp_path / "c", "--plugin", plugin)
@@ -239,11 +239,11 @@ def test_silenced_heads_are_rows_of_their_own(grid: Path, tmp_path: Path) -> Non
     grid.write_text(yaml.safe_dump(values))
     shown = run("sweep", grid, "-o", tmp_path / "out")
     rows_of = {line.split("|")[1].strip() for line in shown.splitlines() if line.startswith("| ")}
-    masked = {"FullKV mask_heads=visual:0.1", "SnapKV mask_heads=visual:0.1"}
+    masked = {"FullKV (mask_heads=visual:0.1)", "SnapKV (mask_heads=visual:0.1)"}
     assert rows_of == {"method", "FullKV", "SnapKV", *masked}
     cells = json.loads((tmp_path / "out" / "summary.json").read_text())["cells"]
-    scores = {cell["method"]: cell["score"] for cell in cells}
-    assert scores["fullkv"] > scores["FullKV mask_heads=visual:0.1"]
+    scores = {cell["label"]: cell["score"] for cell in cells}
+    assert scores["FullKV"] > scores["FullKV (mask_heads=visual:0.1)"]
     assert "FullKV (mask_heads=visual:0.1)" in run("table", tmp_path / "out")
 
 
