@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from report.made import write_grid
+from report.result_files import write_grid
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from report.made import write_grid
+from report.result_files import write_grid
 
 from sparsemm_eval.report.cells import COLUMNS, Filters, cells_frame
 from sparsemm_eval.report.figures import draw_scores

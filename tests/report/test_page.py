@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from report.made import QUESTIONS, TARGETS, write_cell, write_grid
+from report.result_files import QUESTIONS, TARGETS, write_cell, write_grid
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from report.made import TARGETS, write_cell, write_grid
+from report.result_files import TARGETS, write_cell, write_grid
 
 from sparsemm_eval.report.page import write_page
 from sparsemm_eval.report.results import gather

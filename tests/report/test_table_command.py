@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from report.made import QUESTIONS, TARGETS, write_cell, write_grid
+from report.result_files import QUESTIONS, TARGETS, write_cell, write_grid
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
