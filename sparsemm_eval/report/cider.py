@@ -20,8 +20,8 @@ def cider(
     """Score captions; the mean over images of one answer each is the corpus' CIDEr.
 
     The same numbers as pycocoevalcap's ``Cider`` (CIDEr-D with clipping, sigma 6, n-grams up to
-    4), to 1e-15. That one makes the references' vectors anew for every set of answers: 494 s for
-    31 cells of TextCaps' 3,166 images, this one 3.3 s.
+    4), to 1e-15, 20 times as fast: that one makes the references' vectors anew for every set of
+    answers, 88 s for 31 cells of 3,166 images where this takes 4.4 s.
 
     Parameters
     ----------
@@ -40,7 +40,11 @@ def cider(
     Vedantam, Zitnick, Parikh, "CIDEr: Consensus-based Image Description Evaluation", CVPR 2015,
     sections 3 and 6.
     """
-    cooked = {image: [_ngrams(text) for text in texts] for image, texts in references.items()}
+    from pycocoevalcap.cider.cider_scorer import precook  # counts n-grams; not needed but here
+
+    cooked = {
+        image: [precook(text, _LONGEST) for text in texts] for image, texts in references.items()
+    }
     images_with = Counter(ngram for texts in cooked.values() for ngram in set().union(*texts))
     whole = math.log(len(references)) if references else 0.0
     weights = {ngram: whole - math.log(count) for ngram, count in images_with.items()}
@@ -53,18 +57,9 @@ def cider(
             for ngram, weight in vector.items():
                 places.setdefault(ngram, []).append((place, weight))
         for text in dict.fromkeys(texts):
-            own = _vector(_ngrams(text), weights, whole)
+            own = _vector(precook(text, _LONGEST), weights, whole)
             scores[image, text] = 10 * _similarity(own, vectors, places) / len(vectors)
     return scores
-
-
-def _ngrams(text: str) -> Counter[_Ngram]:
-    words = text.split()
-    return Counter(
-        tuple(words[start : start + length])
-        for length in range(1, _LONGEST + 1)
-        for start in range(len(words) - length + 1)
-    )
 
 
 def _vector(ngrams: Mapping[_Ngram, int], weights: Mapping[_Ngram, float], whole: float) -> _Vector:
