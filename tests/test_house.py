@@ -20,7 +20,8 @@ TENSORS = {"torch", "transformers", "numpy", "pandas", "matplotlib", "flash_attn
 ALLOWED = {
     "methods": {"torch", "numpy"},
     "cache": TENSORS,
-    **{f"engine/{name}.py": TENSORS for name in ("decode", "graph", "greedy", "rows", "step")},
+    "families": TENSORS,
+    **{f"engine/{name}.py": TENSORS for name in ("decode", "step")},
     "bench": TENSORS | {"flashinfer"},
     "report": {
         "pandas",

@@ -68,12 +68,13 @@ def test_every_method_is_in_the_table() -> None:
 
 
 def test_settings_of_the_table_are_known() -> None:
-    from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+    from sparsemm_eval.engine.cell import model_settings
+    from sparsemm_eval.engine.lmms import SparseMM
 
     section = README.split("### Settings")[1].split("###")[0]
     rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)
     names = {name for row in rows for name in row.split(", ")} - {"setting", "method"}
-    known = set(inspect.signature(Qwen2VLSparseMM.__init__).parameters)
+    known = set(inspect.signature(SparseMM.__init__).parameters)
     methods = {s for name in method_names() for s in registry.method_settings(name)}
-    assert names <= known | methods | Qwen2VLSparseMM._own()
+    assert names <= known | methods | {*model_settings(), "answers"}
     assert methods <= names

@@ -22,10 +22,8 @@ from lmms_eval.tasks.textcaps.utils import textcaps_cider
 from lmms_eval.utils import load_yaml_config
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
-from sparsemm_eval.engine.samples import read_chat
-from sparsemm_eval.engine.wrapper import SparseMMModel
+from sparsemm_eval.engine.lmms import CellModel, LlavaSparseMM, Qwen2VLSparseMM
+from sparsemm_eval.engine.requests import read_chat
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import benchmarks, chance, embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
@@ -61,7 +59,7 @@ DRAWN: dict[str, tuple[Callable, ...]] = {
     "gqa": (draw_scene,),
     "vqav2": (draw_scene,),
 }
-WRAPPERS: dict[str, type[SparseMMModel]] = {
+WRAPPERS: dict[str, type[CellModel]] = {
     "qwen2vl": Qwen2VLSparseMM,
     "llava_next": LlavaSparseMM,
 }

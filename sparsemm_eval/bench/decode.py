@@ -205,23 +205,18 @@ class _ConcatenatedKV(RaggedKV):
     """A layer without free slots: every token makes a new one."""
 
     def append_attend(self, *args: Any) -> Tensor:
-        self.slack = max(1, self.slack)  # none is needed: a slot is made as the token is written
-        return super().append_attend(*args)
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        before, device = sum(self.host_lengths()), key.device
-        count = torch.arange(len(key), device=device)
-        sequence = torch.repeat_interleave(count, self.lengths, output_size=before)
+        device, count = self.keys.device, len(self.lengths)
+        before = int(self.kept.sum()) + count * self.steps
+        sequences = torch.arange(count, device=device)
+        sequence = torch.repeat_interleave(sequences, self.lengths, output_size=before)
         packed = torch.arange(before, device=device)
         starts = self.lengths.cumsum(0) - self.lengths
-        ends = (self.lengths + 1).cumsum(0, dtype=torch.int32)
-        source = torch.zeros(before + len(key), dtype=torch.long, device=device)
+        source = torch.zeros(before + count, dtype=torch.long, device=device)
         source[packed + sequence] = self.offsets[sequence] + packed - starts[sequence]
         self.keys, self.values = self.keys[source], self.values[source]
-        self.keys[ends - 1], self.values[ends - 1] = key, value
-        self.offsets, self.lengths = functional.pad(ends, (1, 0)), self.lengths + 1
-        self.steps, self.slack = self.steps + 1, 0
-        vars(self).pop("host_starts", None)
+        ends = (self.lengths + 1).cumsum(0, dtype=torch.int32)
+        self.offsets, self.slack = functional.pad(ends, (1, 0)), 1
+        return super().append_attend(*args)
 
 
 class _ConcatenatedLayer(RaggedLayer):

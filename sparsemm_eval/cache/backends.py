@@ -25,22 +25,17 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Slots(Protocol):
-    """What a backend needs of ragged keys and values; `sparsemm_eval.cache.ragged.RaggedKV`."""
+    """What a backend needs of ragged keys and values, all of it where the model lies.
+
+    A length below zero marks a sequence as finished: ``~length`` tokens are there, it is neither
+    appended to nor read, and its output is zero or anything finite.
+    """
 
     keys: Tensor  # [T, D]
     values: Tensor  # [T, D]
     offsets: Tensor  # [S + 1] int32, first slot of each sequence
-    lengths: Tensor  # [S] int32, filled slots of each sequence
-    host_starts: list[int]
-
-    def host_lengths(self) -> list[int]:
-        """`lengths`, known without asking the device."""
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """Write one token a sequence, key and value [S, D]."""
-
-    def count_token(self) -> None:
-        """Note on the host that every sequence on the device is one token longer."""
+    lengths: Tensor  # [S] int32, filled slots of each sequence; updated in place
+    longest: int  # at least the slots of any sequence, known without asking the device
 
 
 def check_backend(name: str, device: str) -> None:
@@ -146,7 +141,6 @@ def _loads(device: str) -> bool:
 def _append_attend_compiled(
     query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
 ) -> Tensor:
-    kv.count_token()
     # By its overload's name: looking for the one that fits takes as long as a small attention.
     return torch.ops.sparsemm.append_attend.default(
         query, key, value, kv.keys, kv.values, kv.offsets, kv.lengths, scale
@@ -157,18 +151,20 @@ def _append_attend_torch(
     query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
 ) -> Tensor:
     """One SDPA call a sequence, or one for all where their lengths are equal; no KV is copied."""
-    kv.append(key, value)
-    lengths = kv.host_lengths()
-    if len(set(lengths)) == 1:
-        shape = (len(lengths), -1, query.shape[-1])
-        keys = kv.keys.view(shape)[:, : lengths[0]]
-        values = kv.values.view(shape)[:, : lengths[0]]
+    _append(key, value, kv)
+    starts, lengths = kv.offsets.tolist(), kv.lengths.tolist()
+    slots = starts[1] - starts[0]
+    if len(set(lengths)) == 1 and lengths[0] > 0 and starts[-1] == slots * len(lengths):
+        shape = (len(lengths), slots, query.shape[-1])
+        keys = kv.keys[: starts[-1]].view(shape)[:, : lengths[0]]
+        values = kv.values[: starts[-1]].view(shape)[:, : lengths[0]]
         return F.scaled_dot_product_attention(query, keys, values, scale=scale)
-    out = torch.empty_like(query)
-    for s, (start, length) in enumerate(zip(kv.host_starts, lengths, strict=True)):
-        keys = kv.keys[None, start : start + length]
-        values = kv.values[None, start : start + length]
-        out[s] = F.scaled_dot_product_attention(query[None, s], keys, values, scale=scale)[0]
+    out = torch.zeros_like(query)
+    for s, (start, length) in enumerate(zip(starts, lengths, strict=False)):
+        if length > 0:
+            keys = kv.keys[None, start : start + length]
+            values = kv.values[None, start : start + length]
+            out[s] = F.scaled_dot_product_attention(query[None, s], keys, values, scale=scale)[0]
     return out
 
 
@@ -176,23 +172,35 @@ def _append_attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
 ) -> Tensor:
     """Varlen flash attention with each sequence as a batch entry; reads the slots in place."""
-    kv.append(key, value)
+    _append(key, value, kv)
     sequences = query.shape[0]
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=query.device)
-    longest = max(kv.host_lengths())
+    # A finished sequence is read as it is: leaving it out would need another shape.
+    used = torch.where(kv.lengths < 0, ~kv.lengths, kv.lengths)
     keys, values = kv.keys[:, None], kv.values[:, None]  # one KV head a sequence
     if find_spec("flash_attn") is not None:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_forward
 
         return _flash_attn_varlen_forward(
-            query, keys, values, starts, kv.offsets, 1, longest,
-            dropout_p=0.0, softmax_scale=scale, causal=False, seqused_k=kv.lengths,
+            query, keys, values, starts, kv.offsets, 1, kv.longest,
+            dropout_p=0.0, softmax_scale=scale, causal=False, seqused_k=used,
         )[0]  # fmt: skip
     # The op below torch.nn.attention.varlen, whose public face has no seqused_k in torch 2.11.
     return torch.ops.aten._flash_attention_forward(
-        query, keys, values, starts, kv.offsets, 1, longest, 0.0, False, False,
-        scale=scale, seqused_k=kv.lengths,
+        query, keys, values, starts, kv.offsets, 1, kv.longest, 0.0, False, False,
+        scale=scale, seqused_k=used,
     )[0]  # fmt: skip
+
+
+def _append(key: Tensor, value: Tensor, kv: Slots) -> None:
+    """Write one token a sequence in place, [S, D] each, where it is not finished."""
+    finished = kv.lengths < 0
+    slots = kv.offsets[:-1] + torch.where(finished, ~kv.lengths, kv.lengths)
+    # A finished sequence writes what stands there over its last token.
+    slots = torch.where(finished, slots - 1, slots).clamp_(min=0)
+    for held, new in ((kv.keys, key), (kv.values, value)):
+        held[slots] = torch.where(finished[:, None], held[slots], new)
+    kv.lengths.add_((~finished).to(kv.lengths.dtype))
 
 
 _APPEND_ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor, Slots, float], Tensor]] = {

@@ -178,26 +178,10 @@ class RaggedKV:
         counts = offsets.diff().long() - self.steps - self.slack
         return counts.view(self.rows, self.kv_heads)
 
-    @cached_property
-    def host_starts(self) -> list[int]:
-        """``offsets[:-1]``, known without asking the device again."""
-        ends = (self.kept.flatten() + self.steps + self.slack).cumsum(0)
-        return [0, *ends[:-1].tolist()]
-
-    def host_lengths(self) -> list[int]:
-        """`lengths`, known without asking the device."""
-        return (self.kept.flatten() + self.steps).tolist()
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """Write one token a sequence in place, [S, D] each; a free slot is there.
-
-        `append_attend` makes room first and is the way in; this is for backends that have no op of
-        their own for it.
-        """
-        slots = self.offsets[:-1] + self.lengths
-        self.keys[slots], self.values[slots] = key, value
-        self.lengths += 1
-        self.count_token()
+    @property
+    def longest(self) -> int:
+        """Slots of the longest sequence, known without asking the device."""
+        return int(self.kept.max()) + self.steps + self.slack
 
     def count_token(self, tokens: int = 1) -> None:
         """Note on the host that every sequence on the device is so many tokens longer."""
@@ -237,6 +221,7 @@ class RaggedKV:
             self,
             scale,
         )
+        self.count_token()
         return out.reshape(rows, 1, query_heads, dim)
 
     def select_rows(self, rows: Tensor) -> RaggedKV:

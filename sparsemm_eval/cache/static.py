@@ -1,8 +1,9 @@
-"""A cache whose buffers never move, for a step of decoding that is captured once and replayed."""
+"""A cache whose buffers never move while a step of decoding runs again and again."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,43 +15,48 @@ from sparsemm_eval.cache.backends import append_attend
 from sparsemm_eval.cache.ragged import RaggedKV
 from sparsemm_eval.methods import HeadMask
 
-BACKEND = "cuda_ext"  # the one whose calls do not depend on what lengths are
-
 
 class StaticCache(Cache):
     """Rows of a `HeadBudgetCache`, as a step that knows no lengths sees them.
 
-    Offsets and lengths of all layers lie in one tensor each; keys and values stay where the
-    `HeadBudgetCache` has them. Nothing here is counted on the host.
+    Offsets and lengths of all layers of a device lie in one tensor each; keys and values stay where
+    the `HeadBudgetCache` has them. Nothing here is counted on the host.
 
     Parameters
     ----------
-    layers, rows, kv_heads : int
+    devices : sequence of torch.device
+        Where each layer lies.
+    rows, kv_heads : int
         Sizes; rows that are not used have no slots and are marked finished.
-    device : torch.device
-        Where all lies.
+    backend : str
+        What attends, as resolved by `sparsemm_eval.cache.backends.resolve_backend`.
     mask : HeadMask, optional
         Query heads that are silenced.
     """
 
     def __init__(
         self,
-        layers: int,
+        devices: Sequence[torch.device],
         rows: int,
         kv_heads: int,
-        device: torch.device,
+        backend: str,
         mask: HeadMask | None = None,
     ) -> None:
         self.rows, self.kv_heads = rows, kv_heads
         sequences = rows * kv_heads
-        self.offsets = torch.zeros(layers, sequences + 1, dtype=torch.int32, device=device)
-        self.lengths = torch.full((layers, sequences), -1, dtype=torch.int32, device=device)
-        super().__init__(
-            layers=[
-                StaticLayer(layer, self.offsets[layer], self.lengths[layer], mask)
-                for layer in range(layers)
+        self.offsets: list[Tensor] = []  # [layers, S + 1] of each device
+        self.lengths: list[Tensor] = []  # [layers, S] of each device
+        layers = []
+        for device, places in groupby(range(len(devices)), lambda layer: devices[layer]):
+            numbers = list(places)
+            shape = {"dtype": torch.int32, "device": device}
+            self.offsets.append(torch.zeros(len(numbers), sequences + 1, **shape))
+            self.lengths.append(torch.full((len(numbers), sequences), -1, **shape))
+            layers += [
+                StaticLayer(layer, self.offsets[-1][place], self.lengths[-1][place], backend, mask)
+                for place, layer in enumerate(numbers)
             ]
-        )
+        super().__init__(layers=layers)
 
     def load(self, stores: Sequence[RaggedKV], ended: Tensor) -> None:
         """Take over what layers hold; rows that have ended are left alone from here on.
@@ -62,22 +68,27 @@ class StaticCache(Cache):
         ended : Tensor
             [rows] bool.
         """
-        offsets = torch.stack([store.offsets for store in stores])
-        lengths = torch.stack([store.lengths for store in stores])
-        used = lengths.shape[1]
-        self.offsets[:, : used + 1] = offsets
-        self.offsets[:, used + 1 :] = offsets[:, -1:]
-        self.lengths.fill_(-1)
-        self.lengths[:, :used] = lengths
+        first = 0
+        for offsets, lengths in zip(self.offsets, self.lengths, strict=True):
+            here = stores[first : first + len(offsets)]
+            first += len(offsets)
+            used = len(here[0].lengths)
+            offsets[:, : used + 1] = torch.stack([store.offsets for store in here])
+            offsets[:, used + 1 :] = offsets[:, used, None]
+            lengths.fill_(-1)
+            lengths[:, :used] = torch.stack([store.lengths for store in here])
         self.finish(ended)
         for layer, store in zip(self.layers, stores, strict=True):
             # All of the memory, whose size changes seldom: torch.compile compiles for each anew.
             layer.keys, layer.values = store.buffer.keys, store.buffer.values
+            layer.longest = store.longest
 
     def finish(self, ended: Tensor) -> None:
         """Mark rows [rows] bool as finished, those that are not so yet."""
-        ended = ended.repeat_interleave(self.kv_heads, output_size=self.lengths.shape[1])
-        self.lengths.copy_(torch.where(ended & (self.lengths >= 0), ~self.lengths, self.lengths))
+        ended = ended.repeat_interleave(self.kv_heads, output_size=self.lengths[0].shape[1])
+        for lengths in self.lengths:
+            done = ended.to(lengths.device) & (lengths >= 0)
+            lengths.copy_(torch.where(done, ~lengths, lengths))
 
     def places(self) -> tuple[int, ...]:
         """Where keys and values lie: what has been captured holds as long as they stay there."""
@@ -90,9 +101,12 @@ class StaticLayer(SilencingLayer):
     is_compileable = True
     is_croppable = False
 
-    def __init__(self, index: int, offsets: Tensor, lengths: Tensor, mask: HeadMask | None) -> None:
+    def __init__(
+        self, index: int, offsets: Tensor, lengths: Tensor, backend: str, mask: HeadMask | None
+    ) -> None:
         super().__init__(index, mask)
-        self.offsets, self.lengths = offsets, lengths
+        self.offsets, self.lengths, self.backend = offsets, lengths, backend
+        self.longest = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
         if self.silent is not None:
@@ -117,7 +131,7 @@ class StaticLayer(SilencingLayer):
         query_heads = query.shape[1]
         scale = kwargs.get("scaling")
         out = append_attend(
-            BACKEND,
+            self.backend,
             query.reshape(rows * heads, query_heads // heads, dim),
             key.reshape(rows * heads, dim),
             value.reshape(rows * heads, dim),
@@ -125,9 +139,6 @@ class StaticLayer(SilencingLayer):
             dim**-0.5 if scale is None else scale,
         )
         return out.reshape(rows, 1, query_heads, dim)
-
-    def count_token(self, tokens: int = 1) -> None:
-        """Lengths on the device are all there is."""
 
     def get_seq_length(self) -> int:
         """Not known here: positions are given."""

@@ -136,13 +136,16 @@ def mask(
     """What benchmarks lose without the visual heads, and without as many random others."""
     with one_sentence():
         quiet()
-        from sparsemm_eval.heads.mask import run_masking
         from sparsemm_eval.methods import MASK_MODES
+        from sparsemm_eval.sweep.mask import run_masking
+        from sparsemm_eval.tiny import EMBEDDED
 
-        checkpoint = _checkpoint(model, dtype, device)
+        settings = {"dtype": dtype, "device_map": _device(device)}
+        if head_scores is not None:
+            settings["head_scores"] = str(head_scores)
         check_libraries()
         done = run_masking(
-            checkpoint,
+            model or f"{EMBEDDED}qwen2vl",
             out,
             tasks=words(tasks),
             shares=numbers("shares", shares, "0.01,0.05"),
@@ -150,7 +153,7 @@ def mask(
             modes=MASK_MODES if mode == "both" else (mode,),
             samples=samples,
             batch_size=batch_size,
-            head_scores=head_scores,
+            settings=settings,
             command=shlex.join(["sparsemm-eval", *sys.argv[1:]]),
         )
         typer.echo(done.markdown)
@@ -159,14 +162,19 @@ def mask(
 
 
 def _checkpoint(model: str | None, dtype: str, device: str) -> Checkpoint:
-    """A checkpoint that will lie on a device; one that is not there is refused."""
-    import torch
-
+    """A checkpoint that will lie on a device."""
     from sparsemm_eval.engine.checkpoint import Checkpoint
     from sparsemm_eval.tiny import default_checkpoint
+
+    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=_device(device))
+
+
+def _device(device: str) -> str:
+    """The device that was named, or CUDA where it is; one that is not there is refused."""
+    import torch
 
     count = torch.cuda.device_count()
     known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))]
     device = device or ("cuda" if count else "cpu")
     check_choice("device", device, known)
-    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=device)
+    return device

@@ -52,7 +52,7 @@ def demo(
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
         before = method_names()
-        load_plugins(plugin)
+        plugins = load_plugins(plugin)
         done = run_demo(
             out,
             SAMPLES if full else samples,
@@ -64,6 +64,7 @@ def demo(
             allocation,
             command=demo_command(),
             more_methods=[name for name in method_names() if name not in before],
+            plugins=plugins,
         )
         typer.echo(done.markdown)
         for path in done.files:
@@ -111,16 +112,16 @@ def sweep(
         plugins, own_tasks = load_plugins(plugin), folders(include_path)
         chosen = read_grid(grid)
         if dry_run:
+            from sparsemm_eval.engine.tasks import find_tasks, runnable
             from sparsemm_eval.sweep.estimate import describe
-            from sparsemm_eval.sweep.tasks import find_tasks, runnable
 
             manager = find_tasks(chosen.tasks, own_tasks)
             typer.echo(describe(chosen, out, manager))
             runnable(manager, chosen.tasks, skip_missing)
             return
         check_libraries()
-        from sparsemm_eval.sweep.run import leave_ranks, run_sweep
         from sparsemm_eval.sweep.signals import leaving
+        from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
         folder = out or Path("results/sweeps") / chosen.name

@@ -187,5 +187,5 @@ def report(
             typer.echo(note, err=True)
         visuals = None
         if not no_images:
-            from sparsemm_eval.engine.visuals import visuals
+            from sparsemm_eval.engine.tasks import visuals
         typer.echo(f"wrote {write_page(read, out, title, samples, visuals, against)}")

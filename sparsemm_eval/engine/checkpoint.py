@@ -27,6 +27,7 @@ from transformers import (
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder
 from sparsemm_eval.tiny import find_checkpoint
@@ -85,6 +86,19 @@ class Checkpoint:
                 f"model takes {model_type}"
             )
         _check_weights(self.folder, self.pretrained)
+
+    @property
+    def family(self) -> type[Family]:
+        """What is particular to its model_type.
+
+        Raises
+        ------
+        UserError
+            If no family is known for it, or the family refuses it.
+        """
+        family = family_of(self.config)
+        family.check(self.config)
+        return family
 
     @property
     def shape(self) -> ModelShape:

@@ -1,22 +1,49 @@
-"""Prompt to tokens: read the prompt once, compress it, decode on the ragged cache."""
+"""Prompt to tokens: read the prompt once, compress it for every method, decode all of them.
+
+Greedy decoding runs step by step between static buffers, on every device and with every backend.
+transformers' ``generate`` reads the prompt and serves what is not greedy: sampling, beams.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
-from sparsemm_eval.engine.graph import decoder_of
-from sparsemm_eval.engine.greedy import ends_of, static_kind
-from sparsemm_eval.engine.rows import Rows, kept_bytes
-from sparsemm_eval.engine.step import Kind
+from sparsemm_eval.cache.ragged import Buffer
+from sparsemm_eval.engine.step import Start, Step, StepKey
+from sparsemm_eval.errors import check_choice
+from sparsemm_eval.families import family_of
 from sparsemm_eval.methods import HeadMask, Method
+
+CUDA_GRAPH = ("auto", "compile", "eager", "off")
+# The backend whose step can be captured: its calls depend on no length.
+_CAPTURED = "cuda_ext"
+# Steps between looks at whether all rows have ended. A look is at the last look's time, so that the
+# device always has steps to go on with: up to twice as many are decoded for nothing at the end.
+_LOOK_EVERY = 2
+_MOST_STEPS = 8
+# Generation settings that change nothing in greedy decoding, or are heeded apart.
+_WITHOUT_EFFECT = {
+    "_from_model_config", "bos_token_id", "do_sample", "early_stopping", "eos_token_id",
+    "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_length", "max_new_tokens",
+    "min_new_tokens", "min_p", "pad_token_id", "repetition_penalty", "temperature", "top_h",
+    "top_k", "top_p", "transformers_version", "typical_p", "use_cache",
+}  # fmt: skip
+_NEUTRAL = {
+    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1, "min_length": 0,
+    "no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "diversity_penalty": 0.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,14 +62,14 @@ class Decoded:
         Bytes of keys and values of these tokens.
     cache_bytes : list of int
         Bytes of the row's cache at the end: new tokens, slack and metadata included. Of many
-        methods, when the row was taken out of the batch, which may be steps after its own last.
+        rows, when the row was taken out of the batch, which may be steps after its own last.
     kl_full : list of float or None
         KL(full KV's next token || this row's) in nats, where both have read the prompt and its
         first new token; None where the answer ended there, or full KV was not in the batch.
     backend : str
         What attended over the ragged rows.
     seconds : float
-        Wall time.
+        Wall time; of methods that were decoded together an equal share each.
     """
 
     tokens: list[Tensor]
@@ -56,16 +83,19 @@ class Decoded:
 
 
 @torch.inference_mode()
-def generate(
+def decode(
     model: PreTrainedModel,
     inputs: Mapping[str, Tensor],
-    method: Method,
+    methods: Sequence[Method],
     options: Mapping[str, Any],
     backend: str = "auto",
     mask: HeadMask | None = None,
     cuda_graph: str = "auto",
-) -> Decoded:
-    """Generate with a prompt cache compressed by a method.
+) -> list[Decoded]:
+    """Answer prompts under methods; greedy ones are read once for all methods.
+
+    All methods leave the prompt's own attention whole, so that vision tower, prefill and first
+    token are the same for all; each layer is packed for every method while it is dense.
 
     Parameters
     ----------
@@ -73,7 +103,7 @@ def generate(
         On `sparsemm_eval.cache.use_head_budget_attention`.
     inputs : mapping
         The processor's output, padded on the left, on the model's device.
-    method : Method
+    methods : sequence of Method
         For this model's shape.
     options : mapping
         Of transformers' ``generate``: max_new_tokens, do_sample, num_beams, ….
@@ -82,16 +112,389 @@ def generate(
     mask : HeadMask, optional
         Query heads that are silenced.
     cuda_graph : {"auto", "compile", "eager", "off"}
-        Where greedy decoding runs between static buffers; see
-        `sparsemm_eval.engine.greedy.static_kind`.
+        On a GPU the step of greedy decoding is captured, or captured after torch.compile; eager
+        and off run it as it is, as is done everywhere else.
 
     Returns
     -------
-    Decoded
-        One row a sample; with ``num_return_sequences`` that many rows a sample.
+    list of Decoded
+        One a method, of one row a sample; with ``num_return_sequences`` that many rows a sample.
     """
-    if _kind(model, inputs, [method], options, backend, mask, cuda_graph) is not None:
-        return generate_rows(model, inputs, [method], options, backend, mask, cuda_graph)[0]
+    if not is_greedy(model, options):
+        return [_generate(model, inputs, method, options, backend, mask) for method in methods]
+    start = time.perf_counter()
+    decoder = decoder_of(model)
+    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
+    prompts = prefill(model, inputs, options, cache)
+    rows = decoder.decode(model, cache, prompts, options, mask, cuda_graph)
+    count = len(methods)
+    seconds = (time.perf_counter() - start) / count
+    tokens = [_cut(row, ends_of(model)) for row in rows.tokens]
+    return [
+        Decoded(
+            tokens=tokens[m::count],
+            prompt_tokens=prompts.tokens[m::count],
+            kept=prompts.kept[m::count],
+            kept_bytes=prompts.kept_bytes[m::count],
+            cache_bytes=rows.cache_bytes[m::count],
+            kl_full=rows.kl_full[m::count],
+            backend=cache.backend(),
+            seconds=seconds,
+        )
+        for m in range(count)
+    ]
+
+
+def is_greedy(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
+    """Whether tokens are the likeliest ones, but for a repetition penalty.
+
+    Only then do methods share a prompt. The model's own generation_config counts too.
+    """
+    given = {**model.generation_config.to_dict(), **options}
+    # The first token comes out of `generate` itself, which heeds one token at least.
+    if given.get("do_sample") or (given.get("min_new_tokens") or 0) > 1:
+        return False
+    return "max_new_tokens" in options and all(
+        value is None or value is False or name in _WITHOUT_EFFECT or value == _NEUTRAL.get(name)
+        for name, value in given.items()
+    )
+
+
+def check_cuda_graph(value: Any) -> str:
+    """The setting as a word; True and False are auto and off.
+
+    Raises
+    ------
+    UserError
+        For any other value.
+    """
+    word = {True: "auto", False: "off"}.get(value, value) if isinstance(value, bool) else value
+    check_choice("cuda_graph", word, CUDA_GRAPH)
+    return word
+
+
+def ends_of(model: PreTrainedModel) -> Sequence[int]:
+    """Tokens at which the model's answers end."""
+    ends = model.generation_config.eos_token_id
+    if ends is None:
+        return []
+    return ends if isinstance(ends, list) else [ends]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that were read into a cache; row ``b * M + m`` is sample b under method m.
+
+    Parameters
+    ----------
+    start : Start
+        The rows with their first new token.
+    tokens : list of int
+        Tokens of each row's prompt, padding excluded.
+    kept : Tensor
+        [rows, L, H] tokens of the prompt that were kept.
+    kept_bytes : list of int
+        Bytes of keys and values of these tokens, by row.
+    width : int
+        Tokens of the longest prompt.
+    """
+
+    start: Start
+    tokens: list[int]
+    kept: Tensor
+    kept_bytes: list[int]
+    width: int
+
+
+@torch.inference_mode()
+def prefill(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    cache: HeadBudgetCache,
+) -> Prompts:
+    """Read prompts into a cache and choose each one's first token; parameters as of `decode`."""
+    ids = model.generate(
+        **inputs, **{CACHE_ARGUMENT: cache}, **{**options, "max_new_tokens": 1}
+    )  # fmt: skip
+    count = len(cache.methods)
+    padding = inputs["attention_mask"]
+    positions = padding.sum(1)
+    if (delta := family_of(model.config).rope_delta(model)) is not None:
+        positions = positions + delta[:, 0].to(positions.device)
+    first = ids[:, -1]
+    # No token of the prompt is a padding, which a repetition penalty must not count.
+    read = functional.pad(padding, (0, 1), value=1).bool()
+    ids = torch.where(read, ids, first[:, None])
+    ended = torch.isin(first, torch.tensor(ends_of(model), dtype=first.dtype, device=first.device))
+    start = Start(*(x.repeat_interleave(count, 0) for x in (ids, positions, ended)))
+    kept = cache.kept()
+    return Prompts(start, cache.prompt_lengths(), kept, _kept_bytes(cache, kept), padding.shape[1])
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What became of the rows of a batch, an entry each; as in `Decoded`, tokens uncut."""
+
+    tokens: list[Tensor]
+    cache_bytes: list[int]
+    kl_full: list[float | None]
+
+
+class Decoder:
+    """Steps of one model and the memory that they read, kept from prompt to prompt.
+
+    Parameters
+    ----------
+    layers : int
+        Of the model.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.buffers = [Buffer() for _ in range(layers)]
+        self.steps: dict[StepKey, Step] = {}
+
+    def bytes(self) -> int:
+        """Bytes held for slots, in use or not."""
+        return sum(buffer.bytes() for buffer in self.buffers)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        model: PreTrainedModel,
+        cache: HeadBudgetCache,
+        prompts: Prompts,
+        options: Mapping[str, Any],
+        mask: HeadMask | None = None,
+        cuda_graph: str = "auto",
+        after_step: Callable[[], None] | None = None,
+    ) -> Rows:
+        """Decode until all rows have ended.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            The one this is kept for.
+        cache : HeadBudgetCache
+            In this decoder's buffers, with the prompts in it.
+        prompts : Prompts
+            As `prefill` read them.
+        options, mask, cuda_graph
+            As for `decode`.
+        after_step : callable, optional
+            Called after each.
+        """
+        # Events and graphs are of the current device, which need not be the model's.
+        on_gpu = model.device.type == "cuda"
+        with torch.cuda.device(model.device) if on_gpu else nullcontext():
+            loop = _Loop(self, model, cache, prompts, options, mask, cuda_graph)
+            loop.run(after_step)
+            return Rows(loop.tokens(), loop.cache_bytes, loop.kl_full)
+
+    def step(self, model: PreTrainedModel, cache: HeadBudgetCache, key: StepKey) -> Step:
+        """The step of a key, made on first use."""
+        step = self.steps.pop(key, None) or Step(model, cache, key)
+        self.steps[key] = step  # the newest last
+        while len(self.steps) > _MOST_STEPS:
+            self.steps.pop(next(iter(self.steps)))
+        return step
+
+
+class _Loop:
+    """The steps of one batch.
+
+    Rows that have ended are taken out whenever they are half of the batch; under a graph, whose
+    buffers stay as they are, they cost no reading of their cache and stay until all have ended.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        model: PreTrainedModel,
+        cache: HeadBudgetCache,
+        prompts: Prompts,
+        options: Mapping[str, Any],
+        mask: HeadMask | None,
+        cuda_graph: str,
+    ) -> None:
+        self.decoder, self.model, self.cache = decoder, model, cache
+        self.start, rows = prompts.start, len(prompts.start.ids)
+        self.most = options["max_new_tokens"] - 1
+        self.count = len(cache.methods)
+        self.full = next((m for m, one in enumerate(cache.methods) if one.budget is None), None)
+        way = _way(model, cache.backend(), cuda_graph)
+        given = {**model.generation_config.to_dict(), **options}
+        self.key = StepKey(
+            rows if way == "eager" else 1 << (rows - 1).bit_length(),
+            tuple(ends_of(model)),
+            float(given.get("repetition_penalty") or 1),
+            mask,
+            cache.backend(),
+            way,
+        )
+        # Of a model that attends to so many last tokens only; None if it has no such window.
+        self.window = getattr(model.config.get_text_config(), "sliding_window", None)
+        self.width = prompts.width
+        # Of the rows of the whole batch; `going` are those that are still in it.
+        self.going = torch.arange(rows, device=model.device)
+        self.said = torch.zeros(self.most + 1, rows, dtype=torch.long, device=model.device)
+        self.said[0] = self.start.ids[:, -1]
+        self.cache_bytes = [0] * rows
+        self.kl_full: list[float | None] = [None] * rows
+        self.done = 0
+
+    def run(self, after_step: Callable[[], None] | None) -> None:
+        """Decode until all rows have ended, or have as many tokens as they may."""
+        if self.most and not bool(self.start.ended.all()):
+            step = self._step()
+            step.load(self.cache, self.start)
+            step = self._without_ended(step)
+            watch = _Watch(self.model.device) if self.key.ends else None
+            over = False
+            while self.done < self.most and not over:
+                if self.cache.stores[0].slack == 0:
+                    for store in self.cache.stores:
+                        store.grow()
+                    step.cache.load(self.cache.stores, step.ended)
+                over = self._until_full(step, watch, after_step)
+                if not over and self.key.way == "eager":
+                    step = self._without_ended(step)
+        self._note_bytes(self.going.tolist(), self.cache.row_bytes().tolist())
+
+    def tokens(self) -> list[Tensor]:
+        """[steps] of each row, on the CPU; behind the one that ends a row stands anything."""
+        return list(self.said[: self.done + 1].T.cpu())
+
+    def _until_full(
+        self, step: Step, watch: _Watch | None, after_step: Callable[[], None] | None
+    ) -> bool:
+        """Decode until slots run out, or half of the rows have ended; whether all have."""
+        begun, rows, over = self.done, len(self.going), False
+        end = min(self.most, begun + self.cache.stores[0].slack)
+        while self.done < end and not over:
+            if self.window is not None and self.width + self.done >= self.window:
+                raise NotImplementedError(
+                    f"the model attends to the last {self.window} tokens only (sliding window), "
+                    "and prompt and answer are longer: HeadBudgetCache has no sliding window"
+                )
+            step.run(self.model)
+            self.done += 1
+            self.said[self.done, self.going] = step.ids[:rows, 0]
+            if self.done == 1 and self.full is not None and self.count > 1:
+                self._compare(step.logits[:rows])
+            if after_step is not None:
+                after_step()
+            if watch is None:
+                continue
+            if self.key.way != "eager":
+                over = self.done % _LOOK_EVERY == 0 and watch.over(step.ended)
+            elif 2 * (ended := int(step.ended.sum())) >= rows:
+                over = ended == rows
+                break
+        self.cache.count_tokens(self.done - begun)
+        return over
+
+    def _step(self) -> Step:
+        return self.decoder.step(self.model, self.cache, self.key)
+
+    def _without_ended(self, step: Step) -> Step:
+        """Go on without the rows that have ended, if they are half of an uncaptured batch."""
+        stay = (~step.ended).nonzero()[:, 0]
+        if self.key.way != "eager" or 2 * len(stay) > len(self.going) or not len(stay):
+            return step
+        held = self.cache.row_bytes().tolist()
+        gone = step.ended.nonzero()[:, 0].tolist()
+        self._note_bytes(self.going[gone].tolist(), [held[place] for place in gone])
+        self.cache.batch_select_indices(stay)
+        self.going = self.going[stay]
+        self.key = replace(self.key, rows=len(stay))
+        fewer = self._step()
+        fewer.take_over(step, self.cache, stay)
+        return fewer
+
+    def _note_bytes(self, rows: Sequence[int], held: Sequence[int]) -> None:
+        for row, size in zip(rows, held, strict=True):
+            self.cache_bytes[row] = size
+
+    def _compare(self, logits: Tensor) -> None:
+        """Note how far rows are from full KV after their first new token."""
+        # Methods share the first token, so that all rows of a sample are here or none.
+        ended = self.start.ended.tolist()
+        divergences = _kl_from(logits, self.full, self.count)
+        for row, kl in zip(self.going.tolist(), divergences, strict=True):
+            if not ended[row] and row % self.count != self.full:
+                self.kl_full[row] = kl
+
+
+class _Watch:
+    """Whether all rows have ended, as it was when it was last asked: nobody waits for that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flags: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        if device.type == "cuda":
+            for _ in range(2):
+                flag = torch.zeros((), dtype=torch.bool, pin_memory=True)
+                self.flags.append((flag, torch.cuda.Event()))
+        self.asked = False
+
+    def over(self, ended: Tensor) -> bool:
+        """Ask, and tell what was found when it was asked before."""
+        flag, event = self.flags[0]
+        flag.copy_(ended.all(), non_blocking=True)
+        event.record()
+        self.flags.rotate()
+        if not self.asked:
+            self.asked = True
+            return False
+        flag, event = self.flags[0]
+        event.synchronize()
+        return bool(flag)
+
+
+_decoders: WeakKeyDictionary[PreTrainedModel, Decoder] = WeakKeyDictionary()
+
+
+def decoder_of(model: PreTrainedModel) -> Decoder:
+    """The model's decoder, made on first use; it goes with the model."""
+    if model not in _decoders:
+        _decoders[model] = Decoder(model.config.get_text_config().num_hidden_layers)
+    return _decoders[model]
+
+
+def held_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a model's decoder holds between prompts: free, as far as the next one goes."""
+    return _decoders[model].bytes() if model in _decoders else 0
+
+
+def release(model: PreTrainedModel) -> None:
+    """Give back what is held between prompts; the next one makes it anew."""
+    _decoders.pop(model, None)
+
+
+def _way(model: PreTrainedModel, backend: str, cuda_graph: str) -> str:
+    """How the step runs: captured where nothing in it depends on a length or waits."""
+    if cuda_graph in ("eager", "off") or model.device.type != "cuda" or backend != _CAPTURED:
+        return "eager"
+    text = model.config.get_text_config()
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    # These rotary embeddings are made anew as positions grow.
+    if rope in ("dynamic", "longrope"):
+        return "eager"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        return "eager"
+    return "compile" if cuda_graph == "compile" else "graph"
+
+
+def _generate(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    method: Method,
+    options: Mapping[str, Any],
+    backend: str,
+    mask: HeadMask | None,
+) -> Decoded:
+    """Sampling and beams, by transformers' ``generate``."""
     start = time.perf_counter()
     cache = HeadBudgetCache(method, backend, mask)
     length = inputs["input_ids"].shape[1]
@@ -103,7 +506,7 @@ def generate(
         tokens=[_cut(row, ends_of(model)) for row in out.cpu()],
         prompt_tokens=cache.prompt_lengths()[::beams],
         kept=kept,
-        kept_bytes=kept_bytes(cache, kept),
+        kept_bytes=_kept_bytes(cache, kept),
         cache_bytes=cache.row_bytes().view(-1, beams).sum(1).tolist(),
         kl_full=[None] * len(out),
         backend=cache.backend(),
@@ -111,83 +514,22 @@ def generate(
     )
 
 
-def shares_prompt(options: Mapping[str, Any]) -> bool:
-    """Whether many methods may answer from one reading of the prompt: greedy decoding only."""
-    return not options.get("do_sample") and options.get("num_beams", 1) == 1
-
-
-@torch.inference_mode()
-def generate_rows(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    methods: Sequence[Method],
-    options: Mapping[str, Any],
-    backend: str = "auto",
-    mask: HeadMask | None = None,
-    cuda_graph: str = "auto",
-) -> list[Decoded]:
-    """Generate greedily under many methods, reading the prompts once.
-
-    All methods leave the prompt's own attention whole, so that vision tower, prefill and first
-    token are the same for all; each layer is packed for every method while it is dense. Rows that
-    have ended are taken out whenever they are half of the batch.
-
-    Parameters
-    ----------
-    model, inputs, options, backend, mask, cuda_graph
-        As for :func:`generate`; ``options`` must satisfy :func:`shares_prompt`.
-    methods : sequence of Method
-        M methods for this model's shape.
-
-    Returns
-    -------
-    list of Decoded
-        One a method, of one row a sample; an equal share of the wall time each.
-    """
-    start = time.perf_counter()
-    kind = _kind(model, inputs, methods, options, backend, mask, cuda_graph)
-    if kind is None:
-        rows = Rows(model, inputs, methods, options, HeadBudgetCache(methods, backend, mask))
-        rows.decode()
-    else:
-        decoder = decoder_of(model)
-        cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
-        rows = Rows(model, inputs, methods, options, cache)
-        rows.decode_static(decoder, kind)
-    count = len(methods)
-    seconds = (time.perf_counter() - start) / count
-    tokens = [_cut(row.cpu(), ends_of(model)) for row in rows.tokens]
-    return [
-        Decoded(
-            tokens=tokens[m::count],
-            prompt_tokens=rows.prompt_tokens[m::count],
-            kept=rows.kept[m::count],
-            kept_bytes=rows.kept_bytes[m::count],
-            cache_bytes=rows.cache_bytes[m::count],
-            kl_full=rows.kl_full[m::count],
-            backend=rows.cache.backend(),
-            seconds=seconds,
-        )
-        for m in range(count)
-    ]
-
-
-def _kind(
-    model: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    methods: Sequence[Method],
-    options: Mapping[str, Any],
-    backend: str,
-    mask: HeadMask | None,
-    cuda_graph: str,
-) -> Kind | None:
-    if "max_new_tokens" not in options:
-        return None
-    samples, tokens = inputs["input_ids"].shape
-    longest = tokens + options["max_new_tokens"]
-    return static_kind(model, samples * len(methods), longest, options, backend, mask, cuda_graph)
-
-
 def _cut(row: Tensor, ends: Sequence[int]) -> Tensor:
     stops = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
     return row[: stops[0, 0]] if len(stops) else row
+
+
+def _kl_from(logits: Tensor, full: int, count: int) -> list[float]:
+    """KL of full KV's distribution from each row's: rows [samples * count, V], float32, in nats."""
+    divergences: list[float] = []
+    for of_sample in logits.float().split(count):  # one by one: a vocabulary is large
+        log_p = functional.log_softmax(of_sample, -1)
+        kl = functional.kl_div(log_p, log_p[full], reduction="none", log_target=True).sum(-1)
+        divergences += kl.clamp(min=0).tolist()
+    return divergences
+
+
+def _kept_bytes(cache: HeadBudgetCache, kept: Tensor) -> list[int]:
+    """Bytes of the kept tokens' keys and values, by row."""
+    keys = cache.layers[0].filled().keys
+    return (kept.sum((1, 2)) * 2 * keys.shape[1] * keys.element_size()).tolist()

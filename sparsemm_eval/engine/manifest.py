@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
+# Any family by its checkpoint, and the two that the paper ran by their own names.
+_MODELS = {
+    "sparsemm": "SparseMM",
+    "llava_sparsemm": "LlavaSparseMM",
+    "qwen2vl_sparsemm": "Qwen2VLSparseMM",
+}
+
 
 def manifests() -> list[ModelManifest]:
     """The models of this package, for lmms-eval's registry."""
@@ -18,12 +25,6 @@ def manifests() -> list[ModelManifest]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
-        ModelManifest(
-            model_id="llava_sparsemm",
-            chat_class_path="sparsemm_eval.engine.llava.LlavaSparseMM",
-        ),
-        ModelManifest(
-            model_id="qwen2vl_sparsemm",
-            chat_class_path="sparsemm_eval.engine.qwen2vl.Qwen2VLSparseMM",
-        ),
+        ModelManifest(model_id=name, chat_class_path=f"sparsemm_eval.engine.lmms.{model}")
+        for name, model in _MODELS.items()
     ]

@@ -10,33 +10,37 @@ from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.cache.static import StaticCache
-from sparsemm_eval.methods import HeadMask, ModelShape
+from sparsemm_eval.families import family_of
+from sparsemm_eval.methods import HeadMask
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a step is made for; rows of equal kind share it.
+class StepKey:
+    """What a step is made for; rows of an equal key share it.
 
     Parameters
     ----------
     rows : int
-        A power of two; rows that are not there are marked as ended.
+        Rows of its buffers; those that are not there are marked as ended.
     ends : tuple of int
         Tokens that end a row.
     penalty : float
         transformers' repetition_penalty; 1 for none.
     mask : HeadMask or None
         Query heads that are silenced.
+    backend : str
+        What attends over the ragged rows.
     way : {"graph", "compile", "eager"}
         Captured; captured after torch.compile has fused what lies between products of matrices; or
-        neither, on any device.
+        neither.
     """
 
     rows: int
     ends: tuple[int, ...]
-    penalty: float = 1.0
-    mask: HeadMask | None = None
-    way: str = "graph"
+    penalty: float
+    mask: HeadMask | None
+    backend: str
+    way: str
 
 
 @dataclass(frozen=True)
@@ -69,30 +73,32 @@ class Step:
     ----------
     model : PreTrainedModel
         On `sparsemm_eval.cache.use_head_budget_attention`; given again at every step, not held.
-    kind : Kind
+    cache : HeadBudgetCache
+        One that its rows come from: layers, KV heads and where they lie.
+    key : StepKey
         What it is made for.
     """
 
-    def __init__(self, model: PreTrainedModel, kind: Kind) -> None:
-        text, device = model.config.get_text_config(), model.device
-        self.kind = kind
-        shape = ModelShape.from_config(model.config)
-        self.cache = StaticCache(shape.layers, kind.rows, shape.kv_heads, device, kind.mask)
-        self.ids = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(kind.rows, 1, dtype=torch.long, device=device)
-        self.ended = torch.ones(kind.rows, dtype=torch.bool, device=device)
-        self.ends = torch.tensor(kind.ends or (-1,), device=device)
+    def __init__(self, model: PreTrainedModel, cache: HeadBudgetCache, key: StepKey) -> None:
+        device, rows = model.device, key.rows
+        self.key, self.family = key, family_of(model.config)
+        devices = [store.keys.device for store in cache.stores]
+        kv_heads = cache.stores[0].kv_heads
+        self.cache = StaticCache(devices, rows, kv_heads, key.backend, key.mask)
+        self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+        self.ended = torch.ones(rows, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(key.ends or (-1,), device=device)
         # A mask that says nothing: 4-D ones are taken as they are, and none is made.
         self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self.seen: Tensor | None = None
-        if kind.penalty != 1:
-            self.seen = torch.zeros(kind.rows, text.vocab_size, dtype=torch.bool, device=device)
-        # Qwen2-VL's positions are threefold: time, height and width, alike for text.
-        self.threefold = hasattr(model.model, "rope_deltas")
+        if key.penalty != 1:
+            words = model.config.get_text_config().vocab_size
+            self.seen = torch.zeros(rows, words, dtype=torch.bool, device=device)
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.places: tuple[int, ...] = ()
-        self.compiled = torch.compile(_forward, dynamic=False) if kind.way == "compile" else None
+        self.compiled = torch.compile(_forward, dynamic=False) if key.way == "compile" else None
 
     def load(self, cache: HeadBudgetCache, start: Start) -> None:
         """Take over rows as they are after their prompts."""
@@ -106,6 +112,15 @@ class Step:
             self.seen[:rows].scatter_(1, start.ids, True)
         self.cache.load(cache.stores, self.ended)
 
+    def take_over(self, other: Step, cache: HeadBudgetCache, rows: Tensor) -> None:
+        """Go on with some rows of another step; the cache holds only these by now."""
+        self.ids.copy_(other.ids[rows])
+        self.positions.copy_(other.positions[rows])
+        self.ended.copy_(other.ended[rows])
+        if self.seen is not None:
+            self.seen.copy_(other.seen[rows])
+        self.cache.load(cache.stores, self.ended)
+
     def __call__(self, model: PreTrainedModel) -> None:
         """Decode one token a row."""
         self.logits = (self.compiled or _forward)(self, model)
@@ -114,7 +129,7 @@ class Step:
         """Capture the step as a CUDA graph; buffers are left as they are."""
         # A step that is run for its kernels to be loaded must not count: what it writes into slots
         # is written again, and the rest is put back.
-        changed = [self.ids, self.positions, self.ended, self.cache.lengths]
+        changed = [self.ids, self.positions, self.ended, *self.cache.lengths]
         changed += [] if self.seen is None else [self.seen]
         before = [x.clone() for x in changed]
         stream = torch.cuda.Stream(model.device)
@@ -132,12 +147,21 @@ class Step:
             self(model)
         self.graph, self.places = graph, self.cache.places()
 
+    def run(self, model: PreTrainedModel) -> None:
+        """Decode one token a row, by a graph unless eager: captured anew where memory has moved."""
+        if self.key.way == "eager":
+            self(model)
+            return
+        if self.graph is None or self.places != self.cache.places():
+            self.capture(model)
+        self.graph.replay()
+
 
 def _forward(step: Step, model: PreTrainedModel) -> Tensor:
     """Logits [rows, vocabulary] of the next tokens, which go where the last ones were."""
     out = model(
         input_ids=step.ids,
-        position_ids=step.positions.expand(3, -1, -1) if step.threefold else step.positions,
+        position_ids=step.family.text_positions(step.positions),
         attention_mask=step.unmasked,
         **{CACHE_ARGUMENT: step.cache},
         use_cache=True,
@@ -147,7 +171,7 @@ def _forward(step: Step, model: PreTrainedModel) -> Tensor:
     scores = logits.float()
     if step.seen is not None:
         step.seen.scatter_(1, step.ids, True)
-        penalty = step.kind.penalty
+        penalty = step.key.penalty
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(step.seen, penalised, scores)
     step.ids.copy_(scores.argmax(-1, keepdim=True))

@@ -18,18 +18,12 @@ import torch
 from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.samples import DEFAULT_NEW_TOKENS
+from sparsemm_eval.engine.requests import DEFAULT_NEW_TOKENS
 from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.families import IMAGE_TOKENS, Box, Regions
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, greedy_answers, read_prompts
 from sparsemm_eval.heads.pages import Page, union
-from sparsemm_eval.heads.regions import (
-    IMAGE_TOKENS,
-    Box,
-    Regions,
-    check_family,
-    find_regions,
-    image_positions,
-)
+from sparsemm_eval.heads.regions import find_regions, image_positions, regions_of
 from sparsemm_eval.heads.visual_scores import PageRecords, PageScore, VisualScores
 
 
@@ -69,7 +63,7 @@ def chase(
         In one sentence, if the family's regions are unknown (before weights are loaded), there is
         no page, no page is annotated, or nothing that the model reads could be scored.
     """
-    check_family(checkpoint.config.model_type)
+    regions_of(checkpoint.config.model_type)
     check_choice("image_tokens", image_tokens, IMAGE_TOKENS)
     check_int("batch_size", batch_size, least=1)
     check_int("max_new_tokens", max_new_tokens, least=1)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
+from sparsemm_eval.families import Box, Regions
 from sparsemm_eval.heads.capture import WeightCapture, feed, greedy_answers, read_prompts
 from sparsemm_eval.heads.maps import (
     chosen_heads,
@@ -21,7 +22,7 @@ from sparsemm_eval.heads.maps import (
     token_regions,
 )
 from sparsemm_eval.heads.pages import read_image
-from sparsemm_eval.heads.regions import Box, Regions, check_family, find_regions, image_positions
+from sparsemm_eval.heads.regions import find_regions, image_positions, regions_of
 from sparsemm_eval.methods import HeadScores, ModelShape
 from sparsemm_eval.report.names import last_part
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
@@ -204,7 +205,7 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
         loaded), or if the answer is empty.
     """
     check_int("max_new_tokens", max_new_tokens, least=1)
-    check_family(checkpoint.config.model_type)
+    regions_of(checkpoint.config.model_type)
     inputs = read_prompts(checkpoint.processor, [scene.image], [scene.question])
     regions = find_regions(checkpoint.config, checkpoint.processor, inputs, [scene.image.size])
     positions = image_positions(checkpoint.config, inputs["input_ids"][0], regions)[0]
@@ -262,7 +263,7 @@ def draw(
     UserError, FileNotFoundError
         Before the weights are loaded, for all that does not fit; after, if the answer is empty.
     """
-    check_family(checkpoint.config.model_type)
+    regions_of(checkpoint.config.model_type)
     named = None if heads is None else parse_heads(heads, checkpoint.shape)
     notes = []
     try:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from sparsemm_eval.heads.regions import Box, Regions
+from sparsemm_eval.families import Box, Regions
 
 _COLOURS = "viridis"
 _OUTLINE = "#D55E00"  # Okabe and Ito's vermilion: told apart from all of viridis and from grey

@@ -21,9 +21,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.samples import image_hash
+from sparsemm_eval.engine.requests import image_hash
 from sparsemm_eval.errors import UserError, one_line
-from sparsemm_eval.heads.regions import Box
+from sparsemm_eval.families import Box
 from sparsemm_eval.tiny.documents import (
     PAGE,
     Document,

@@ -16,13 +16,13 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 from tenacity import RetryError
 
+from sparsemm_eval.engine.cell import CHECKPOINT_SETTINGS
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.sweep.grid import ModelSpec
 
 # An answer's row, its index entries and its line in a samples file; generous.
 BYTES_AN_ANSWER = 6_000
-_OF_CHECKPOINT = ("revision", "dtype", "device_map", "attn_implementation")
 # Data sets that a task's code loads by itself.
 _MORE_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
 
@@ -108,15 +108,15 @@ def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | N
 def _checkpoint(model: ModelSpec) -> Checkpoint:
     place = PartialState().local_process_index  # of several ranks each has its own GPU
     device = f"cuda:{place}" if torch.cuda.is_available() else "cpu"
-    chosen = {name: model.settings[name] for name in _OF_CHECKPOINT if name in model.settings}
+    chosen = {name: model.settings[name] for name in CHECKPOINT_SETTINGS if name in model.settings}
     try:
-        return Checkpoint(model.source, **{"device_map": device} | chosen)
+        return Checkpoint(model.pretrained, **{"device_map": device} | chosen)
     except ValueError as error:
         words = f"model {model.name}: {error}"
-        if hub.HF_HUB_OFFLINE and not Path(model.source).exists():
+        if hub.HF_HUB_OFFLINE and not Path(model.pretrained).exists():
             words += (
                 f"; the hub is off (HF_HUB_OFFLINE) and HF_HOME={hub.HF_HOME} does not hold it: "
-                f"`hf download {model.source}` downloads it where there is a network"
+                f"`hf download {model.pretrained}` downloads it where there is a network"
             )
         raise UserError(words) from error
 

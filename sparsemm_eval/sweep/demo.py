@@ -7,18 +7,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 
+from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.evaluate import evaluate, make_models
-from sparsemm_eval.engine.visuals import visuals
+from sparsemm_eval.engine.tasks import visuals
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
-from sparsemm_eval.heads.mask import run_masking
-from sparsemm_eval.methods import MASK_MODES, HeadScores, method_settings
+from sparsemm_eval.methods import MASK_MODES, HeadScores, Plugin
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import save
@@ -31,13 +30,14 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
-from sparsemm_eval.sweep.made import made_by
+from sparsemm_eval.sweep.grid import Grid, grids_folder
+from sparsemm_eval.sweep.mask import run_masking
+from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
 
 TASKS = tuple(f"{name}_mini" for name in BENCHMARKS)
-METHODS = ("sparsemm", "snapkv", "pyramidkv", "adakv", "random")
 BUDGETS = (256, 128, 64, 32, 16, 12)
 SAMPLES = 200
 MASKING_SEEDS = 5
@@ -83,6 +83,7 @@ def run_demo(
     allocation: str = "paper",
     command: str = "./run_eval.sh",
     more_methods: Sequence[str] = (),
+    plugins: Sequence[Plugin] = (),
 ) -> Demo:
     """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
 
@@ -109,47 +110,47 @@ def run_demo(
         What makes it again, for the record.
     more_methods : sequence of str
         Methods of the user's own, beside those of the paper.
+    plugins : sequence of Plugin
+        Those that registered them.
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    UserError
         For settings that cannot be, before a model is loaded.
+    SampleFailures
+        If a cell has no score.
     """
     start = time.perf_counter()
     if not (1 <= samples <= SAMPLES and 0 <= masked <= SAMPLES):
         raise UserError(
             f"samples={samples}, masked={masked}: a miniature benchmark has {SAMPLES} samples"
         )
-    folders = embedded_checkpoints()
     for task in tasks:
         check_choice("task", task, TASKS)
     for name in models:
-        check_choice("model", name, tuple(folders))
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    cells = list(_cells(budgets, allocation, (*METHODS, *more_methods)))
-    frames: list[pd.DataFrame] = []
+        check_choice("model", name, tuple(embedded_checkpoints()))
+    values = yaml.safe_load((grids_folder() / "demo.yaml").read_text(encoding="utf-8"))
+    values |= {
+        "models": [model for model in values["models"] if not models or model["name"] in models],
+        "tasks": list(tasks),
+        "methods": [*values["methods"], *more_methods],
+        "budgets": list(budgets),
+        "allocation": allocation,
+        "samples": samples,
+        "batch_size": batch_size,
+    }
+    grid = Grid.model_validate({"name": "demo", **values})
+    done = run_sweep(grid, out, command, plugins=plugins)
+    if failures := done.status.failures + done.failures:
+        raise SampleFailures("; ".join(failures))
     files: list[Path] = []
-    scored: list[Path] = []
-    for name in models or folders:
-        checkpoint = Checkpoint(folders[name], dtype="float32", device_map=device)
-        runs = make_models(checkpoint, cells, batch_size=batch_size, answers=out / name / "answers")
-        paths = evaluate(
-            runs,
-            cells,
-            tasks,
-            samples,
-            out / name,
-            log_samples=True,
-            stated={"pretrained": f"embedded:{name}", "dtype": checkpoint.dtype},
-            about=made_by(command, name),
-        )
-        of_model = [path for of_cell in paths for path in of_cell]
-        frames.append(load(of_model).cells.assign(model=name))
-        scored += of_model
+    for spec in grid.models:
+        folder = out / spec.name
         if masked:
             study = run_masking(
-                checkpoint,
-                out / name / "mask",
+                spec.pretrained,
+                folder / "mask",
+                settings=spec.settings,
                 modes=MASK_MODES,
                 seeds=MASKING_SEEDS,
                 samples=masked,
@@ -157,22 +158,11 @@ def run_demo(
                 command=command,
             )
             files += study.files
-        files += draw(checkpoint, drawn_scene(), out / name / "heads").files
-        checkpoint.release()
-    files += _report(scored, out)
-    return _write(pd.concat(frames, ignore_index=True), out, files, command, start)
-
-
-def _cells(
-    budgets: Sequence[int], allocation: str, methods: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    # What is the default is left to be it: such a cell is named as a plain run names it.
-    more = {} if allocation == "paper" else {"allocation": allocation}
-    yield {"method": "fullkv"}
-    for method in methods:
-        window = {"window": WINDOW} if "window" in method_settings(method) else {}
-        for budget in budgets:
-            yield {"method": method, "budget": budget, **window, **more}
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        checkpoint = Checkpoint(spec.pretrained, **spec.settings, device_map=device)
+        files += draw(checkpoint, drawn_scene(), folder / "heads").files
+    files += _report(scored_files(out), out)
+    return _write(done.frame, out, files, command, start)
 
 
 def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:

@@ -13,9 +13,10 @@ from tabulate import tabulate
 from transformers import AutoConfig, PreTrainedConfig
 
 from sparsemm_eval.bench.models import shape_config
+from sparsemm_eval.engine.tasks import find_tasks, obstacle
 from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.sweep.grid import Grid, Job, ModelSpec
-from sparsemm_eval.sweep.tasks import find_tasks, obstacle
+from sparsemm_eval.tiny import find_checkpoint
 
 # Of the published splits.
 _SAMPLES = {
@@ -162,7 +163,9 @@ def shape_of(model: ModelSpec) -> Shape | None:
     if model.pretrained in _SHAPES:
         return _SHAPES[model.pretrained]
     try:
-        config = AutoConfig.from_pretrained(model.source, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            find_checkpoint(model.pretrained), local_files_only=True
+        )
         text, vision = config.get_text_config(), config.vision_config
         # A Qwen2-VL tower has other names for what CLIP's has.
         qwen = hasattr(vision, "embed_dim")

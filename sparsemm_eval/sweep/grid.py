@@ -24,9 +24,11 @@ from pydantic import (
 )
 
 from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
 from sparsemm_eval.engine.checkpoint import DTYPES
-from sparsemm_eval.engine.greedy import CUDA_GRAPH
+from sparsemm_eval.engine.decode import CUDA_GRAPH
 from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
+from sparsemm_eval.families import families
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadScores,
@@ -39,18 +41,11 @@ from sparsemm_eval.methods import (
     settings_of,
 )
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.tiny import embedded_checkpoints
+from sparsemm_eval.tiny import find_checkpoint
 
-MODEL_SETTINGS = (
-    "revision", "dtype", "device_map", "attn_implementation", "backend", "cuda_graph",
-    "head_scores", "mask_heads", "mask_mode", "min_pixels", "max_pixels",
-)  # fmt: skip
-_EMBEDDED = "embedded:"
 # Keys of a grid that are not their setting's own name.
 _KEYS = {"budget": "budgets", "seed": "seeds"}
 _SETTINGS = {key: setting for setting, key in _KEYS.items()}
-# Settings of a model that may differ from cell to cell.
-_MASKS = ("mask_heads", "mask_mode")
 _NO_MASK = "none"
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
 
@@ -93,7 +88,7 @@ class ModelSpec(BaseModel):
     pretrained : str
         A folder, a hub repository, or ``embedded:qwen2vl``, ``embedded:llava_next``.
     settings : dict
-        Model-side settings of ``--model_args``: those in `MODEL_SETTINGS`.
+        Model-side settings of ``--model_args``: those of `model_settings`.
     """
 
     model_config = _STRICT
@@ -105,25 +100,17 @@ class ModelSpec(BaseModel):
     def __hash__(self) -> int:
         return hash((self.name, self.pretrained))
 
-    @property
-    def source(self) -> str:
-        """Folder or hub repository."""
-        name = self.pretrained.removeprefix(_EMBEDDED)
-        return self.pretrained if name == self.pretrained else str(embedded_checkpoints()[name])
-
     @field_validator("pretrained")
     @classmethod
     def _embedded(cls, pretrained: str) -> str:
-        if pretrained.startswith(_EMBEDDED):
-            known = [f"{_EMBEDDED}{name}" for name in embedded_checkpoints()]
-            check_choice("pretrained", pretrained, known)
+        find_checkpoint(pretrained)  # refuses an embedded one that there is not
         return pretrained
 
     @field_validator("settings")
     @classmethod
     def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in settings.items():
-            _at((name,), check_choice, "setting", name, MODEL_SETTINGS)
+            _at((name,), check_choice, "setting", name, model_settings())
             if not isinstance(value, str | int | float):
                 raise _Misplaced(f"{_short(value)}: it must be text or a number", name)
         choices = {
@@ -132,8 +119,9 @@ class ModelSpec(BaseModel):
         for name, value in settings.items():
             if name in choices:
                 _at((name,), check_choice, name, value, choices[name])
-            if name in ("min_pixels", "max_pixels"):
-                _at((name,), check_int, name, value, 1)
+            for family in families().values():
+                if name in family.setting_names():
+                    _at((name,), lambda of, given: of(**given), family, {name: value})
         return settings
 
 
@@ -258,7 +246,7 @@ class Grid(BaseModel):
         """Put every key that is a setting's into `axes`."""
         if not isinstance(values, dict):
             return values
-        known = {_KEYS.get(name, name) for name in (*_all_settings(), *_MASKS)}
+        known = {_KEYS.get(name, name) for name in (*_all_settings(), *MASK_SETTINGS)}
         rest = {key: value for key, value in values.items() if key not in known}
         if "axes" in rest:
             raise _Misplaced("a grid has no such key; give each setting a key of its own", "axes")
@@ -297,7 +285,7 @@ class Grid(BaseModel):
         """Read every axis, and fill in those that are not given."""
         for name, axis in self.axes.items():
             key = _KEYS.get(name, name)
-            if name in _MASKS:
+            if name in MASK_SETTINGS:
                 self._check_masks(name, axis)
                 continue
             readers = self._readers(name)

@@ -31,10 +31,10 @@ from sparsemm_eval.sweep.records import (
     write_ids,
 )
 from sparsemm_eval.sweep.room import Room
-from sparsemm_eval.sweep.run import plan_sweep
 from sparsemm_eval.sweep.sbatch import Options
 from sparsemm_eval.sweep.signals import Stopped
 from sparsemm_eval.sweep.status import SCORING, TABLE, Status
+from sparsemm_eval.sweep.sweep import plan_sweep
 
 
 @dataclass(frozen=True)

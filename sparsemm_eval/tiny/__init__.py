@@ -52,5 +52,5 @@ def find_checkpoint(name: str) -> str:
         return name
     known = {f"{EMBEDDED}{own}": str(folder) for own, folder in embedded_checkpoints().items()}
     if name not in known:
-        raise UserError(f"model={name}: it must be one of {', '.join(known)}")
+        raise UserError(f"pretrained={name!r}: it must be one of {', '.join(known)}")
     return known[name]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparsemm_eval.engine.graph import decoder_of, held_bytes, release
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -25,7 +26,6 @@ from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
 from sparsemm_eval.bench.options import main
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
-from sparsemm_eval.engine.graph import decoder_of, held_bytes, release
 from sparsemm_eval.methods import HeadMask, Method, ModelShape, make_method
 from sparsemm_eval.methods.scoring import ObservationWindow
 

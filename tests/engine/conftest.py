@@ -10,8 +10,7 @@ from engine.llava_checkpoints import build_llava
 
 from sparsemm_eval.engine import checkpoint
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint
 from sparsemm_eval.tiny.training.family import Qwen2VLFamily, export
 

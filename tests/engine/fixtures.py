@@ -18,8 +18,10 @@ from loguru import logger
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
-from sparsemm_eval.engine.wrapper import SparseMMModel
+from sparsemm_eval.engine.lmms import CellModel, Qwen2VLSparseMM, results_path, score
+from sparsemm_eval.engine.requests import Request
+from sparsemm_eval.engine.runner import Runner, raise_failures
+from sparsemm_eval.engine.tasks import requests_of, task_manager
 from sparsemm_eval.tiny import default_checkpoint
 from sparsemm_eval.tiny.documents import PAGE, Layout, Split, draw_document, stream, value_question
 
@@ -73,7 +75,7 @@ def requests(
 
 
 def ask(
-    model: SparseMMModel,
+    model: CellModel,
     documents: Sequence[Mapping[str, Any]],
     generation: Mapping[str, Any] = SHORT,
     repeats: int = 1,
@@ -83,6 +85,36 @@ def ask(
     model.task_dict = {TASK: {SPLIT: documents}}
     results = model.generate_until(requests(len(documents), generation, repeats, messages))
     return [result.text for result in results]
+
+
+def ask_all(
+    runner: Runner, documents: Sequence[Mapping[str, Any]], generation: Mapping[str, Any] = SHORT
+) -> list[list[str]]:
+    """Answer documents under all cells of a runner, each prompt read once."""
+    datasets = {TASK: {SPLIT: documents}}
+    asked = (Request.of(one, datasets) for one in requests(len(documents), generation))
+    answered = runner.answer(asked)
+    raise_failures(answered, runner.store, 1)
+    return [[answer.text for answer in of_cell.answers] for of_cell in answered]
+
+
+def answer(
+    runner: Runner, task: str, samples: int | None = None, shard: int = 0, shards: int = 1,
+    progress: Any = None,
+) -> None:  # fmt: skip
+    """Answer samples of a task under all cells, as a sweep's job does."""
+    asked = requests_of(task, task_manager([task]), samples, shard, shards)
+    raise_failures(runner.answer(asked, progress=progress), runner.store, 1)
+
+
+def score_all(
+    runner: Runner, cells: Sequence[Mapping[str, Any]], task: str, samples: int, out: Path
+) -> list[Path]:
+    """Score all cells of a runner on a task; their results files."""
+    paths = [results_path(out / "cells", task, cell) for cell in cells]
+    for cell, stated, path in zip(runner.cells, cells, paths, strict=True):
+        score(CellModel(runner, cell), stated, task, samples, task_manager([task]), path)
+    return paths
 
 
 class Stock:

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.fixtures import SHORT, log, rows
+from engine.fixtures import answer, log, rows, score_all
 from hypothesis import given
 from hypothesis import strategies as st
 from lmms_eval.api.instance import Instance
 
-from sparsemm_eval.engine import batches, evaluate
+from sparsemm_eval.engine import requests as reading
+from sparsemm_eval.engine import runner as runners
+from sparsemm_eval.engine import tasks
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.samples import Memo, image_hash
-from sparsemm_eval.engine.wrapper import SparseMMModel
+from sparsemm_eval.engine.lmms import make_runner
+from sparsemm_eval.engine.requests import Memo, Request, image_hash
+from sparsemm_eval.engine.runner import AllFailed, Runner
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import cache_folder
 from sparsemm_eval.tiny.benchmarks import build
 
@@ -31,21 +35,26 @@ CELLS = (
 )
 RANKS = """
 import sys
-from pathlib import Path
+from accelerate import PartialState
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.evaluate import answer, make_models
-from sparsemm_eval.sweep.run import leave_ranks
+from sparsemm_eval.engine.lmms import make_runner
+from sparsemm_eval.engine.runner import raise_failures
+from sparsemm_eval.engine.tasks import requests_of, task_manager
+from sparsemm_eval.sweep.sweep import leave_ranks
 from sparsemm_eval.tiny import default_checkpoint
+ranks = PartialState(cpu=True)
 checkpoint = Checkpoint(default_checkpoint(), dtype="float32")
 cells = [{"method": "fullkv"}, {"method": "local", "budget": 24}]
-models = make_models(checkpoint, cells, batch_size=2, answers=sys.argv[1])
-answer(models, "docvqa_mini", samples=7, shard=1, shards=2)
+runner = make_runner(checkpoint, cells, sys.argv[1], 2)
+part = (7, 1, 2, ranks.process_index, ranks.num_processes)
+requests = requests_of("docvqa_mini", task_manager(["docvqa_mini"]), *part)
+raise_failures(runner.answer(requests), runner.store, ranks.num_processes)
 leave_ranks()
 """
 
 
-def models_for(reader: Checkpoint, folder: Path, **settings: Any) -> list[SparseMMModel]:
-    return evaluate.make_models(reader, CELLS, **{"batch_size": 4, "answers": folder} | settings)
+def runner_for(reader: Checkpoint, folder: Path) -> Runner:
+    return make_runner(reader, CELLS, folder, 4)
 
 
 def documents(folder: Path, finished: bool = False) -> Counter[tuple[str, str]]:
@@ -97,7 +106,7 @@ def test_shards_and_ranks_part_the_documents(
     for shard in range(shards):
         of_shard: Counter[int] = Counter()
         for rank in range(ranks):
-            asked = evaluate._requests(
+            asked = tasks._instances(
                 Task(size, repeats), limit, shard + shards * rank, shards * ranks
             )
             of_shard.update(request.doc_id for request in asked)
@@ -108,11 +117,11 @@ def test_shards_and_ranks_part_the_documents(
 
 def test_lmms_eval_parts_documents_so(reader: Checkpoint, answers: Path) -> None:
     """The stand-in above does as the real tasks do, an empty part included."""
-    manager = evaluate.task_manager([TASK])
-    ((_, task),) = evaluate._leaves(evaluate.get_task_dict([TASK], manager, "chat"))
+    manager = tasks.task_manager([TASK])
+    ((_, task),) = tasks._leaves(tasks.get_task_dict([TASK], manager, "chat"))
     for limit, part, parts in ((7, 1, 3), (7, 6, 7), (3, 5, 8), (None, 40, 60)):
-        expected = evaluate._requests(Task(200), limit, part, parts)
-        real = evaluate._requests(task, limit, part, parts)
+        expected = tasks._instances(Task(200), limit, part, parts)
+        real = tasks._instances(task, limit, part, parts)
         assert [request.doc_id for request in real] == [request.doc_id for request in expected]
 
 
@@ -123,12 +132,12 @@ def test_shards_that_cannot_be(
     reader: Checkpoint, answers: Path, unloaded: None, wrong: dict[str, int]
 ) -> None:
     with pytest.raises(ValueError, match="must be an integer of at least"):
-        evaluate.answer(models_for(reader, answers), TASK, **wrong)
+        answer(runner_for(reader, answers), TASK, **wrong)
 
 
 def test_an_unknown_task(reader: Checkpoint, answers: Path, unloaded: None) -> None:
     with pytest.raises(ValueError, match="there is no task nonsense"):
-        evaluate.answer(models_for(reader, answers), "nonsense")
+        answer(runner_for(reader, answers), "nonsense")
 
 
 # --- answers ------------------------------------------------------------------------------------
@@ -138,32 +147,28 @@ def test_shards_answer_what_a_scored_run_asks(
     reader: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores of stored answers are those of one plain run; nothing is computed for them."""
-    plain = models_for(reader, tmp_path / "plain")
-    expected = evaluate.evaluate(plain, CELLS, [TASK], 9, tmp_path / "plain", log_samples=True)
+    plain = runner_for(reader, tmp_path / "plain")
+    expected = score_all(plain, CELLS, TASK, 9, tmp_path / "plain")
     told: list[int] = []
     for shard in (1, 0):
-        models = models_for(reader, tmp_path / "answers")
-        evaluate.answer(models, TASK, 9, shard, 2, told.append)
-        assert all(model.progress is None for model in models)
+        runner = runner_for(reader, tmp_path / "answers")
+        answer(runner, TASK, 9, shard, 2, told.append)
     assert sum(told) == 9 * len(CELLS)
     assert max(told) == 4 * len(CELLS)
     stored = documents(tmp_path / "answers")
     assert set(stored.values()) == {1}
     assert len(stored) == 9 * len(CELLS)
-    evaluate.answer(models, TASK, 9, progress=told.append)
+    answer(runner, TASK, 9, progress=told.append)
     assert sum(told) == 9 * len(CELLS)
 
     def fail(*_: Any) -> None:
         raise AssertionError("something is computed")
 
-    monkeypatch.setattr(batches.Run, "_compute", fail)
-    scored = evaluate.evaluate(
-        models_for(reader, tmp_path / "answers"), CELLS, [TASK], 9, tmp_path, log_samples=True
-    )
+    monkeypatch.setattr(runners._Pass, "_compute", fail)
+    scored = score_all(runner_for(reader, tmp_path / "answers"), CELLS, TASK, 9, tmp_path)
     for ours, theirs in zip(scored, expected, strict=True):
-        assert [results(path) for path in ours] == [results(path) for path in theirs]
-        for one, other in zip(ours, theirs, strict=True):
-            assert samples_file(one).read_text() == samples_file(other).read_text()
+        assert results(ours) == results(theirs)
+        assert samples_file(ours).read_text() == samples_file(theirs).read_text()
 
 
 def results(path: Path) -> dict[str, Any]:
@@ -178,27 +183,27 @@ def test_a_sample_that_fails_leaves_the_others_theirs(
     reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every cell has all but it, and says so; once it can be read, it alone is computed."""
-    read = batches.read_chat
+    read = Request.read
 
-    def broken(processor: Any, messages: list) -> Any:
-        prompt, images = read(processor, messages)
+    def broken(request: Request, processor: Any) -> Any:
+        prompt, images = read(request, processor)
         if image_hash(images[0]) == lost:
             raise OSError("image file is truncated")
         return prompt, images
 
-    model = models_for(reader, answers)[0]
-    evaluate.answer([model], TASK, samples=2)
-    lost = next(parts for _, parts in sorted(model.memo._parts.items()))["images"][0]
-    monkeypatch.setattr(batches, "read_chat", broken)
+    runner = runner_for(reader, answers)
+    answer(runner, TASK, samples=2)
+    lost = next(parts for _, parts in sorted(runner.memo._parts.items()))["images"][0]
+    monkeypatch.setattr(Request, "read", broken)
     with pytest.raises(SampleFailures, match="1 samples failed"):
-        evaluate.answer(models_for(reader, answers / "again"), TASK, samples=3)
+        answer(runner_for(reader, answers / "again"), TASK, samples=3)
     stored = rows(answers / "again")
     assert len([row for row in stored if row.text is not None]) == 2 * len(CELLS)
     assert Counter(row.cell for row in stored if row.error) == {
-        model.cell_of(TASK): 1 for model in models_for(reader, answers)
+        runner.words(cell, TASK): 1 for cell in runner.cells
     }
-    monkeypatch.setattr(batches, "read_chat", read)
-    evaluate.answer(models_for(reader, answers / "again"), TASK, samples=3)
+    monkeypatch.setattr(Request, "read", read)
+    answer(runner_for(reader, answers / "again"), TASK, samples=3)
     finished = documents(answers / "again", finished=True)
     assert len(finished) == 3 * len(CELLS)
     assert set(finished.values()) == {1}
@@ -228,62 +233,124 @@ def test_ranks_share_a_shard(answers: Path) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the images that are hashed and the prompts that are read."""
     calls: Counter[str] = Counter()
-    for name in ("read_chat", "image_hash"):
-        function = getattr(batches, name)
+    for module, name in ((reading, "read_chat"), (runners, "image_hash")):
+        function = getattr(module, name)
 
         def counted(*given: Any, _name: str = name, _function: Any = function) -> Any:
             calls[_name] += 1
             return _function(*given)
 
-        monkeypatch.setattr(batches, name, counted)
+        monkeypatch.setattr(module, name, counted)
     return calls
 
 
 def test_all_cells_read_an_image_once(
     reader: Checkpoint, answers: Path, opened: Counter[str], tmp_path: Path
 ) -> None:
-    models = models_for(reader, answers)
-    evaluate.answer(models, TASK, samples=5)
+    runner = runner_for(reader, answers)
+    answer(runner, TASK, samples=5)
     assert opened == {"read_chat": 5, "image_hash": 5}
-    evaluate.evaluate(models, CELLS, [TASK], 5, tmp_path)
+    score_all(runner, CELLS, TASK, 5, tmp_path)
     assert opened == {"read_chat": 5, "image_hash": 5}
     # Only what lacks an answer is opened again.
-    evaluate.answer(models, TASK, samples=7)
+    answer(runner, TASK, samples=7)
     assert opened == {"read_chat": 7, "image_hash": 7}
-    evaluate.answer(models_for(reader, answers), TASK, samples=7)
+    answer(runner_for(reader, answers), TASK, samples=7)
     assert opened == {"read_chat": 14, "image_hash": 14}
 
 
-def test_a_missing_answer_is_read_again(
-    reader: Checkpoint, tmp_path: Path, opened: Counter[str]
-) -> None:
-    """The key is remembered, but the image is needed."""
-    models = models_for(reader, tmp_path / "first")
-    evaluate.answer(models, TASK, samples=3)
-    (other,) = evaluate.make_models(
-        reader, [{"method": "local", "budget": 24}], answers=tmp_path / "first"
-    )
-    other.memo = models[0].memo
-    evaluate.answer([other], TASK, samples=3)
-    assert opened == {"read_chat": 6, "image_hash": 3}
-    assert len(rows(tmp_path / "first")) == 3 * (len(CELLS) + 1)
+def test_only_cells_that_lack_an_answer_compute_it(reader: Checkpoint, answers: Path) -> None:
+    """A cell that joins a finished sweep has the others' answers left alone."""
+    answer(runner_for(reader, answers), TASK, samples=3)
+    before = rows(answers)
+    answer(make_runner(reader, [*CELLS, {"method": "local", "budget": 24}], answers, 2), TASK, 5)
+    after = rows(answers)
+    assert [row for row in after if row in before] == before
+    assert set(documents(answers).values()) == {1}
+    assert len(after) == 5 * (len(CELLS) + 1)
 
 
 def test_a_memo_knows_data_sets_apart() -> None:
     class Documents(list):
         _fingerprint = "one"
 
-    memo, given = Memo(), (Documents(), "test 0", TASK, SHORT)
-    memo.keep(*given, {"prompt": "p"})
-    assert memo.find(Documents(), *given[1:]) == {"prompt": "p"}
+    def request(documents: Any = None, **changed: Any) -> Request:
+        given = {"task": TASK, "document": "test 0", "number": 0, "messages": None}
+        documents = Documents() if documents is None else documents
+        return Request(**{**given, "generation": {}, "documents": documents, **changed})
+
+    memo = Memo()
+    memo.keep(request(), {"prompt": "p"})
+    assert memo.find(request()) == {"prompt": "p"}
     other = Documents()
     other._fingerprint = "two"
-    assert memo.find(other, *given[1:]) is None
-    assert memo.find(given[0], "test 1", *given[2:]) is None
-    assert memo.find(given[0], "test 0", "another", SHORT) is None
-    assert memo.find(*given[:3], {"max_new_tokens": 9}) is None
-    memo.keep([], *given[1:], {"prompt": "p"})
-    assert memo.find([], *given[1:]) is None
+    assert memo.find(request(other)) is None
+    assert memo.find(request(document="test 1")) is None
+    assert memo.find(request(task="another")) is None
+    assert memo.find(request(generation={"max_new_tokens": 9})) is None
+    memo.keep(request([]), {"prompt": "p"})
+    assert memo.find(request([])) is None
+
+
+# --- faults that are no sample's ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [TypeError("one of ours"), AttributeError("one of ours")])
+def test_a_bug_ends_the_run(
+    reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Runner, "decode_batch", broken)
+    with pytest.raises(type(error), match="one of ours"):
+        answer(runner_for(reader, answers), TASK, samples=6)
+    assert rows(answers) == []
+
+
+def test_first_samples_that_all_fail_alike_end_the_run(
+    reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the traceback of the first; what fails after an answer, or unlike, is a sample's."""
+    decode = Runner.decode_batch
+    calls: list[int] = []
+
+    def broken(runner: Runner, samples: Any, *given: Any) -> Any:
+        calls.append(len(samples))
+        raise ValueError("a shape does not fit")
+
+    monkeypatch.setattr(Runner, "decode_batch", broken)
+    with pytest.raises(AllFailed, match="first 4 samples all failed alike") as caught:
+        answer(runner_for(reader, answers), TASK, samples=9)
+    assert "in broken" in str(caught.value)
+    assert sum(size == 1 for size in calls) == 4
+
+    def unlike(runner: Runner, samples: Any, *given: Any) -> Any:
+        raise ValueError(f"document {samples[0].doc_id} is odd")
+
+    monkeypatch.setattr(Runner, "decode_batch", unlike)
+    with pytest.raises(SampleFailures, match="5 samples failed"):
+        answer(runner_for(reader, answers / "unlike"), TASK, samples=5)
+
+    def late(runner: Runner, samples: Any, *given: Any) -> Any:
+        if any(sample.doc_id != "validation 0" for sample in samples):
+            raise ValueError("a shape does not fit")
+        return decode(runner, samples, *given)
+
+    monkeypatch.setattr(Runner, "decode_batch", late)
+    with pytest.raises(SampleFailures, match="4 samples failed"):
+        answer(runner_for(reader, answers / "late"), TASK, samples=5)
+
+
+def test_memory_that_is_never_enough_ends_the_run(
+    reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> None:
+        raise MemoryError("Unable to allocate 3 GiB for an array")
+
+    monkeypatch.setattr(Runner, "decode_batch", short)
+    with pytest.raises(UserError, match=r"ran out of memory .* choose a smaller model"):
+        answer(runner_for(reader, answers), TASK, samples=9)
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -292,24 +359,22 @@ def test_a_memo_knows_data_sets_apart() -> None:
 def test_samples_files_hold_text_and_scores_and_no_image(
     reader: Checkpoint, tmp_path: Path
 ) -> None:
-    models = models_for(reader, tmp_path / "answers")
-    paths = evaluate.evaluate(models, CELLS, [TASK], 4, tmp_path, log_samples=True)
+    runner = runner_for(reader, tmp_path / "answers")
+    paths = score_all(runner, CELLS, TASK, 4, tmp_path)
     said = {(row.cell, row.doc_id): row.text for row in rows(tmp_path / "answers")}
-    for model, (path,) in zip(models, paths, strict=True):
+    for cell, path in zip(runner.cells, paths, strict=True):
         assert "samples" not in json.loads(path.read_text())
         text = samples_file(path).read_text()
         lines = [json.loads(line) for line in text.splitlines()]
         assert [line["doc_id"] for line in lines] == list(range(4))
         for line in lines:
             document = f"validation {line['doc_id']}"
-            assert line["filtered_resps"] == said[model.cell_of(TASK), document]
+            assert line["filtered_resps"] == said[runner.words(cell, TASK), document]
             assert 0 <= line["anls"] <= 1
             assert line["target"]
             assert isinstance(line["input"], str)
         assert "base64" not in text
         assert len(text) < 4 * 2000
-    without = evaluate.evaluate(models[:1], CELLS[:1], [TASK], 4, tmp_path / "quiet")
-    assert not samples_file(without[0][0]).exists()
 
 
 @pytest.fixture
@@ -324,7 +389,7 @@ def ocrbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         f"include: {original}\ntask: ocrbench_local\ndataset_kwargs: {{}}\n"
         f"dataset_path: {build('ocrbench', cache_folder() / 'benchmarks')}\n"
     )
-    monkeypatch.setattr(evaluate, "tasks_folder", lambda: folder)
+    monkeypatch.setattr(tasks, "tasks_folder", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return "ocrbench_local"
 
@@ -336,17 +401,17 @@ def test_ocrbench_counts_each_cell_from_zero(
     cells = [{"method": "fullkv"}, {"method": "fullkv", "mask_heads": "0-0"}, {"method": "fullkv"}]
     scores = []
     for number, cell in enumerate(cells):
-        models = evaluate.make_models(reader, [cell], batch_size=8, answers=tmp_path / "answers")
-        ((path,),) = evaluate.evaluate(models, [cell], [ocrbench], 8, tmp_path / str(number))
+        runner = make_runner(reader, [cell], tmp_path / "answers", 8)
+        (path,) = score_all(runner, [cell], ocrbench, 8, tmp_path / str(number))
         scores.append(results(path)[ocrbench]["ocrbench_accuracy,none"])
     assert scores[0] == scores[2]
     assert 0 < max(scores) <= 8 / 1000
-    together = evaluate.make_models(reader, cells[:2], batch_size=8, answers=tmp_path / "answers")
-    paths = evaluate.evaluate(together, cells[:2], [ocrbench], 8, tmp_path / "together")
-    assert [results(path)[ocrbench]["ocrbench_accuracy,none"] for (path,) in paths] == scores[:2]
+    together = make_runner(reader, cells[:2], tmp_path / "answers", 8)
+    paths = score_all(together, cells[:2], ocrbench, 8, tmp_path / "together")
+    assert [results(path)[ocrbench]["ocrbench_accuracy,none"] for path in paths] == scores[:2]
     # What it writes lies with the results, not where the process happens to run.
     assert not (tmp_path / "results").exists()
     assert list((tmp_path / "together").rglob("ocrbench_results.txt"))
     with log() as lines:
-        evaluate.answer(together, ocrbench, samples=8)
+        answer(together, ocrbench, samples=8)
     assert not [line for line in lines if line.startswith("WARNING")]

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.fixtures import LAYOUTS, Stock, ask, pages, rows
+from engine.fixtures import LAYOUTS, Stock, ask_all, pages, rows
 from torch import Tensor
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.engine.answers import Answer, AnswerStore
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.decode import generate, generate_rows
-from sparsemm_eval.engine.evaluate import make_models
+from sparsemm_eval.engine.decode import decode
+from sparsemm_eval.engine.lmms import make_runner
 from sparsemm_eval.methods import Method, make_method
 
 SHORT = {"max_new_tokens": 4, "do_sample": False}
@@ -45,7 +45,7 @@ def second_logits(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], method: 
 def test_kl_is_that_of_separate_runs(reader: Checkpoint, number: int) -> None:
     inputs = Stock(reader.folder).inputs(pages(len(LAYOUTS))[number])
     methods = methods_for(reader)
-    squeezed, full, whole = generate_rows(reader.model, inputs, methods, SHORT)
+    squeezed, full, whole = decode(reader.model, inputs, methods, SHORT)
     p, q = (second_logits(reader, inputs, methods[m]).log_softmax(-1) for m in (1, 0))
     expected = float((p.exp() * (p - q)).sum())
     assert expected > 1e-4
@@ -64,19 +64,16 @@ def test_nothing_to_compare_with(reader: Checkpoint) -> None:
         ([squeezed, full], {**SHORT, "max_new_tokens": 1}),
         ([full], SHORT),
     ):
-        decoded = generate_rows(reader.model, inputs, methods, options)
+        decoded = decode(reader.model, inputs, methods, options)
         assert [found.kl_full for found in decoded] == [[None]] * len(methods)
-    assert generate(reader.model, inputs, squeezed, SHORT).kl_full == [None]
+    assert decode(reader.model, inputs, [squeezed], SHORT)[0].kl_full == [None]
 
 
 def test_it_is_stored_with_the_answer_and_not_keyed(reader: Checkpoint, answers: Path) -> None:
     cells = [{"method": "fullkv"}, {"method": "snapkv", "budget": 12, "window": 8}]
     documents = pages(3)
-    apart = make_models(reader, cells[1:], batch_size=3, answers=answers / "apart")
-    texts = ask(apart[0], documents)
-    full, snap = make_models(reader, cells, batch_size=3, answers=answers / "together")
-    ask(full, documents)
-    assert ask(snap, documents) == texts
+    (texts,) = ask_all(make_runner(reader, cells[1:], answers / "apart", 3), documents)
+    assert ask_all(make_runner(reader, cells, answers / "together", 3), documents)[1] == texts
     by_key = {row.key: row for row in rows(answers / "together")}
     for row in rows(answers / "apart"):
         assert row.record["kl_full"] is None
@@ -87,8 +84,7 @@ def test_it_is_stored_with_the_answer_and_not_keyed(reader: Checkpoint, answers:
 def test_records_from_before_there_was_any_are_read(reader: Checkpoint, answers: Path) -> None:
     cells = [{"method": "fullkv"}, {"method": "snapkv", "budget": 12, "window": 8}]
     documents = pages(2)
-    first = make_models(reader, cells, batch_size=2, answers=answers / "new")
-    texts = [ask(model, documents) for model in first]
+    texts = ask_all(make_runner(reader, cells, answers / "new", 2), documents)
     old = AnswerStore(answers / "old")
     for row in rows(answers / "new"):
         record = {
@@ -96,6 +92,5 @@ def test_records_from_before_there_was_any_are_read(reader: Checkpoint, answers:
         }
         old.write([Answer(row.key, row.cell, "pages", row.doc_id, row.text, None, record)])
     old.close()
-    again = make_models(reader, cells, batch_size=2, answers=answers / "old")
-    assert [ask(model, documents) for model in again] == texts
+    assert ask_all(make_runner(reader, cells, answers / "old", 2), documents) == texts
     assert len(rows(answers / "old")) == 4

@@ -12,8 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
 from sparsemm_eval.methods import HeadScores
 
 MakeQwen = Callable[..., Qwen2VLSparseMM]
@@ -314,27 +313,18 @@ def test_full_kv_has_no_settings(qwen: MakeQwen, answers: Path, document: dict[s
     )
 
 
-def test_the_device_is_not_in_the_key(
-    reader: Checkpoint, answers: Path, document: dict[str, Any]
-) -> None:
+def test_the_device_is_not_in_the_key(reader: Checkpoint, answers: Path) -> None:
     """Asked without loading weights, so that any device can be named."""
     given = {"pretrained": str(reader.folder), "method": "fullkv", "answers": answers}
-    keys = {
-        Qwen2VLSparseMM(**given, device=device).key_of("prompt", document["images"], task="t")
-        for device in (None, "cpu", "cuda:0", "cuda:1", "meta")
-    }
-    assert len(keys) == 1
-    mapped = Qwen2VLSparseMM(**given, device_map="auto")
-    assert keys == {mapped.key_of("prompt", document["images"], task="t")}
+    models = [Qwen2VLSparseMM(**given, device=d) for d in (None, "cpu", "cuda:0", "cuda:1", "meta")]
+    models.append(Qwen2VLSparseMM(**given, device_map="auto"))
+    assert len({model.runner.key(model.cell, {"prompt": "p"}) for model in models}) == 1
 
 
-def test_a_key_is_the_same_in_another_model_object(
-    llava: Checkpoint, answers: Path, document: dict[str, Any]
-) -> None:
-    keys = {
-        LlavaSparseMM(checkpoint=fresh, method="fullkv", answers=answers).key_of(
-            "prompt", document["images"], generation=[["do_sample", False]], until=("a", "b")
-        )
+def test_a_key_is_the_same_in_another_model_object(llava: Checkpoint, answers: Path) -> None:
+    models = [
+        LlavaSparseMM(checkpoint=fresh, method="fullkv", answers=answers)
         for fresh in (llava, Checkpoint(llava.folder, "llava_next", dtype="float32"))
-    }
-    assert len(keys) == 1
+    ]
+    parts = {"prompt": "p", "generation": [["do_sample", False]], "until": ("a", "b")}
+    assert len({model.runner.key(model.cell, parts) for model in models}) == 1

@@ -6,10 +6,9 @@ import sys
 import pytest
 from lmms_eval.models import get_model, list_available_models
 
-from sparsemm_eval.engine.llava import LlavaSparseMM
+from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM, SparseMM
 from sparsemm_eval.engine.manifest import manifests
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
-from sparsemm_eval.engine.wrapper import SparseMMModel
+from sparsemm_eval.families import find_family
 
 # Every import a run makes before it is told which model to use. The second word of a line tells
 # whether torch or transformers was imported by us and not by lmms-eval itself.
@@ -25,7 +24,7 @@ print(sorted(set(sys.modules) - before & {"torch", "transformers", "numpy", "acc
 FIRST = """
 import sparsemm_eval.engine.manifest
 from lmms_eval.models import list_available_models
-print([name for name in list_available_models() if name.endswith("_sparsemm")])
+print([name for name in list_available_models() if name.endswith("sparsemm")])
 """
 
 
@@ -39,20 +38,24 @@ def output(script: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("llava_sparsemm", LlavaSparseMM), ("qwen2vl_sparsemm", Qwen2VLSparseMM)]
+    ("name", "model"),
+    [
+        ("sparsemm", SparseMM),
+        ("llava_sparsemm", LlavaSparseMM),
+        ("qwen2vl_sparsemm", Qwen2VLSparseMM),
+    ],
 )
-def test_lmms_eval_resolves_our_names(name: str, model: type[SparseMMModel]) -> None:
+def test_lmms_eval_resolves_our_names(name: str, model: type[SparseMM]) -> None:
     assert name in list_available_models()
     assert get_model(name) is model
     assert get_model(name, force_simple=True) is model
-    assert model.model_id == name
     assert model.is_simple is False
 
 
-def test_manifests_name_all_families() -> None:
-    assert {manifest.model_id for manifest in manifests()} == {
-        family.model_id for family in SparseMMModel.__subclasses__()
-    }
+def test_a_name_of_one_family_is_what_its_answers_are_named_by() -> None:
+    for model in (LlavaSparseMM, Qwen2VLSparseMM):
+        name = find_family(model.model_type).lmms_name
+        assert get_model(name) is model
     assert all(manifest.simple_class_path is None for manifest in manifests())
 
 
@@ -64,5 +67,5 @@ def test_the_manifest_imports_nothing_heavy() -> None:
 
 
 def test_the_manifest_may_be_imported_first() -> None:
-    """Lmms-eval loads it while it is imported itself: whoever is first, both names are known."""
-    assert output(FIRST) == "['llava_sparsemm', 'qwen2vl_sparsemm']\n"
+    """Lmms-eval loads it while it is imported itself: whoever is first, our names are known."""
+    assert output(FIRST) == "['llava_sparsemm', 'qwen2vl_sparsemm', 'sparsemm']\n"

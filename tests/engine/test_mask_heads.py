@@ -11,10 +11,9 @@ import torch
 from engine.fixtures import Stock, ask, pages, photo, refused, rows
 from torch import Tensor
 
-from sparsemm_eval.engine import wrapper
+from sparsemm_eval.engine import runner
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
 from sparsemm_eval.methods import HeadScores, visual_heads
 from sparsemm_eval.tiny import default_checkpoint
 
@@ -44,7 +43,7 @@ def test_masked_qwen2vl_is_stock_without_these_heads(qwen: MakeQwen, reader: Che
     whole = ask(qwen(batch_size=4), documents)
     model = qwen(batch_size=4, mask_heads="visual:0.1")
     masked = ask(model, documents)
-    silent = {layer: model.mask.of_layer(layer) for layer, _ in model.mask.heads}
+    silent = {layer: model.cell.mask.of_layer(layer) for layer, _ in model.cell.mask.heads}
     stock = without_queries(Stock(reader.folder), silent)
     assert masked == [stock.answer(document) for document in documents]
     assert masked != whole
@@ -66,7 +65,7 @@ def test_masked_llava_is_stock_without_these_heads(
 def test_equal_heads_are_one_cell_however_they_are_named(
     qwen: MakeQwen, reader: Checkpoint, answers: Path
 ) -> None:
-    best = qwen(mask_heads="visual:0.05").mask.names
+    best = qwen(mask_heads="visual:0.05").cell.mask.names
     for heads in ("visual:0.05", best, "+".join(reversed(best.split("+")))):
         ask(qwen(mask_heads=heads), pages(1))
     (row,) = rows(answers)
@@ -94,11 +93,11 @@ def test_another_mask_is_another_answer(
 def test_a_key_without_a_mask_is_as_it_was(qwen: MakeQwen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers from before there were masks are found again."""
     keyed: list[Mapping[str, Any]] = []
-    monkeypatch.setattr(wrapper, "answer_key", lambda parts: keyed.append(parts) or "key")
-    qwen(mask_mode="output").key_of("prompt", [], task="t")
+    monkeypatch.setattr(runner, "answer_key", lambda parts: keyed.append(parts) or "key")
+    model = qwen(mask_mode="output")
+    model.runner.key(model.cell, {"prompt": "p"})
     assert set(keyed[0]) == {
         "version", "model", "checkpoint", "dtype", "family", "method", "settings", "prompt",
-        "images", "task",
     }  # fmt: skip
 
 
@@ -106,12 +105,12 @@ def test_a_key_without_a_mask_is_as_it_was(qwen: MakeQwen, monkeypatch: pytest.M
 def test_as_the_command_line_gives_it(answers: Path, heads: str) -> None:
     arguments = f"pretrained={default_checkpoint()},method=fullkv,answers={answers}"
     model = Qwen2VLSparseMM.create_from_arg_string(f"{arguments},mask_heads={heads}")
-    shape = model.checkpoint.shape
+    shape = model.runner.checkpoint.shape
     share = round(0.05 * shape.layers * shape.query_heads)
-    assert len(model.mask.heads) == (len(heads.split("+")) if "-" in heads else share)
+    assert len(model.cell.mask.heads) == (len(heads.split("+")) if "-" in heads else share)
     if heads.startswith("random"):
-        best = visual_heads(model.checkpoint.head_scores(), 0.05)
-        assert not set(model.mask.heads) & set(best)
+        best = visual_heads(model.runner.checkpoint.head_scores(), 0.05)
+        assert not set(model.cell.mask.heads) & set(best)
 
 
 def test_given_scores_decide_who_is_visual(
@@ -122,7 +121,7 @@ def test_given_scores_decide_who_is_visual(
     values[1, 2] = 1
     HeadScores(values.numpy()).write(tmp_path / "scores.json")
     model = qwen(mask_heads="visual:0.01", head_scores=str(tmp_path / "scores.json"))
-    assert model.mask.heads == ((1, 2),)
+    assert model.cell.mask.heads == ((1, 2),)
 
 
 def test_it_goes_with_every_method(qwen: MakeQwen, answers: Path) -> None:

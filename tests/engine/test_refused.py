@@ -8,8 +8,7 @@ import pytest
 from engine.fixtures import refused, requests, sentence
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
 from sparsemm_eval.methods import HeadScores
 from sparsemm_eval.tiny import default_checkpoint
 
@@ -49,7 +48,7 @@ def test_unknown_setting(name: str) -> None:
 
 
 def test_a_setting_of_another_family(llava: Checkpoint) -> None:
-    with pytest.raises(ValueError, match="min_pixels=64: llava_sparsemm has no such") as caught:
+    with pytest.raises(ValueError, match="min_pixels=64: a llava_next") as caught:
         LlavaSparseMM(checkpoint=llava, method="fullkv", min_pixels=64)
     assert "max_pixels" not in sentence(caught)
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sparsemm_eval.engine.answers import AnswerStore, SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.lmms import Qwen2VLSparseMM
 from sparsemm_eval.tiny import default_checkpoint
 
 MakeQwen = Callable[..., Qwen2VLSparseMM]
@@ -123,9 +123,9 @@ def test_weights_are_given_back_unless_they_are_shared(
     shared = qwen()
     for model in (own, shared):
         before = ask(model, pages(1))
-        weights = model.checkpoint.model
+        weights = model.runner.checkpoint.model
         model.clean()
-        assert (model.checkpoint.model is weights) == (model is shared)
+        assert (model.runner.checkpoint.model is weights) == (model is shared)
         assert ask(model, pages(1)) == before
 
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine.fixtures import LAYOUTS, Stock, ask, pages, rows
+from engine.fixtures import LAYOUTS, Stock, ask_all, pages, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
-from sparsemm_eval.engine.evaluate import make_models
+from sparsemm_eval.engine.decode import Decoded, _generate, decode
+from sparsemm_eval.engine.lmms import make_runner
 from sparsemm_eval.methods import Method, make_method
 
 NEW = 30
@@ -43,17 +43,25 @@ def inputs(reader: Checkpoint) -> Mapping[str, Tensor]:
     return reader.processor(text=prompts, images=stock, padding=True, return_tensors="pt")
 
 
+def by_generate(
+    checkpoint: Checkpoint, inputs: Mapping[str, Tensor], method: Method, options: Mapping[str, Any]
+) -> Decoded:
+    """One method by itself, in one call of transformers' ``generate``."""
+    with torch.inference_mode():
+        return _generate(checkpoint.model, inputs, method, options, "auto", None)
+
+
 def alone(
     reader: Checkpoint, inputs: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> list[Decoded]:
     """Each method by itself, in one call of ``generate``."""
-    return [generate(reader.model, inputs, method, options) for method in methods_for(reader)]
+    return [by_generate(reader, inputs, method, options) for method in methods_for(reader)]
 
 
 def together(
     reader: Checkpoint, inputs: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> list[Decoded]:
-    return generate_rows(reader.model, inputs, methods_for(reader), options)
+    return decode(reader.model, inputs, methods_for(reader), options)
 
 
 def said(decoded: Sequence[Decoded]) -> list[list[list[int]]]:
@@ -185,17 +193,17 @@ def test_a_llava_too(llava: Checkpoint) -> None:
     documents = [stock.inputs(page) for page in pages(1)]
     methods = methods_for(llava)
     options = {**LONG, "max_new_tokens": 12}
-    apart = [generate(llava.model, documents[0], method, options) for method in methods]
-    assert said(generate_rows(llava.model, documents[0], methods, options)) == said(apart)
+    apart = [by_generate(llava, documents[0], method, options) for method in methods]
+    assert said(decode(llava.model, documents[0], methods, options)) == said(apart)
 
 
 def test_answers_in_the_store_say_their_tokens(reader: Checkpoint, answers: Any) -> None:
     cells = [{"method": "fullkv"}, {"method": "snapkv", "budget": 12, "window": 8}]
-    full, snap = make_models(reader, cells, batch_size=3, answers=answers)
-    documents = pages(3)
-    texts = ask(full, documents) + ask(snap, documents)
+    runner = make_runner(reader, cells, answers, 3)
+    texts = [text for of_cell in ask_all(runner, pages(3)) for text in of_cell]
+    full = runner.words(runner.cells[0], "pages")
     decode_text = reader.processor.tokenizer.decode
-    stored = sorted(rows(answers), key=lambda row: (row.cell != full.cell_of("pages"), row.doc_id))
+    stored = sorted(rows(answers), key=lambda row: (row.cell != full, row.doc_id))
     assert [decode_text(row.record["tokens"]).strip() for row in stored] == texts
     assert [len(row.record["tokens"]) for row in stored] == [
         row.record["new_tokens"] for row in stored

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from sparsemm_eval.engine.visuals import visuals
+from sparsemm_eval.engine.tasks import visuals
 
 
 def test_they_are_those_of_the_documents_asked_for() -> None:

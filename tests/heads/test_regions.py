@@ -28,14 +28,10 @@ from transformers import (
 )
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.heads.regions import (
-    Box,
-    LlavaNextRegions,
-    Qwen2VLRegions,
-    Regions,
-    find_regions,
-    image_positions,
-)
+from sparsemm_eval.families import Box, Regions
+from sparsemm_eval.families.llava_next import LlavaNextRegions
+from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
+from sparsemm_eval.heads.regions import find_regions, image_positions
 from sparsemm_eval.tiny.training.qwen2_vl import build_config, build_model, build_processor
 
 FAMILIES = (
@@ -287,7 +283,7 @@ def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
     class Other(PreTrainedConfig):
         model_type = "other_vl"
 
-    with pytest.raises(ValueError, match="other_vl model lie is not known; it is for llava"):
+    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of llava"):
         find_regions(Other(), None, {}, [(8, 8)])
 
 

@@ -20,7 +20,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, Path]:
 
 
 def answers(folder: Path) -> int:
-    files = folder.glob("*/answers/*.sqlite")
+    files = folder.glob("answers/*/*.sqlite")
     return sum(
         sqlite3.connect(file).execute("SELECT count(*) FROM answers").fetchone()[0]
         for file in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import string
 from pathlib import Path
@@ -14,14 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmms_eval.tasks import TaskManager
 
-from sparsemm_eval.engine.llava import LlavaSparseMM
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
+from sparsemm_eval.engine.cell import model_settings
+from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import demo
 from sparsemm_eval.sweep.estimate import shape_of
 from sparsemm_eval.sweep.grid import (
-    MODEL_SETTINGS,
     Grid,
     Job,
     grids_folder,
@@ -123,11 +123,12 @@ def test_jobs_are_models_times_tasks_times_shards_with_names_of_their_own() -> N
     assert len(grid_of(shards=2).jobs()) == 2
 
 
-def test_an_embedded_model_is_its_folder_and_any_other_as_given() -> None:
+def test_models_are_kept_as_they_are_named() -> None:
     models = [*MODELS, {"name": "b", "pretrained": "x/y"}]
-    first, second = grid_of(models=models).models
-    assert first.source == str(embedded_checkpoints()["qwen2vl"])
-    assert second.source == "x/y"
+    assert [model.pretrained for model in grid_of(models=models).models] == [
+        "embedded:qwen2vl",
+        "x/y",
+    ]
 
 
 # --- the round trip ------------------------------------------------------------------------------
@@ -337,10 +338,14 @@ def test_a_grid_is_named_after_its_file(tmp_path: Path) -> None:
     assert read_grid(str(path)).name == "other"
 
 
-def test_model_settings_are_the_wrappers_own() -> None:
-    given = {"answers"}  # by the sweep
-    known = LlavaSparseMM._own() | Qwen2VLSparseMM._own() | {"head_scores"}
-    assert set(MODEL_SETTINGS) == known - given
+def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
+    for name in model_settings():
+        value = {"dtype": "float32", "backend": "torch", "mask_mode": "output"}.get(name, "auto")
+        value = 100_000 if name.endswith("pixels") else value
+        (model,) = grid_of(models=[{**MODELS[0], "settings": {name: value}}]).models
+        assert model.settings == {name: value}
+    own = set(inspect.signature(SparseMM.__init__).parameters)
+    assert not own & set(model_settings())
 
 
 # --- the shipped grids ---------------------------------------------------------------------------
@@ -386,11 +391,11 @@ def test_the_readmes_grid_can_be() -> None:
 
 def test_the_demo_grid_is_the_demo() -> None:
     grid = read_grid("demo")
-    assert grid.cells() == list(demo._cells(demo.BUDGETS, "paper", demo.METHODS))
+    assert tuple(grid.axes["budget"]) == demo.BUDGETS
     assert len(grid.cells()) == 31
     assert tuple(grid.tasks) == demo.TASKS
-    assert {model.name: model.source for model in grid.models} == {
-        name: str(folder) for name, folder in embedded_checkpoints().items()
+    assert {model.name: model.pretrained for model in grid.models} == {
+        name: f"embedded:{name}" for name in embedded_checkpoints()
     }
     assert all(model.settings == {"dtype": "float32"} for model in grid.models)
 

@@ -17,8 +17,8 @@ from sparsemm_eval.engine.answers import Answer, AnswerStore
 from sparsemm_eval.sweep.grid import read_grid
 from sparsemm_eval.sweep.merge import merge_sweeps
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, answers_folder
-from sparsemm_eval.sweep.run import run_sweep
 from sparsemm_eval.sweep.status import status
+from sparsemm_eval.sweep.sweep import run_sweep
 
 CELLS = ("fullkv()", "snapkv(budget=64)")
 SAMPLES = 6

@@ -22,14 +22,15 @@ from sparsemm_eval.cli import app
 from sparsemm_eval.engine import answers as answers_module
 from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.tasks import find_tasks, runnable
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.sweep import checks, runner
+from sparsemm_eval.sweep import checks
+from sparsemm_eval.sweep import sweep as runner
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.lock import Locked, lock
-from sparsemm_eval.sweep.run import Sweep, run_sweep
 from sparsemm_eval.sweep.status import status
-from sparsemm_eval.sweep.tasks import find_tasks, runnable
+from sparsemm_eval.sweep.sweep import Sweep, run_sweep
 from sparsemm_eval.tiny import default_checkpoint
 
 SAMPLES = 6

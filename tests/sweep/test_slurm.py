@@ -25,11 +25,11 @@ from sparsemm_eval.sweep.lock import holder
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob
 from sparsemm_eval.sweep.queue import Command
 from sparsemm_eval.sweep.records import Record, read_ids, read_record, write_ids
-from sparsemm_eval.sweep.run import run_sweep
 from sparsemm_eval.sweep.sbatch import Options
 from sparsemm_eval.sweep.slurm import submit_jobs
 from sparsemm_eval.sweep.states import States
 from sparsemm_eval.sweep.status import status
+from sparsemm_eval.sweep.sweep import run_sweep
 
 SCRIPT = Path(__file__).parent.parent / "slurm" / "cluster.sh"
 PYTHON = (sys.executable, "-I", "-S", "-c")

@@ -23,9 +23,9 @@ from sparsemm_eval.sweep.grid import read_grid
 from sparsemm_eval.sweep.queue import Slot, run_queue
 from sparsemm_eval.sweep.records import read_record
 from sparsemm_eval.sweep.room import Room
-from sparsemm_eval.sweep.run import plan_sweep, run_sweep
 from sparsemm_eval.sweep.status import status
 from sparsemm_eval.sweep.submit import submit, with_shards
+from sparsemm_eval.sweep.sweep import plan_sweep, run_sweep
 
 SIGNALLED = """
 import sys, time

@@ -1,7 +1,6 @@
 """Decoding between static buffers: token for token what transformers' ``generate`` decodes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
-from sparsemm_eval.engine.graph import StaticDecoder, decoder_of, held_bytes, release
-from sparsemm_eval.engine.greedy import bucket, check_cuda_graph, static_kind
+from sparsemm_eval.engine.decode import (
+    Decoded,
+    Decoder,
+    _generate,
+    check_cuda_graph,
+    decode,
+    decoder_of,
+    held_bytes,
+    is_greedy,
+    release,
+)
 from sparsemm_eval.engine.step import _forward
 from sparsemm_eval.methods import HeadMask, Method
 
@@ -41,28 +48,32 @@ def said(decoded: Sequence[Decoded]) -> list[list[list[int]]]:
     return [[row.tolist() for row in found.tokens] for found in decoded]
 
 
-def assert_same(found: Sequence[Decoded], wanted: Sequence[Decoded]) -> None:
+def assert_same(
+    found: Sequence[Decoded], wanted: Sequence[Decoded], backend: str = "cuda_ext"
+) -> None:
     """Tokens to the bit, and the same statements on what was kept."""
     assert said(found) == said(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert torch.equal(one.kept, other.kept)
         assert one.kept_bytes == other.kept_bytes
         assert one.prompt_tokens == other.prompt_tokens
-        assert one.backend == "cuda_ext"
+        assert one.backend == other.backend == backend
         assert all(size > 0 for size in one.cache_bytes)
-        for kl, expected in zip(one.kl_full, other.kl_full, strict=True):
-            assert (kl is None) == (expected is None)
-            assert kl == pytest.approx(expected, abs=1e-4)
 
 
 def both(
-    model: PreTrainedModel, inputs: Mapping[str, Tensor], options: Mapping[str, Any], **more: Any
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    mask: HeadMask | None = None,
+    backend: str = "auto",
 ) -> tuple[list[Decoded], list[Decoded]]:
-    """Between static buffers, and as `generate` does it."""
-    found, wanted = (
-        generate_rows(model, inputs, methods(model), options, cuda_graph=way, **more)
-        for way in ("eager", "off")
-    )
+    """All methods between static buffers, and each as transformers' `generate` does it."""
+    found = decode(model, inputs, methods(model), options, backend, mask)
+    with torch.inference_mode():
+        wanted = [
+            _generate(model, inputs, method, options, backend, mask) for method in methods(model)
+        ]
     return found, wanted
 
 
@@ -74,11 +85,22 @@ def test_many_rows_and_layers_that_grow(
     assert all(len(row) == 60 for of_method in said(found) for row in of_method)
 
 
+def test_plain_torch_has_the_same_face(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a compiler: rows that end early, and layers that grow, on the same path."""
+    assert_same(*both(model, inputs, LONG, backend="torch"), backend="torch")
+    whole = said(decode(model, inputs, methods(model), LONG))
+    ends = [whole[0][0][3], whole[2][1][7], whole[1][3][0]]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+    assert_same(*both(model, inputs, LONG, backend="torch"), backend="torch")
+
+
 def test_rows_that_end_at_unlike_steps(
     model: PreTrainedModel, inputs: Mapping[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens that were said are made ends: rows stop early, late, at once, or not at all."""
-    whole = said(generate_rows(model, inputs, methods(model), LONG, cuda_graph="off"))
+    whole = said(decode(model, inputs, methods(model), LONG))
     tokens = sorted({token for of_method in whole for row in of_method for token in row})
     spread = {token: {_steps(token, row) for m in whole for row in m} for token in tokens}
     chosen = sorted(tokens, key=lambda token: -len(spread[token]))[:3]
@@ -97,11 +119,10 @@ def _steps(token: int, row: list[int]) -> int:
 def test_one_prompt_under_one_method(model: PreTrainedModel) -> None:
     single = prompt(model, SAMPLES[:1])
     for name in NAMES:
-        found, wanted = (
-            generate(model, single, method_for(model, name), LONG, cuda_graph=way)
-            for way in ("eager", "off")
-        )
-        assert_same([found], [replace(wanted)])
+        method = method_for(model, name)
+        with torch.inference_mode():
+            wanted = _generate(model, single, method, LONG, "auto", None)
+        assert_same(decode(model, single, [method], LONG), [wanted])
 
 
 def test_prompts_of_unlike_size_one_after_the_other(model: PreTrainedModel) -> None:
@@ -149,63 +170,57 @@ def test_the_step_is_one_graph_to_torch_compile() -> None:
     model = budgeted("qwen2vl", seed=3)
     inputs = prompt(model, SAMPLES)
     chosen, options = [method_for(model, "sparsemm")], {**LONG, "max_new_tokens": 14}
-    wanted = generate_rows(model, inputs, chosen, options, cuda_graph="off")
-    generate_rows(model, inputs, chosen, {**options, "max_new_tokens": 2}, cuda_graph="eager")
+    wanted = decode(model, inputs, chosen, options)
     (step,) = decoder_of(model).steps.values()
     step.compiled = torch.compile(_forward, fullgraph=True, dynamic=False, backend="aot_eager")
     torch._dynamo.reset()
+    decode(model, inputs, chosen, {**options, "max_new_tokens": 2})
     with torch._dynamo.config.patch(error_on_recompile=True):
-        found = generate_rows(model, inputs, chosen, options, cuda_graph="eager")
+        found = decode(model, inputs, chosen, options)
     assert said(found) == said(wanted)
     torch._dynamo.reset()
 
 
-def kind(model: PreTrainedModel, **more: Any) -> Any:
-    asked = {"rows": 3, "longest": 100, "options": LONG, "backend": "auto", "mask": None}
-    return static_kind(model, **{**asked, "cuda_graph": "eager", **more})
-
-
-def test_what_takes_the_plain_path(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kind(model).rows == 4
-    assert kind(model, cuda_graph="off") is None
-    assert kind(model, cuda_graph="auto") is None, "no GPU"
-    assert kind(model, backend="torch") is None
+def test_what_is_greedy(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_greedy(model, LONG)
     for option in (
         {"do_sample": True}, {"num_beams": 2}, {"min_new_tokens": 2}, {"bad_words_ids": [[3]]},
         {"no_repeat_ngram_size": 2}, {"prompt_lookup_num_tokens": 3}, {"stop_strings": "."},
     ):  # fmt: skip
-        assert kind(model, options={**LONG, **option}) is None, option
-    for option in ({"num_beams": 1}, {"temperature": None}, {"min_new_tokens": 1}, {"top_k": 3}):
-        assert kind(model, options={**LONG, **option}) is not None, option
-    assert kind(model, options={**LONG, "repetition_penalty": 1.05}).penalty == 1.05
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.2)
-    assert kind(model).penalty == 1.2
+        assert not is_greedy(model, {**LONG, **option}), option
+    for option in (
+        {"num_beams": 1}, {"temperature": None}, {"min_new_tokens": 1}, {"top_k": 3},
+        {"repetition_penalty": 1.05},
+    ):  # fmt: skip
+        assert is_greedy(model, {**LONG, **option}), option
+    monkeypatch.setattr(model.generation_config, "no_repeat_ngram_size", 3)
+    assert not is_greedy(model, LONG)
+
+
+def test_an_answer_longer_than_a_sliding_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the cache itself refuses it: at the first token that would not see all others."""
+    model = budgeted("mistral", seed=3)
+    inputs = prompt(model, SAMPLES[:1])
+    width = inputs["input_ids"].shape[1]
     text = model.config.get_text_config()
-    monkeypatch.setattr(text, "sliding_window", 99, raising=False)
-    assert kind(model) is None
-    assert kind(model, longest=99) is not None
-    monkeypatch.setattr(text, "rope_parameters", {"rope_type": "dynamic"})
-    assert kind(model, longest=99) is None
+    monkeypatch.setattr(text, "sliding_window", width + 20, raising=False)
+    chosen = [method_for(model, "fullkv")]
+    assert len(decode(model, inputs, chosen, {**LONG, "max_new_tokens": 21})[0].tokens[0]) == 21
+    with pytest.raises(NotImplementedError, match=f"last {width + 20} tokens only"):
+        decode(model, inputs, chosen, {**LONG, "max_new_tokens": 22})
 
 
 def test_a_decoder_goes_with_its_model() -> None:
     model = budgeted("mistral", seed=1)
     inputs = prompt(model, SAMPLES[:1])
     assert held_bytes(model) == 0
-    generate(model, inputs, method_for(model, "fullkv"), LONG, cuda_graph="eager")
-    decoder: StaticDecoder = decoder_of(model)
+    decode(model, inputs, [method_for(model, "fullkv")], LONG)
+    decoder: Decoder = decoder_of(model)
     assert held_bytes(model) == decoder.bytes() > 0
     assert decoder_of(model) is decoder
     release(model)
     assert held_bytes(model) == 0
     release(model)
-
-
-@pytest.mark.parametrize(
-    ("rows", "size"), [(1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (31, 32), (32, 32), (33, 64)]
-)
-def test_buckets(rows: int, size: int) -> None:
-    assert bucket(rows) == size
 
 
 def test_the_setting() -> None:

@@ -9,8 +9,8 @@ from lmms_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.engine.tasks import find_tasks, obstacle, runnable
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.sweep.tasks import find_tasks, obstacle, runnable
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 from sparsemm_eval.engine import checkpoint as checkpoints
 from sparsemm_eval.engine.answers import AnswerStore
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.heads.mask import Masking, run_masking
+from sparsemm_eval.sweep.mask import Masking, run_masking
 from sparsemm_eval.tiny import default_checkpoint
 
 SAMPLES, SEEDS = 8, 2
-STUDY = {"shares": (0.1,), "seeds": SEEDS, "samples": SAMPLES}
+MODEL = "embedded:qwen2vl"
+STUDY = {
+    "shares": (0.1,), "seeds": SEEDS, "samples": SAMPLES, "settings": {"dtype": "float32"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +28,9 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def study(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Masking, Path]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Masking, Path]:
     out = tmp_path_factory.mktemp("masking")
-    return run_masking(checkpoint, out, **STUDY), out
+    return run_masking(MODEL, out, **STUDY), out
 
 
 def test_reading_breaks_without_visual_heads_and_goes_on_without_others(
@@ -59,12 +63,12 @@ def test_files_say_what_was_silenced_and_how(study: tuple[Masking, Path]) -> Non
 
 
 def test_a_second_run_computes_nothing_and_says_the_same(
-    study: tuple[Masking, Path], checkpoint: Checkpoint, tmp_path: Path
+    study: tuple[Masking, Path],
 ) -> None:
     first, out = study
-    count = AnswerStore(out / "answers").count()
-    again = run_masking(checkpoint, out, **STUDY)
-    assert AnswerStore(out / "answers").count() == count == SAMPLES * (2 + SEEDS)
+    count = AnswerStore(out / "answers" / "model").count()
+    again = run_masking(MODEL, out, **STUDY)
+    assert AnswerStore(out / "answers" / "model").count() == count == SAMPLES * (2 + SEEDS)
     assert again.markdown == first.markdown
 
 
@@ -77,7 +81,7 @@ def test_a_second_run_computes_nothing_and_says_the_same(
     ({"seeds": 0}, "seeds=0"),
     ({"samples": 0}, "samples=0"),
     ({"modes": ("key",)}, "mode='key': it must be one of query, output"),
-    ({"head_scores": Path("no.json")}, "head_scores=no.json: there is no such file"),
+    ({"settings": {"head_scores": "no.json"}}, "head_scores=no.json: there is no such file"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_before_weights_load(
     settings: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -86,14 +90,14 @@ def test_what_cannot_be_is_refused_before_weights_load(
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(checkpoints.AutoModelForImageTextToText, "from_pretrained", fail)
-    fresh = Checkpoint(default_checkpoint())
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
-        run_masking(fresh, tmp_path, **STUDY | settings)
+        run_masking(MODEL, tmp_path, **STUDY | settings)
     assert "\n" not in str(caught.value)
 
 
-def test_another_family_is_named(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    other = Checkpoint(default_checkpoint())
-    other.config.model_type = "other_vl"
-    with pytest.raises(ValueError, match="a other_vl checkpoint; it must be one of llava_next"):
-        run_masking(other, tmp_path, **STUDY)
+def test_another_family_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(default_checkpoint(), tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "mllama"}))
+    with pytest.raises(ValueError, match="no family is known for model_type=mllama: it must be"):
+        run_masking(str(folder), tmp_path / "out", **STUDY)

@@ -1,4 +1,4 @@
-"""Methods in waves that fit into memory: whatever is free, the answers are the same."""
+"""Methods in micro-batches that fit into memory: whatever is free, the answers are the same."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,24 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from engine.fixtures import ask, log, pages, rows
+from engine.fixtures import ask_all, log, pages, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
-from sparsemm_eval.engine import batches, wrapper
+from sparsemm_eval.engine import runner as runners
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.evaluate import make_models
-from sparsemm_eval.engine.waves import (
+from sparsemm_eval.engine.lmms import make_runner
+from sparsemm_eval.engine.memory import (
     SHARE,
     free_memory,
     out_of_memory,
-    plan_waves,
+    plan_micro_batches,
     row_bytes,
     token_bytes,
 )
-from sparsemm_eval.engine.wrapper import SparseMMModel
 from sparsemm_eval.methods import Method, ModelShape, make_method
 
 SHAPE = ModelShape(layers=2, query_heads=4, kv_heads=2)
@@ -49,18 +48,14 @@ def method(budget: int | None) -> Method:
     return make_method("local", SHAPE, budget=budget)
 
 
-def answer_all(
-    reader: Checkpoint, folder: Path, count: int = 4, batch_size: int = 4
-) -> tuple[list[SparseMMModel], list[list[str]]]:
-    """Answers of every cell to some pages."""
-    models = make_models(reader, CELLS, batch_size=batch_size, answers=folder)
-    return models, [ask(model, pages(count)) for model in models]
+def runner_for(reader: Checkpoint, folder: Path) -> runners.Runner:
+    return make_runner(reader, CELLS, folder, 4)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(reader: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
     """Answers with all the memory one could wish."""
-    return answer_all(reader, tmp_path_factory.mktemp("undisturbed"))[1]
+    return ask_all(runner_for(reader, tmp_path_factory.mktemp("undisturbed")), pages(4))
 
 
 @pytest.fixture
@@ -68,7 +63,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """State how many bytes are free."""
 
     def put(free: int) -> None:
-        monkeypatch.setattr(batches, "free_memory", lambda model: free)
+        monkeypatch.setattr(runners, "free_memory", lambda model: free)
 
     return put
 
@@ -77,13 +72,13 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Collect (samples, methods) of all that is decoded together."""
     seen = []
-    decode = wrapper.SparseMMModel.decode_batch
+    decode = runners.Runner.decode_batch
 
-    def watched(model: Any, samples: Sequence, inputs: Any, methods: Sequence) -> Any:
-        seen.append((len(samples), len(methods)))
-        return decode(model, samples, inputs, methods)
+    def watched(model: Any, samples: Sequence, inputs: Any, cells: Sequence) -> Any:
+        seen.append((len(samples), len(cells)))
+        return decode(model, samples, inputs, cells)
 
-    monkeypatch.setattr(wrapper.SparseMMModel, "decode_batch", watched)
+    monkeypatch.setattr(runners.Runner, "decode_batch", watched)
     return seen
 
 
@@ -96,19 +91,19 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     st.integers(1, 64),
     st.integers(0, 200_000),
 )
-def test_every_method_has_its_place_and_every_wave_fits(
+def test_every_method_has_its_place_and_every_batch_fits(
     budgets: list[int | None], lengths: list[int], new: int, free: int
 ) -> None:
     methods = [method(budget) for budget in budgets]
-    waves = plan_waves(methods, lengths, new, 4, free)
-    flat = [place for wave in waves for place in wave]
+    batches = plan_micro_batches(methods, lengths, new, 4, free)
+    flat = [place for batch in batches for place in batch]
     assert sorted(flat) == list(range(len(methods)))
     whole = [place for place in flat if budgets[place] is None]
     assert flat == whole + [place for place in range(len(methods)) if budgets[place] is not None]
     needs = [sum(row_bytes(m, n, new, 4) for n in lengths) for m in methods]
-    for wave, after in zip(waves, [*waves[1:], []], strict=True):
-        need = sum(needs[place] for place in wave)
-        assert need <= SHARE * free or len(wave) == 1
+    for batch, after in zip(batches, [*batches[1:], []], strict=True):
+        need = sum(needs[place] for place in batch)
+        assert need <= SHARE * free or len(batch) == 1
         # The next one would not have fitted.
         assert not after or need + needs[after[0]] > SHARE * free
 
@@ -158,33 +153,34 @@ def test_what_is_out_of_memory() -> None:
     assert not out_of_memory(ValueError("not enough memory of the question"))
 
 
-# --- waves --------------------------------------------------------------------------------------
+# --- micro-batches ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "waves"), [(0.0, 5), (0.62, 2), (4.0, 1)])
-def test_answers_are_the_same_in_however_many_waves(
+@pytest.mark.parametrize(("share", "batches"), [(0.0, 5), (0.62, 2), (4.0, 1)])
+def test_answers_are_the_same_in_however_many_batches(
     reader: Checkpoint,
     answers: Path,
     undisturbed: list[list[str]],
     memory: Callable[[int], None],
     decodings: list[tuple[int, int]],
     share: float,
-    waves: int,
+    batches: int,
 ) -> None:
     """Free memory as a share of what full KV's rows and the rest's take together."""
     memory(int(share * 4 * 1000 * token_bytes(reader.model)))
     with log() as lines:
-        models, said = answer_all(reader, answers)
+        runner = runner_for(reader, answers)
+        said = ask_all(runner, pages(4))
     assert said == undisturbed
-    assert len(decodings) == waves
+    assert len(decodings) == batches
     assert sum(methods for _, methods in decodings) == len(CELLS)
-    told = [line for line in lines if "waves" in line]
-    assert len(told) == (waves > 1)
+    told = [line for line in lines if "micro-batches" in line]
+    assert len(told) == (batches > 1)
     stored = rows(answers)
     assert len(stored) == len({row.key for row in stored}) == 4 * len(CELLS)
     compared = {row.cell for row in stored if row.record["kl_full"] is not None}
-    assert (len(compared) == 0) == (waves == 5)
-    assert models[1].cell_of("pages") not in compared
+    assert (len(compared) == 0) == (batches == 5)
+    assert runner.words(runner.cells[1], "pages") not in compared
 
 
 # --- memory that runs out anyway ------------------------------------------------------------------
@@ -194,14 +190,14 @@ def short_of_memory(
     monkeypatch: pytest.MonkeyPatch, error: Exception, fits: Callable[[int, list[str]], bool]
 ) -> None:
     """Let decoding fail with an error unless so many samples under these methods fit."""
-    decode = wrapper.SparseMMModel.decode_batch
+    decode = runners.Runner.decode_batch
 
-    def limited(model: Any, samples: Sequence, inputs: Any, methods: Sequence[Method]) -> Any:
-        if not fits(len(samples), [method.name for method in methods]):
+    def limited(model: Any, samples: Sequence, inputs: Any, cells: Sequence) -> Any:
+        if not fits(len(samples), [cell.method.name for cell in cells]):
             raise error
-        return decode(model, samples, inputs, methods)
+        return decode(model, samples, inputs, cells)
 
-    monkeypatch.setattr(wrapper.SparseMMModel, "decode_batch", limited)
+    monkeypatch.setattr(runners.Runner, "decode_batch", limited)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +214,7 @@ def test_running_out_of_memory_loses_nothing(
     """Whether 12 rows fit, 3, or only one: methods are halved first, then samples."""
     short_of_memory(monkeypatch, error, lambda samples, names: samples * len(names) <= most)
     with log() as lines:
-        _, said = answer_all(reader, answers)
+        said = ask_all(runner_for(reader, answers), pages(4))
     assert said == undisturbed
     stored = rows(answers)
     assert len(stored) == len({row.key for row in stored}) == 4 * len(CELLS)
@@ -236,17 +232,17 @@ def test_one_method_that_fits_nowhere_fails_alone(
     undisturbed: list[list[str]],
 ) -> None:
     short_of_memory(monkeypatch, ERRORS[0], lambda samples, names: "fullkv" not in names)
-    models = make_models(reader, CELLS, batch_size=4, answers=answers)
-    documents = pages(4)
-    for model, expected in zip(models, undisturbed, strict=True):
-        if model.method.name == "fullkv":
-            with pytest.raises(SampleFailures, match="4 samples failed") as caught:
-                ask(model, documents)
-            assert "out of memory" in str(caught.value)
-        else:
-            assert ask(model, documents) == expected
+    runner = runner_for(reader, answers)
+    with pytest.raises(SampleFailures, match="4 samples failed") as caught:
+        ask_all(runner, pages(4))
+    assert "out of memory" in str(caught.value)
+    texts = {(row.cell, row.doc_id): row.text for row in rows(answers)}
+    for cell, expected in zip(runner.cells, undisturbed, strict=True):
+        if cell.method.name != "fullkv":
+            words = runner.words(cell, "pages")
+            assert [texts[words, f"test {n}"] for n in range(4)] == expected
     failed = [row for row in rows(answers) if row.error]
-    assert {row.cell for row in failed} == {models[1].cell_of("pages")}
+    assert {row.cell for row in failed} == {runner.words(runner.cells[1], "pages")}
     assert len([row for row in rows(answers) if row.text is not None]) == 4 * 4
 
 
@@ -254,12 +250,12 @@ def test_a_prompt_that_fits_nowhere_while_it_is_read(
     reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: list[list[str]]
 ) -> None:
     """The image processor runs out of memory with more than one image."""
-    read = wrapper.SparseMMModel.read_batch
+    read = runners.Runner.read_batch
 
     def limited(model: Any, samples: Sequence) -> Any:
         if len(samples) > 1:
             raise ERRORS[3]
         return read(model, samples)
 
-    monkeypatch.setattr(wrapper.SparseMMModel, "read_batch", limited)
-    assert answer_all(reader, answers)[1] == undisturbed
+    monkeypatch.setattr(runners.Runner, "read_batch", limited)
+    assert ask_all(runner_for(reader, answers), pages(4)) == undisturbed

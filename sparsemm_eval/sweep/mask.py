@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.engine.answers import SampleFailures
+from sparsemm_eval.engine.cell import make_cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.evaluate import evaluate, make_models
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
 from sparsemm_eval.paths import write_whole
@@ -25,6 +26,10 @@ from sparsemm_eval.report.names import last_part
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
+from sparsemm_eval.sweep.checks import check_models
+from sparsemm_eval.sweep.grid import Grid
+from sparsemm_eval.sweep.plan import Plan, PlannedCell
+from sparsemm_eval.sweep.sweep import run_sweep
 
 SHARES = (0.01, 0.02, 0.05, 0.1)
 SEEDS = 3
@@ -51,7 +56,7 @@ class Masking:
 
 
 def run_masking(
-    checkpoint: Checkpoint,
+    pretrained: str,
     out: Path,
     tasks: Sequence[str] = ("docvqa_mini",),
     shares: Sequence[float] = SHARES,
@@ -59,18 +64,20 @@ def run_masking(
     modes: Sequence[str] = ("query",),
     samples: int = 100,
     batch_size: int = 8,
-    head_scores: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     command: str = "sparsemm-eval mask",
 ) -> Masking:
     """Score full KV with and without visual and random heads; write table, curve and numbers.
 
+    It is a sweep over the heads that are silenced: a second run finds its answers and computes
+    only what is missing.
+
     Parameters
     ----------
-    checkpoint : Checkpoint
+    pretrained : str
         A model with head scores.
     out : Path
-        Folder for everything. A second run finds the answers there and computes only what is
-        missing.
+        Folder for everything.
     tasks : sequence of str
         Known to lmms-eval, or in `tasks/`.
     shares : sequence of float
@@ -83,15 +90,17 @@ def run_masking(
         The first so many of each task.
     batch_size : int
         Samples that are read and decoded together.
-    head_scores : Path, optional
-        Score file; default the checkpoint's own.
+    settings : mapping, optional
+        Of the model, as a grid has them: dtype, device_map, head_scores, ….
     command : str
         What makes it again, for the record.
 
     Raises
     ------
-    ValueError, FileNotFoundError
+    UserError
         For settings that cannot be, before the model is loaded.
+    SampleFailures
+        If a cell has no score.
     """
     start = time.perf_counter()
     for name, value in (("seeds", seeds), ("samples", samples)):
@@ -101,42 +110,68 @@ def run_masking(
             raise UserError(f"{name} is empty: give at least one")
     for mode in modes:
         check_choice("mode", mode, MASK_MODES)
-    cells = list(_cells(dict.fromkeys(shares), seeds, dict.fromkeys(modes)))
-    common: dict[str, Any] = {"batch_size": batch_size, "answers": out / "answers"}
-    if head_scores is not None:
-        common["head_scores"] = head_scores
-    models = make_models(checkpoint, [settings for settings, _ in cells], **common)
-    paths = evaluate(models, [settings for settings, _ in cells], tasks, samples, out)
-    masks = [model.mask for model in models]
-    studied = pd.DataFrame(
+    studied = {
+        f"{kind}:{share:g}" + ("" if seed is None else f":{seed}"): (kind, share, seed)
+        for share in shares
+        for kind, seed in (("visual", None), *(("random", seed) for seed in range(seeds)))
+    }
+    grid = Grid.model_validate(
         {
-            **study,
-            "heads": 0 if mask is None else len(mask.heads),
-            "names": "" if mask is None else mask.names,
-            "file": str(path),
+            "name": "mask",
+            "models": [
+                {"name": "model", "pretrained": pretrained, "settings": dict(settings or {})}
+            ],
+            "tasks": list(tasks),
+            "methods": ["fullkv"],
+            "mask_heads": ["none", *studied],
+            "mask_mode": list(dict.fromkeys(modes)),
+            "samples": samples,
+            "batch_size": batch_size,
         }
-        for (_, study), mask, files in zip(cells, masks, paths, strict=True)
-        for path in files
     )
-    measured = ["file", "task", "metric", "score", "stderr", "samples"]
-    results = load((path for files in paths for path in files), all_metrics=True)
-    scores = results.cells.assign(file=results.cells["file"].map(results.files["path"]))
-    frame = scores[measured].astype({"samples": int}).merge(studied, on="file").drop(columns="file")
+    done = run_sweep(grid, out, command)
+    if failures := done.status.failures + done.failures:
+        raise SampleFailures("; ".join(failures))
+    checkpoint = check_models(grid.models)["model"]
+    frame = pd.concat(
+        [_scores(out, cell, studied, checkpoint) for cell in _in_order(out, modes)],
+        ignore_index=True,
+    )
     return _write(frame, checkpoint, out, command, time.perf_counter() - start)
 
 
-def _cells(
-    shares: Iterable[float], seeds: int, modes: Iterable[str]
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Settings of each model, and what it is in the study."""
-    yield {"method": "fullkv"}, {"silenced": "none", "share": 0.0, "seed": None, "mode": None}
-    for mode in modes:
-        for share in shares:
-            for seed in (None, *range(seeds)):
-                kind = "visual" if seed is None else "random"
-                heads = f"{kind}:{share:g}" + ("" if seed is None else f":{seed}")
-                settings = {"method": "fullkv", "mask_heads": heads, "mask_mode": mode}
-                yield settings, {"silenced": kind, "share": share, "seed": seed, "mode": mode}
+def _in_order(out: Path, modes: Sequence[str]) -> list[PlannedCell]:
+    """The sweep's cells, mode by mode."""
+    order = [*dict.fromkeys(modes)]
+    return sorted(Plan.read(out).cells, key=lambda cell: order.index(_mode(cell) or order[0]))
+
+
+def _mode(cell: PlannedCell) -> str | None:
+    """How a cell's heads are silenced; None if none are."""
+    if "mask_heads" not in cell.settings:
+        return None
+    return cell.settings.get("mask_mode", MASK_MODES[0])
+
+
+def _scores(
+    out: Path,
+    cell: PlannedCell,
+    studied: Mapping[str, tuple[str, float, int | None]],
+    checkpoint: Checkpoint,
+) -> pd.DataFrame:
+    """A cell's rows: its scores by every metric, and what it is in the study."""
+    silenced, share, seed = studied.get(cell.settings.get("mask_heads"), ("none", 0.0, None))
+    mask = make_cell(checkpoint, cell.settings).mask
+    measured = ["task", "metric", "score", "stderr", "samples"]
+    rows = load([out / cell.results], all_metrics=True).cells[measured]
+    return rows.astype({"samples": int}).assign(
+        silenced=silenced,
+        share=share,
+        seed=seed,
+        mode=_mode(cell),
+        heads=0 if mask is None else len(mask.heads),
+        names="" if mask is None else mask.names,
+    )
 
 
 def _write(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from lmms_eval.api.instance import Instance
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from transformers import ProcessorMixin
@@ -15,8 +17,8 @@ from transformers import ProcessorMixin
 from sparsemm_eval.errors import UserError
 
 DEFAULT_NEW_TOKENS = 1024
-# What one bad sample may raise while it is read, processed or generated. Everything else is an
-# error of this program and ends the run.
+# What one sample may raise while it is processed or generated, by what its data does. Everything
+# else, such as a TypeError, is an error of this program and ends the run.
 SAMPLE_ERRORS = (
     ArithmeticError,
     Image.DecompressionBombError,
@@ -25,13 +27,62 @@ SAMPLE_ERRORS = (
     OSError,
     RuntimeError,
     SyntaxError,  # PIL's word for a broken PNG
-    TypeError,
     ValueError,
 )
+# While it is read a task's own code runs, which may stumble over what a document lacks.
+READING_ERRORS = (*SAMPLE_ERRORS, TypeError)
 _GENERATION = {
     "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
     "temperature", "top_k", "top_p",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What lmms-eval asks of a document, not read yet.
+
+    Parameters
+    ----------
+    task : str
+        Name of the task.
+    document : str
+        "split number" of the document.
+    documents : object
+        The data set, by number.
+    number : int
+        Of the document.
+    messages : callable
+        The task's own way from a document to chat messages.
+    generation : mapping
+        The task's generation_kwargs.
+    """
+
+    task: str
+    document: str
+    documents: Any
+    number: int
+    messages: Callable[[Any], list[dict]]
+    generation: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, instance: Instance, datasets: Mapping[str, Any]) -> Request:
+        """Read one of lmms-eval's instances; data sets by task, then by split."""
+        _, messages, generation, number, task, split = instance.args
+        documents = datasets[task][split]
+        return cls(task, f"{split} {number}", documents, number, messages, generation)
+
+    @cached_property
+    def place(self) -> tuple[str, ...] | None:
+        """What tells it from others in any process; None where the data set cannot say."""
+        mark = getattr(self.documents, "_fingerprint", None)
+        if mark is None:
+            return None
+        settings = json.dumps(self.generation, sort_keys=True, default=str)
+        return mark, self.document, self.task, settings
+
+    def read(self, processor: ProcessorMixin) -> tuple[str, tuple[Image.Image, ...]]:
+        """Prompt and images, as `read_chat`."""
+        return read_chat(processor, self.messages(self.documents[self.number]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +101,8 @@ class Sample:
         Generation settings, sorted (name, value) pairs; equal ones share a batch.
     until : tuple of str
         The answer ends before any of these.
-    key : str
-        Of its answer.
     parts : mapping
-        What the key is made of, beside the cell.
+        What the keys of its answers are made of, beside the cell.
     """
 
     task: str
@@ -62,12 +111,12 @@ class Sample:
     images: tuple[Image.Image, ...]
     options: tuple[tuple[str, Any], ...]
     until: tuple[str, ...]
-    key: str
     parts: Mapping[str, Any]
 
 
 class Memo:
-    """What answers are keyed by, sample by sample, so that models that share it read each once.
+    """What answers are keyed by, sample by sample, so that cells that are scored one by one read
+    each only once.
 
     Kept for data sets that state by a fingerprint what is in them, as those of ``datasets`` do; a
     set that was loaded anew is known again by it.
@@ -76,33 +125,14 @@ class Memo:
     def __init__(self) -> None:
         self._parts: dict[tuple[str, ...], Mapping[str, Any]] = {}
 
-    def find(
-        self, documents: Any, document: str, task: str, gen_kwargs: Mapping[str, Any]
-    ) -> Mapping[str, Any] | None:
+    def find(self, request: Request) -> Mapping[str, Any] | None:
         """Parts of a sample that was read before, or None."""
-        return self._parts.get(_place(documents, document, task, gen_kwargs))
+        return self._parts.get(request.place)
 
-    def keep(
-        self,
-        documents: Any,
-        document: str,
-        task: str,
-        gen_kwargs: Mapping[str, Any],
-        parts: Mapping[str, Any],
-    ) -> None:
+    def keep(self, request: Request, parts: Mapping[str, Any]) -> None:
         """Remember a sample's parts."""
-        place = _place(documents, document, task, gen_kwargs)
-        if place is not None:
-            self._parts[place] = parts
-
-
-def _place(
-    documents: Any, document: str, task: str, gen_kwargs: Mapping[str, Any]
-) -> tuple[str, ...] | None:
-    mark = getattr(documents, "_fingerprint", None)
-    if mark is None:
-        return None
-    return mark, document, task, json.dumps(gen_kwargs, sort_keys=True, default=str)
+        if request.place is not None:
+            self._parts[request.place] = parts
 
 
 def read_chat(

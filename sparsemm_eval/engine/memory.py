@@ -8,15 +8,14 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from sparsemm_eval.engine.graph import held_bytes
+from sparsemm_eval.cache.ragged import LEAST_SLACK
+from sparsemm_eval.engine.decode import held_bytes
 from sparsemm_eval.methods import Method, ModelShape
 
 # What planned rows may take of the memory that is free: the rest is for the prompt's own pass (one
 # dense layer, activations, vision tower), for a layer that is copied while it grows, and for
 # whatever else runs on the machine.
 SHARE = 0.8
-# Free slots a sequence while it is short; see `sparsemm_eval.cache.ragged`.
-_SLACK = 16
 
 
 def row_bytes(method: Method, tokens: int, new_tokens: int, token_bytes: int) -> int:
@@ -32,17 +31,17 @@ def row_bytes(method: Method, tokens: int, new_tokens: int, token_bytes: int) ->
         One token's keys and values in all layers and KV heads.
     """
     kept = tokens if method.keeps_all(tokens) else method.budget
-    return (kept + new_tokens + _SLACK) * token_bytes
+    return (kept + new_tokens + LEAST_SLACK) * token_bytes
 
 
-def plan_waves(
+def plan_micro_batches(
     methods: Sequence[Method],
     lengths: Sequence[int],
     new_tokens: int,
     token_bytes: int,
     free: int,
 ) -> list[list[int]]:
-    """Split methods into waves whose rows fit; each wave reads the prompts again.
+    """Split methods into micro-batches whose rows fit; each of them reads the prompts again.
 
     Parameters
     ----------
@@ -61,18 +60,18 @@ def plan_waves(
     -------
     list of list of int
         Places in ``methods``, each once and in order, but those that keep everything first: others
-        of their wave are compared to them. A method that does not fit alone is a wave of its own.
+        of their micro-batch are compared to them. A method that does not fit alone is alone in one.
     """
-    waves: list[list[int]] = []
+    batches: list[list[int]] = []
     left = 0.0
     for place in sorted(range(len(methods)), key=lambda place: methods[place].budget is not None):
         need = sum(row_bytes(methods[place], n, new_tokens, token_bytes) for n in lengths)
         if need > left:
-            waves.append([])
+            batches.append([])
             left = SHARE * free
-        waves[-1].append(place)
+        batches[-1].append(place)
         left -= need
-    return waves
+    return batches
 
 
 def token_bytes(model: PreTrainedModel) -> int:

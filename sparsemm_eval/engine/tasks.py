@@ -1,26 +1,189 @@
-"""The tasks of a sweep: where they are found, and what they need beyond a score by sample."""
+"""lmms-eval's tasks: found by name, what each needs here, and the requests it makes."""
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.task import Task
 from lmms_eval.llm_judge import get_server
-from lmms_eval.tasks import TaskManager
+from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 from openai import OpenAIError
+from PIL import Image
+from tenacity import RetryError
 
-from sparsemm_eval.engine.evaluate import task_manager
-from sparsemm_eval.engine.requirements import check_tasks
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.engine.requests import Request
+from sparsemm_eval.errors import UserError, check_int, one_line
+from sparsemm_eval.paths import tasks_folder
 
+# Tasks of lmms-eval whose metrics tokenize with a java program; without it lmms-eval fails after
+# generation, and the scores of all other tasks of the run are lost.
+_NEEDS_JAVA = re.compile(
+    r"coco2014_cap_val|coco2017_cap_val(_lite)?|coco_karpathy_(test|val)"
+    r"|flickr30k_test(_lite)?|nocaps_val(_lite)?|refcoco(\+|g)?_(bbox|seg)_(?!rec).+"
+    r"|screenspot_reg_test|textcaps_(train|val|val_lite)|vatex_(test|val_zh)"
+)
 # What a metric's code reaches when it asks another model, or runs a java program.
 _JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "requests")
 _JAVA = ("pycocoevalcap.tokenizer", "pycocoevalcap.meteor", "pycocoevalcap.spice")
+
+
+def task_manager(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> TaskManager:
+    """Of our own tasks if they are enough: lmms-eval's thousands take many seconds to read.
+
+    Parameters
+    ----------
+    tasks : sequence of str
+        Those that it must know.
+    include_path : sequence of Path
+        Folders of the user's own task files.
+
+    Raises
+    ------
+    UserError
+        For a task that there is not.
+    """
+    folders = [str(folder) for folder in (tasks_folder(), *include_path)]
+    for include_defaults in (False, True):
+        manager = TaskManager("WARNING", include_path=folders, include_defaults=include_defaults)
+        unknown = [task for task in tasks if task not in manager.all_tasks]
+        if not unknown:
+            return manager
+    raise UserError(
+        f"tasks: there is no task {unknown[0]}; `python -m lmms_eval --tasks list` lists "
+        f"lmms-eval's own, {', '.join(folders)} hold more"
+    )
+
+
+def requests_of(
+    task: str,
+    manager: TaskManager,
+    samples: int | None = None,
+    shard: int = 0,
+    shards: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Request]:
+    """What a task asks of its documents shard, shard + shards, …; loads its data.
+
+    Parameters
+    ----------
+    task : str
+        Known to the manager.
+    manager : TaskManager
+        Of `task_manager`.
+    samples : int, optional
+        The first so many of the task; default all.
+    shard, shards : int
+        Of these samples, those at ``shard``, ``shard + shards``, ….
+    rank, world_size : int
+        Ranks that run together take each their own part of the shard.
+
+    Raises
+    ------
+    UserError
+        For a shard that there cannot be, or a task that cannot run here.
+    """
+    if samples is not None:
+        check_int("samples", samples, least=1)
+    check_int("shard", shard, least=0)
+    check_int("shards", shards, least=shard + 1)
+    check_tasks([task])
+    part, parts = shard + shards * rank, shards * world_size
+    return (
+        Request.of(instance, {name: loaded.dataset})
+        for name, loaded in _leaves(get_task_dict([task], manager, "chat"))
+        for instance in _instances(loaded, samples, part, parts)
+    )
+
+
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Task]]:
+    """Tasks by name, out of the groups they are in."""
+    for name, task in tasks.items():
+        if isinstance(task, Mapping):
+            yield from _leaves(task)
+        else:
+            yield name, task
+
+
+def _instances(task: Task, samples: int | None, part: int, parts: int) -> list[Instance]:
+    """Instances of the documents part, part + parts, …, as often as the task repeats them."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.build_all_requests(limit=samples, rank=part, world_size=parts)
+    # An empty part is given another's document to keep ranks in step; that is not its own.
+    own = [request for request in task.instances if "__padding_only__" not in request.metadata]
+    return [request for request in own for _ in range(request.repeats)]
+
+
+def visuals(task: str, doc_ids: Iterable[int]) -> dict[int, list[Image.Image]]:
+    """Load images of documents.
+
+    The data is loaded as for a run: from the cache where it is there, else from the hub where
+    there is one.
+
+    Parameters
+    ----------
+    task : str
+        Known to lmms-eval, or in `tasks/`.
+    doc_ids : iterable of int
+        Numbers of documents, as samples files have them.
+
+    Returns
+    -------
+    dict
+        Images by number of document; what is no image (a video, a sound) is left out.
+
+    Raises
+    ------
+    ValueError
+        For an unknown task, one whose data cannot be loaded, or a document it does not have.
+    """
+    try:
+        loaded = get_task_dict([task], task_manager([task]))[task]
+    except RetryError as error:
+        cause = error.last_attempt.exception()
+        raise UserError(f"its data cannot be loaded ({one_line(cause)})") from error
+    documents = loaded.eval_docs
+    images = {}
+    for doc_id in doc_ids:
+        if not 0 <= doc_id < len(documents):
+            raise UserError(
+                f"{task} has {len(documents)} documents, and none is number {doc_id}: its data is "
+                "not that of the run"
+            )
+        shown = loaded.doc_to_visual(documents[doc_id]) or []
+        images[doc_id] = [image for image in shown if isinstance(image, Image.Image)]
+    return images
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Refuse tasks whose metrics cannot run here.
+
+    Parameters
+    ----------
+    tasks : iterable of str
+        Names of lmms-eval tasks; groups are not resolved.
+
+    Raises
+    ------
+    ValueError
+        If one needs java and there is none.
+    """
+    needy = sorted({task for task in tasks if _NEEDS_JAVA.fullmatch(task)})
+    if needy and shutil.which("java") is None:
+        verb, it = ("needs", "it") if len(needy) == 1 else ("need", "them")
+        raise UserError(
+            f"{', '.join(needy)} {verb} java for the metrics, and there is none: install a Java "
+            f"runtime (Debian: apt install default-jre-headless) or leave {it} out"
+        )
 
 
 @dataclass(frozen=True)

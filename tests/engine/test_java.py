@@ -9,8 +9,8 @@ from engine.fixtures import SHORT, requests
 from lmms_eval import tasks as lmms_tasks
 from lmms_eval.utils import load_yaml_config
 
-from sparsemm_eval.engine.qwen2vl import Qwen2VLSparseMM
-from sparsemm_eval.engine.requirements import check_tasks
+from sparsemm_eval.engine.lmms import Qwen2VLSparseMM
+from sparsemm_eval.engine.tasks import check_tasks
 from sparsemm_eval.paths import tasks_folder
 
 CAPTIONS = ("textcaps", "coco_cap", "flickr30k", "nocaps", "refcoco", "refcoco+", "screenspot")

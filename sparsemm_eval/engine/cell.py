@@ -1,0 +1,114 @@
+"""A cell: one method on one checkpoint, and the settings of ``--model_args`` that say which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.families import Family, family_settings
+from sparsemm_eval.methods import (
+    MASK_MODES,
+    HeadMask,
+    Method,
+    canonical_settings,
+    make_method,
+    method_names,
+    method_settings,
+    read_head_mask,
+)
+
+CHECKPOINT_SETTINGS = ("revision", "dtype", "device_map", "attn_implementation")
+RUN_SETTINGS = ("backend", "cuda_graph")
+MASK_SETTINGS = ("mask_heads", "mask_mode")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Whose answers they are, beside the checkpoint and the family's settings: a value.
+
+    Parameters
+    ----------
+    method : Method
+        What is kept of a prompt.
+    mask : HeadMask, optional
+        Query heads that are silenced; cells of equal masks read a prompt alike.
+    """
+
+    method: Method
+    mask: HeadMask | None = None
+
+    def __str__(self) -> str:
+        return str(self.method) if self.mask is None else f"{self.method} {self.mask}"
+
+
+def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
+    """Make a cell from its settings; those that its method does not read are dropped.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Whose shape and head scores it is for.
+    settings : mapping
+        ``method``, what it reads, ``head_scores``, ``mask_heads`` and ``mask_mode``.
+
+    Raises
+    ------
+    UserError
+        For a setting that cannot be, or head scores that are not there.
+    """
+    settings = dict(settings)
+    name = settings.pop("method", None)
+    if name is None:
+        raise UserError(f"method is missing: give one of {', '.join(method_names())}")
+    heads, mode = settings.pop("mask_heads", None), settings.pop("mask_mode", MASK_MODES[0])
+    check_choice("mask_mode", mode, MASK_MODES)
+    path = settings.get("head_scores")
+    chosen = canonical_settings(name, settings)
+    if "head_scores" in method_settings(name):
+        chosen["head_scores"] = checkpoint.head_scores(path)
+    method = make_method(name, checkpoint.shape, **chosen)
+    if heads is None:
+        return Cell(method)
+    read_scores = lambda: checkpoint.head_scores(path)  # noqa: E731
+    return Cell(method, read_head_mask(heads, mode, checkpoint.shape, read_scores))
+
+
+def make_family(family: type[Family], settings: Mapping[str, Any]) -> Family:
+    """A family with its own settings out of all that were given.
+
+    Raises
+    ------
+    UserError
+        For a setting that only other families have, or a value that cannot be.
+    """
+    own = set(family.setting_names())
+    given = {name: value for name, value in settings.items() if name in family_settings()}
+    if foreign := sorted(set(given) - own):
+        raise UserError(
+            f"{foreign[0]}={given[foreign[0]]!r}: a {family.model_type} checkpoint has no such "
+            f"setting; it has {', '.join(sorted(own)) or 'none of its own'}"
+        )
+    return family(**given)
+
+
+def model_settings() -> list[str]:
+    """Settings of a model that no method reads: checkpoint, run, mask, families' own."""
+    return [
+        *CHECKPOINT_SETTINGS, *RUN_SETTINGS, "head_scores", *MASK_SETTINGS,
+        *sorted(family_settings()),
+    ]  # fmt: skip
+
+
+def refuse_unknown(settings: Mapping[str, Any], also: set[str]) -> None:
+    """Raise UserError for a setting that no method, no family and nothing of ``also`` reads."""
+    methods = {setting for name in method_names() for setting in method_settings(name)}
+    known = also | set(model_settings()) | methods | {"method"}
+    if unknown := sorted(set(settings) - known):
+        name = unknown[0]
+        raise UserError(
+            f"{name}={settings[name]!r}: there is no such setting; known are "
+            f"{', '.join(sorted(known))}"
+        )

@@ -1,0 +1,375 @@
+"""What lmms-eval sees: a cell as one of its models, and scores of its own tasks."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.tasks import TaskManager
+from lmms_eval.utils import handle_non_serializable, sanitize_list
+from loguru import logger
+from tqdm import tqdm
+
+from sparsemm_eval.cache import BACKENDS, check_backend
+from sparsemm_eval.engine.answers import AnswerStore
+from sparsemm_eval.engine.cell import (
+    CHECKPOINT_SETTINGS,
+    Cell,
+    make_cell,
+    make_family,
+    refuse_unknown,
+)
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.decode import check_cuda_graph
+from sparsemm_eval.engine.requests import Request, positive_int
+from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
+from sparsemm_eval.engine.tasks import check_tasks
+from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.families import family_settings
+from sparsemm_eval.methods import Method, load_plugin, method_names
+from sparsemm_eval.paths import write_whole
+from sparsemm_eval.report.provenance import OURS
+
+DEFAULT_ANSWERS = "results/answers"
+
+
+class CellModel(lmms):
+    """A cell of a runner, as an lmms-eval chat model.
+
+    Parameters
+    ----------
+    runner : Runner
+        What answers; others may share it.
+    cell : Cell
+        One of the runner's.
+    """
+
+    is_simple = False
+
+    def __init__(self, runner: Runner, cell: Cell) -> None:
+        super().__init__()
+        self.runner, self.cell = runner, cell
+
+    @property
+    def method(self) -> Method:
+        """What is kept of a prompt."""
+        return self.cell.method
+
+    def cell_of(self, task: str) -> str:
+        """This model on a task, in words."""
+        return self.runner.words(self.cell, task)
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer all requests, from disk where an answer is there already.
+
+        Raises
+        ------
+        UserError
+            Before the first, if the metric of one of their tasks cannot run here.
+        SampleFailures
+            After all others are answered and safe, if samples failed: no score is made of them.
+        """
+        check_tasks(request.args[4] for request in requests)
+        bar = tqdm(requests, desc=str(self.cell), disable=self.rank != 0)
+        asked = (Request.of(request, self.task_dict) for request in bar)
+        (answered,) = self.runner.answer(asked, [self.cell])
+        raise_failures([answered], self.runner.store, self.world_size)
+        self._report(answered)
+        return [
+            GenerationResult(
+                answer.text,
+                TokenCounts(answer.record["prompt_tokens"], answer.record["new_tokens"]),
+            )
+            for answer in answered.answers
+        ]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError(
+            f"{self.runner.family.lmms_name} answers one turn: a second prompt on a compressed "
+            "cache is not defined by the methods; choose tasks whose output_type is generate_until"
+        )
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError(
+            f"{self.runner.family.lmms_name} has no loglikelihood: it reads its candidates without "
+            "decoding, so a compressed cache would change nothing; choose tasks of output_type "
+            "generate_until"
+        )
+
+    def clean(self) -> None:
+        """Keep the weights: others share them, and looking for memory costs as much as a cell."""
+
+    def _report(self, answered: Answers) -> None:
+        """State what was kept, and whether anything was compressed at all."""
+        records = [answer.record for answer in answered.answers]
+        if not records:
+            return
+        count, budget = len(records), self.method.budget
+        whole = sum(record["kept_per_head"] == record["prompt_tokens"] for record in records)
+        new = [a.record for a in answered.answers if a.key in answered.computed]
+        seconds = sum(record["seconds"] for record in new)
+        tokens = sum(record["new_tokens"] for record in new)
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={
+                "samples": count,
+                "samples_found": count - len(new),
+                "nominal_tokens_per_head": budget or 0,
+                "kept_tokens_per_head": sum(r["kept_per_head"] for r in records) / count,
+                "prompt_tokens": sum(r["prompt_tokens"] for r in records) / count,
+                "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
+                "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
+                "share_uncompressed": whole / count,
+            },
+        )
+        if budget is not None and whole > count / 2:
+            # Of many cells one line says it for all: `cli.common.quiet` leaves these out.
+            logger.bind(of_cell=True).warning(
+                f"{self.method.name} left {whole} of {count} samples uncompressed: their prompts "
+                f"fit budget={budget}, so this is mostly a full-KV result"
+            )
+
+
+class SparseMM(CellModel):
+    """``--model sparsemm``: a checkpoint of any known family on a head-budgeted KV cache.
+
+    Parameters
+    ----------
+    pretrained : str
+        Folder or hub repository of the checkpoint.
+    method : str
+        One of `sparsemm_eval.methods.method_names`.
+    batch_size : int
+        Samples that are read and decoded together.
+    device : str, optional
+        Where the model lies; default the process's own GPU, or the CPU.
+    max_batch_size : optional
+        lmms-eval's; not used.
+    checkpoint : Checkpoint, optional
+        One loaded already; it is shared and not released after a run. From Python only.
+    plugin : str, optional
+        A Python file or a module that registers methods or families of one's own.
+    **settings
+        All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
+        cuda_graph, answers, mask_heads, mask_mode, and what the method and the family read.
+
+    Raises
+    ------
+    UserError
+        In one sentence, before any weight is loaded.
+    """
+
+    model_type: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        method: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | str | None = None,
+        checkpoint: Checkpoint | None = None,
+        plugin: str | None = None,
+        **settings: Any,
+    ) -> None:
+        if plugin is not None:
+            load_plugin(str(plugin))
+        refuse_unknown(settings, {"pretrained", "plugin", "batch_size", "device", "answers"})
+        if method is None:
+            raise UserError(f"method is missing: give one of {', '.join(method_names())}")
+        if pretrained is None and checkpoint is None:
+            raise UserError("pretrained is missing: give a checkpoint's folder or hub repository")
+        answers = settings.pop("answers", DEFAULT_ANSWERS)
+        self.accelerator = Accelerator()
+        rank, world_size = _ranks()
+        # Of several processes each has its own GPU, whatever --device says to all of them.
+        if device is None or world_size > 1:
+            device = str(self.accelerator.device)
+        self._owns_checkpoint = checkpoint is None
+        checkpoint = checkpoint or Checkpoint(
+            pretrained,
+            self.model_type,
+            **{"device_map": device}
+            | {name: settings[name] for name in CHECKPOINT_SETTINGS if name in settings},
+        )
+        cells = [{"method": method, **settings}]
+        super().__init__(
+            runner := make_runner(checkpoint, cells, answers, batch_size), runner.cells[0]
+        )
+        self._rank, self._world_size = rank, world_size
+        logger.info(f"{self.runner.family.lmms_name}: {self.cell} on {checkpoint.pretrained}")
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device, for lmms-eval's own collectives."""
+        return self.accelerator.device
+
+    def clean(self) -> None:
+        """lmms-eval is done with generating: give the memory back for its judges."""
+        if self._owns_checkpoint:
+            self.runner.checkpoint.release()
+            super(CellModel, self).clean()
+
+
+class LlavaSparseMM(SparseMM):
+    """``--model llava_sparsemm``: a LlavaNextForConditionalGeneration checkpoint."""
+
+    model_type = "llava_next"
+
+
+class Qwen2VLSparseMM(SparseMM):
+    """``--model qwen2vl_sparsemm``: a Qwen2VLForConditionalGeneration checkpoint."""
+
+    model_type = "qwen2_vl"
+
+
+def make_runner(
+    checkpoint: Checkpoint,
+    cells: Sequence[Mapping[str, Any]],
+    answers: str | Path,
+    batch_size: int | str = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> Runner:
+    """Make what answers for cells of one checkpoint; no weights are loaded.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Of a known family.
+    cells : sequence of mapping
+        Settings of each, method first; those of the family and of the run are alike in all.
+    answers : str or Path
+        Folder of the answers.
+    batch_size : int
+        Samples that are read together.
+    settings : mapping, optional
+        More settings that all cells share.
+
+    Raises
+    ------
+    UserError
+        For an unknown family, or settings that cannot be.
+    """
+    shared = {**cells[0], **(settings or {})}
+    backend = shared.get("backend", "auto")
+    check_choice("backend", backend, BACKENDS)
+    cuda_graph = check_cuda_graph(shared.get("cuda_graph", "auto"))
+    on_cpu = checkpoint.device_map == "cpu" or not torch.cuda.is_available()
+    check_backend(backend, "cpu" if on_cpu else "cuda")
+    family = make_family(checkpoint.family, shared)
+    aside = {*CHECKPOINT_SETTINGS, "backend", "cuda_graph", *family_settings()}
+    chosen = [
+        {name: value for name, value in {**(settings or {}), **cell}.items() if name not in aside}
+        for cell in cells
+    ]
+    return Runner(
+        checkpoint,
+        [make_cell(checkpoint, cell) for cell in chosen],
+        AnswerStore(answers),
+        family,
+        positive_int("batch_size", batch_size),
+        backend,
+        cuda_graph,
+    )
+
+
+def results_path(folder: Path, task: str, cell: Mapping[str, Any]) -> Path:
+    """Where in a folder the results file of a cell on a task lies."""
+    name = re.sub(r"[^\w.+-]", "_", "-".join([task, *map(str, cell.values())]))
+    return folder / f"{name}_results.json"
+
+
+def score(
+    model: CellModel,
+    stated: Mapping[str, Any],
+    task: str,
+    samples: int | None,
+    manager: TaskManager,
+    path: Path,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Score a cell on a task through lmms-eval, files on disk whole or not at all.
+
+    A file of all answers and their scores comes to lie beside the results file, in lmms-eval's own
+    form: ``<results>_samples_<task>.jsonl``.
+
+    Parameters
+    ----------
+    model : CellModel
+        The cell.
+    stated : mapping
+        Its settings, as the results file is to state them.
+    task : str
+        Known to the manager.
+    samples : int or None
+        The first so many of the task; None takes all.
+    manager : TaskManager
+        Of `sparsemm_eval.engine.tasks.task_manager`.
+    path : Path
+        The results file, as `results_path` names it; its folder is made if it is not there.
+    about : mapping, optional
+        How this was made, for the results file's entry `OURS`.
+
+    Raises
+    ------
+    SampleFailures
+        If a sample has no answer: then there is no score.
+    """
+    name = path.name.removesuffix("_results.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Tasks are loaded anew for each model: what a metric counts in its module starts from zero.
+    results = simple_evaluate(
+        model=model,
+        model_args=",".join(f"{name}={value}" for name, value in stated.items()),
+        tasks=[task],
+        limit=samples,
+        task_manager=manager,
+        log_samples=True,
+        verbosity="WARNING",
+        # As on its command line: metrics see documents without images, which would be decoded
+        # again for every cell, and what they write goes where results go.
+        cli_args=Namespace(process_with_media=False, output_path=str(path.with_name(name))),
+    )
+    for of_task, lines in results.pop("samples", {}).items():
+        file = path.with_name(f"{name}_samples_{of_task}.jsonl")
+        write_whole(file, "".join(map(_sample_line, lines)))
+    if about is not None:
+        results[OURS] = dict(about)
+    write_whole(path, json.dumps(results, indent=1, default=str))
+
+
+def _sample_line(sample: Mapping[str, Any]) -> str:
+    """One answer as lmms-eval's samples files have it: no document, nothing of an image."""
+    left_out = ("doc", "arguments", "input_media", "resps")
+    line = {name: value for name, value in sample.items() if name not in left_out}
+    responses, filtered = (sanitize_list(sample[name]) for name in ("resps", "filtered_resps"))
+    # Lists of a request's answers are told apart only where a document has several requests.
+    responses, filtered = (part[0] if len(part) == 1 else part for part in (responses, filtered))
+    line |= {
+        "target": str(sample["target"]),
+        "filtered_resps": filtered,
+        "input": sample["arguments"][0],
+    }
+    if responses not in (filtered, [filtered]):
+        line["resps"] = responses
+    return json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def _ranks() -> tuple[int, int]:
+    """This process's rank, and how many run together."""
+    # Not as accelerate counts: under torchrun on CPUs it starts a group and sees one process.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

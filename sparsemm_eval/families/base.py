@@ -1,0 +1,166 @@
+"""What a model family is: all that is particular to the checkpoints of one model_type."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from sparsemm_eval.errors import UserError
+
+Box = tuple[float, float, float, float]
+IMAGE_TOKENS = ("all", "tiles")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family; one file each, registered by `sparsemm_eval.families.register_family`.
+
+    A subclass is a frozen dataclass. Its fields are settings of ``--model_args`` and of a grid's
+    models, each with a default; they decide answers, and stand in their keys.
+    """
+
+    model_type: ClassVar[str]
+    """As the checkpoint's config.json has it, such as ``qwen2_vl``."""
+
+    lmms_name: ClassVar[str]
+    """What its answers and results are named by, such as ``qwen2vl_sparsemm``."""
+
+    regions: ClassVar[type[Regions] | None] = None
+    """Where image tokens lie; without it only chasing by OCR and drawing are missing."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings by name, those that are not given too."""
+        return asdict(self)
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """Names of the family's own settings."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def check(cls, config: PreTrainedConfig) -> None:
+        """Refuse a checkpoint that cannot be run, by its config.
+
+        Raises
+        ------
+        UserError
+            In one sentence.
+        """
+
+    def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
+        """Apply the settings to a copy of a processor, which other cells share; or return it."""
+        return processor
+
+    @classmethod
+    def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:
+        """How far text positions lag behind tokens after the prompts that were just read.
+
+        Returns
+        -------
+        Tensor or None
+            [samples, 1]; None where a token's position is its place among the prompt's.
+        """
+        return None
+
+    @classmethod
+    def text_positions(cls, positions: Tensor) -> Tensor:
+        """Positions of one text token a row [rows, 1], as the model's forward takes them."""
+        return positions
+
+
+@dataclass(frozen=True)
+class Regions(ABC):
+    """Where the tokens of one image lie on it.
+
+    Parameters
+    ----------
+    width, height : int
+        Of the image as it was given, in pixels.
+    image_tokens : {"all", "tiles"}
+        Whether a box is looked for in all tokens, or in those of tiles only, as published code
+        does; the same thing where a family has no tokens of the whole image beside its tiles.
+    """
+
+    width: int
+    height: int
+    image_tokens: str = "all"
+
+    @classmethod
+    @abstractmethod
+    def read(
+        cls,
+        config: PreTrainedConfig,
+        processor: ProcessorMixin,
+        inputs: Mapping[str, torch.Tensor],
+        index: int,
+        size: tuple[int, int],
+        image_tokens: str,
+    ) -> Regions:
+        """Regions of image `index` in a processor's output; `size` is its width and height."""
+
+    @property
+    @abstractmethod
+    def boxes(self) -> np.ndarray:
+        """[count, 4]: what each token covers in the image's pixels; NaN where it covers nothing."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> np.ndarray:
+        """[count] of str: "base" (of the whole image, squashed), "tile" or "newline"."""
+
+    @property
+    def count(self) -> int:
+        """Image tokens this image has in the prompt."""
+        return len(self.parts)
+
+    def tokens(self, box: Box) -> np.ndarray:
+        """Indices, among this image's tokens, of those whose region overlaps a box, ascending.
+
+        Parameters
+        ----------
+        box : tuple
+            (x0, y0, x1, y1) in pixels of the image as it was given, end exclusive.
+
+        Returns
+        -------
+        ndarray
+            Of int. It may be empty with ``image_tokens="tiles"``: LLaVA-NeXT's unpadding cuts
+            away up to half a patch at the image's edges.
+
+        Raises
+        ------
+        UserError
+            If the box is empty or not within the image.
+        """
+        x0, y0, x1, y1 = box
+        if not (0 <= x0 < x1 <= self.width and 0 <= y0 < y1 <= self.height):
+            raise UserError(
+                f"box {box} is empty or outside its image of {self.width}x{self.height} pixels"
+            )
+        left, top, right, bottom = self.boxes.T
+        overlap = (left < x1) & (x0 < right) & (top < y1) & (y0 < bottom)
+        if self.image_tokens == "tiles":
+            overlap &= self.parts != "base"
+        return overlap.nonzero()[0]
+
+
+def grid_boxes(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Boxes between grid lines, row by row, [rows * columns, 4]."""
+    return cell_boxes(x[:-1], x[1:], y[:-1], y[1:]).reshape(-1, 4)
+
+
+def cell_boxes(
+    left: np.ndarray, right: np.ndarray, top: np.ndarray, bottom: np.ndarray
+) -> np.ndarray:
+    """Boxes of all rows and columns, [rows, columns, 4]."""
+    rows, columns = len(top), len(left)
+    sides = (left, top[:, None], right, bottom[:, None])
+    return np.stack([np.broadcast_to(side, (rows, columns)) for side in sides], -1)
