@@ -10,6 +10,8 @@ import torch
 import typer
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.families import find_family
+from sparsemm_eval.families import registry as family_registry
 from sparsemm_eval.methods import ModelShape, make_method, method_names, registry
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,13 @@ def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert kept == [[[28, 28]], [[28, 28]], [[12, 12]], [[12, 12]]]
     with pytest.raises(ValueError, match="share"):
         make_method("early", shape, budget=20, shares=1)
+
+
+def test_the_family_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(family_registry, "_registry", dict(family_registry._registry))
+    exec(compile(BLOCKS[2], "README.md", "exec"), {"__name__": __name__})
+    family = find_family("llava_onevision")
+    assert (family.lmms_name, family().settings) == ("onevision_sparsemm", {})
 
 
 def test_the_demos_tables_are_those_of_the_committed_run() -> None:

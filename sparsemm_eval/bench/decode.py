@@ -16,9 +16,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV, use_head_budget_attention
 from sparsemm_eval.cache.layer import RaggedLayer
-from sparsemm_eval.engine.graph import decoder_of, release
-from sparsemm_eval.engine.greedy import static_kind
-from sparsemm_eval.engine.rows import Rows
+from sparsemm_eval.engine.decode import decoder_of, prefill, release
 from sparsemm_eval.methods import Method
 
 Inputs = Mapping[str, Tensor]
@@ -63,7 +61,7 @@ def decode_ours(
     steps: int,
     cuda_graph: str = "auto",
 ) -> Timed:
-    """This project's cache: between static buffers where they serve, else under ``generate``.
+    """This project's cache between static buffers, as answers are decoded.
 
     Parameters
     ----------
@@ -76,40 +74,26 @@ def decode_ours(
     steps : int
         New tokens after the first.
     cuda_graph : str
-        As `sparsemm_eval.engine.greedy.static_kind` takes it.
+        As `sparsemm_eval.engine.decode.decode` takes it.
     """
     options = {"max_new_tokens": steps + 1, "do_sample": False}
-    longest = inputs["input_ids"].shape[1] + steps + 1
-    kind = static_kind(model, len(methods), longest, options, "auto", None, cuda_graph)
     release(model)
-    ticks = Ticks(model.device)
-    if kind is None and len(methods) > 1:
-        # Rows come and go from one call of `generate` to the next: steps are timed as a whole.
-        cache = _WatchedCache(methods)
-        ticks()
-        rows = Rows(model, inputs, methods, options, cache)
-        ticks()
-        rows.decode()
-        ticks()
-        tokens = torch.stack([row.cpu() for row in rows.tokens])
-    elif kind is None:
-        cache = _WatchedCache(methods)
-        ticks()
-        ids = model.generate(
-            **inputs, **{CACHE_ARGUMENT: cache}, **options, stopping_criteria=[_Ticking(ticks)]
-        )
-        tokens = ids[:, longest - steps - 1 :].cpu()
-    else:
-        decoder = decoder_of(model)
-        cache = _WatchedCache(methods, buffers=decoder.buffers)
-        ticks()
-        rows = Rows(model, inputs, methods, options, cache)
-        ticks()
-        rows.decode_static(decoder, kind, ticks)
-        tokens = torch.stack(rows.tokens)
+    decoder, ticks = decoder_of(model), Ticks(model.device)
+    cache = _WatchedCache(methods, buffers=decoder.buffers)
+    ticks()
+    prompts = prefill(model, inputs, options, cache)
+    ticks()
+    rows = decoder.decode(model, cache, prompts, options, None, cuda_graph, ticks)
+    timed = ticks.timed(torch.stack(rows.tokens), cache.bytes().total)
+    compressing = sum(layer.compress_ms() for layer in cache.layers) / 1e3
+    return replace(timed, compress_seconds=compressing, backend=cache.backend())
+
+
+def decode_plain(model: PreTrainedModel, inputs: Inputs, method: Method, steps: int) -> Timed:
+    """This project's cache under transformers' ``generate``."""
+    cache = _WatchedCache(method)
+    tokens, ticks = _generate(model, inputs, steps, **{CACHE_ARGUMENT: cache})
     timed = ticks.timed(tokens, cache.bytes().total)
-    if len(timed.step_ms) == 1:
-        timed = replace(timed, step_ms=[timed.step_ms[0] / steps] * steps)
     compressing = sum(layer.compress_ms() for layer in cache.layers) / 1e3
     return replace(timed, compress_seconds=compressing, backend=cache.backend())
 

@@ -15,7 +15,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from sparsemm_eval.bench.decode import Timed, decode_concatenated, decode_ours, decode_stock
+from sparsemm_eval.bench.decode import (
+    Timed,
+    decode_concatenated,
+    decode_ours,
+    decode_plain,
+    decode_stock,
+)
 from sparsemm_eval.bench.host import host_share
 from sparsemm_eval.bench.machine import (
     code_digest,
@@ -360,9 +366,11 @@ def _run(
     model, prompt = subject.model, subject.prompts(tokens)
     if engine == "ours_compiled" and model.device.type != "cuda":
         raise UserError("engines='ours_compiled': it runs on a GPU only")
-    if engine.startswith("ours"):
-        way = {"ours": "auto", "ours_compiled": "compile", "ours_plain": "off"}[engine]
+    if engine in ("ours", "ours_compiled"):
+        way = "auto" if engine == "ours" else "compile"
         return decode_ours(model, prompt, methods, steps, way)
+    if engine == "ours_plain":
+        return decode_plain(model, prompt, methods[0], steps)
     if engine == "concatenate":
         return decode_concatenated(model, prompt, methods[0], steps)
     held = kept_tokens(methods, tokens) * token_bytes(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsemm_eval.bench.layers import Case, Layers, Token
 from sparsemm_eval.bench.models import DTYPES
-from sparsemm_eval.cache.backends import append_attend, resolve_backend
+from sparsemm_eval.cache.backends import append, append_attend, resolve_backend
 
 
 class Entry:
@@ -116,8 +116,7 @@ class Concatenate(Entry):
         self.source[old] = slots
         lengths = [length + 1 for length in layers.lengths]
         self.copies = [
-            _Copy(store.keys, store.values, self.source, self.last, lengths)
-            for store in layers.stores[:count]
+            _Copy(store.keys, store.values, self.source, lengths) for store in layers.stores[:count]
         ]
 
     @staticmethod
@@ -132,6 +131,7 @@ class Concatenate(Entry):
     def step(self, layer: int) -> Tensor:
         query, key, value = self.layers.tokens[layer]
         copy = self.copies[layer]
+        copy.renew()
         return append_attend(self.backend, query, key, value, copy, self.layers.scale)
 
     def newest(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -142,27 +142,18 @@ class Concatenate(Entry):
 class _Copy:
     """A flat cache that is written anew, one token a sequence longer; the slots of a backend."""
 
-    def __init__(
-        self, keys: Tensor, values: Tensor, source: Tensor, last: Tensor, lengths: list[int]
-    ) -> None:
-        self._old = (keys, values)
-        self._source, self._last, self._lengths = source, last, lengths
+    def __init__(self, keys: Tensor, values: Tensor, source: Tensor, lengths: list[int]) -> None:
+        self._old, self._source = (keys, values), source
         self.keys, self.values = (x.new_empty(len(source), x.shape[-1]) for x in self._old)
-        offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        self.host_starts: list[int] = offsets[:-1].tolist()
-        self.offsets = offsets.to(keys.device)
-        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=keys.device)
+        self.offsets = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(keys.device)
+        self._before = torch.tensor(lengths, dtype=torch.int32, device=keys.device) - 1
+        self.lengths, self.longest = self._before.clone(), max(lengths)
 
-    def host_lengths(self) -> list[int]:
-        return self._lengths
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        for old, new, token in zip(self._old, (self.keys, self.values), (key, value), strict=True):
+    def renew(self) -> None:
+        """Copy the cache, a free slot behind each sequence."""
+        for old, new in zip(self._old, (self.keys, self.values), strict=True):
             torch.index_select(old, 0, self._source, out=new)
-            new[self._last] = token
-
-    def count_token(self) -> None:
-        """Lengths are those after the token from the start."""
+        self.lengths.copy_(self._before)
 
 
 class Padded(Entry):
@@ -226,7 +217,7 @@ class FlashInfer(Ragged):
         case, sequences = layers.case, len(layers.lengths)
         lengths = [length + 1 for length in layers.lengths]
         starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        spans = zip(layers.stores[0].host_starts, lengths, strict=True)
+        spans = zip(layers.stores[0].offsets.tolist(), lengths, strict=False)
         slots = torch.cat([torch.arange(start, start + length) for start, length in spans])
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device=layers.device)
         self.wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
@@ -249,7 +240,7 @@ class FlashInfer(Ragged):
     def step(self, layer: int) -> Tensor:
         token: Token = self.layers.tokens[layer]
         store = self.layers.stores[layer]
-        store.append(token.key, token.value)
+        append(token.key, token.value, store)
         pages = tuple(x[:, None, None] for x in (store.keys, store.values))
         return self.wrapper.run(token.query, pages)
 

@@ -185,7 +185,7 @@ class Layers:
         return torch.cat(
             [
                 torch.arange(start, start + length, device=self.device)
-                for start, length in zip(store.host_starts, self.lengths, strict=True)
+                for start, length in zip(store.offsets.tolist(), self.lengths, strict=False)
             ]
         )
 
@@ -194,7 +194,9 @@ class Layers:
         """What the first layer should give once its token is appended: [S, G, D] float64."""
         store, token = self.stores[0], self.tokens[0]
         outs = []
-        for s, (start, length) in enumerate(zip(store.host_starts, self.lengths, strict=True)):
+        for s, (start, length) in enumerate(
+            zip(store.offsets.tolist(), self.lengths, strict=False)
+        ):
             keys, values = (
                 torch.cat([held[start : start + length], new[s : s + 1]]).double()
                 for held, new in ((store.keys, token.key), (store.values, token.value))

@@ -19,7 +19,7 @@ from sparsemm_eval.bench.machine import find_device, provenance_on, threads, wri
 from sparsemm_eval.bench.models import LARGE, Subject, grid_methods, kv_bytes, weight_bytes
 from sparsemm_eval.bench.options import Benchmark, SharedPrefillOptions, main
 from sparsemm_eval.bench.timing import clocked, copy_bandwidth
-from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
+from sparsemm_eval.engine.decode import Decoded, decode
 from sparsemm_eval.errors import check_choice, check_int
 from sparsemm_eval.methods import Method
 from sparsemm_eval.tiny import EMBEDDED, embedded_checkpoints
@@ -141,10 +141,10 @@ def _measure(
         options["pad_token_id"] = model.generation_config.pad_token_id
 
     def alone(method: Method, **more: Any) -> list[Decoded]:
-        return [generate(model, inputs, method, {**options, **more}) for inputs in batches]
+        return [decode(model, inputs, [method], {**options, **more})[0] for inputs in batches]
 
     def together() -> list[list[Decoded]]:
-        return [generate_rows(model, inputs, methods, options) for inputs in batches]
+        return [decode(model, inputs, methods, options) for inputs in batches]
 
     def one_by_one() -> list[list[Decoded]]:
         return [alone(method) for method in methods]

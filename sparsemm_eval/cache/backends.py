@@ -151,7 +151,7 @@ def _append_attend_torch(
     query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
 ) -> Tensor:
     """One SDPA call a sequence, or one for all where their lengths are equal; no KV is copied."""
-    _append(key, value, kv)
+    append(key, value, kv)
     starts, lengths = kv.offsets.tolist(), kv.lengths.tolist()
     slots = starts[1] - starts[0]
     if len(set(lengths)) == 1 and lengths[0] > 0 and starts[-1] == slots * len(lengths):
@@ -172,7 +172,7 @@ def _append_attend_varlen(
     query: Tensor, key: Tensor, value: Tensor, kv: Slots, scale: float
 ) -> Tensor:
     """Varlen flash attention with each sequence as a batch entry; reads the slots in place."""
-    _append(key, value, kv)
+    append(key, value, kv)
     sequences = query.shape[0]
     starts = torch.arange(sequences + 1, dtype=torch.int32, device=query.device)
     # A finished sequence is read as it is: leaving it out would need another shape.
@@ -192,7 +192,7 @@ def _append_attend_varlen(
     )[0]  # fmt: skip
 
 
-def _append(key: Tensor, value: Tensor, kv: Slots) -> None:
+def append(key: Tensor, value: Tensor, kv: Slots) -> None:
     """Write one token a sequence in place, [S, D] each, where it is not finished."""
     finished = kv.lengths < 0
     slots = kv.offsets[:-1] + torch.where(finished, ~kv.lengths, kv.lengths)

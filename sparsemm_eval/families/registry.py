@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
-
 from transformers import PreTrainedConfig
 
 from sparsemm_eval.errors import UserError
@@ -30,10 +28,13 @@ def register_family(family: type[Family]) -> type[Family]:
         registered again, such as by a notebook's cell.
     """
     name = getattr(family, "__qualname__", repr(family))
-    if not (isinstance(family, type) and issubclass(family, Family) and is_dataclass(family)):
-        raise UserError(f"family {name} must be a dataclass deriving from Family")
-    if not family.__dataclass_params__.frozen:
-        raise UserError(f"family {name} must be frozen: put @dataclass(frozen=True) above it")
+    if not (isinstance(family, type) and issubclass(family, Family)):
+        raise UserError(f"family {name} must be a class deriving from Family")
+    # A class inherits the fields of a dataclass, but not its own annotations as fields.
+    if "__dataclass_fields__" not in vars(family) or not family.__dataclass_params__.frozen:
+        raise UserError(
+            f"family {name} must be a frozen dataclass: put @dataclass(frozen=True) above it"
+        )
     for stated in ("model_type", "lmms_name"):
         if not isinstance(getattr(family, stated, None), str):
             raise UserError(f"family {name} states no {stated}: put it into the class as text")

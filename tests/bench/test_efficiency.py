@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from sparsemm_eval.bench.decode import decode_concatenated, decode_ours, decode_stock
+from sparsemm_eval.bench.decode import decode_concatenated, decode_ours, decode_plain, decode_stock
 from sparsemm_eval.bench.efficiency import ENGINES, bandwidth_of, run
 from sparsemm_eval.bench.models import Subject, kept_tokens, kv_bytes, token_bytes, weight_bytes
 from sparsemm_eval.bench.options import EfficiencyOptions, main
@@ -105,17 +105,19 @@ def test_engines_give_the_same_tokens(subject: Subject) -> None:
     full, sparse = subject.method("fullkv", None, 8), subject.method("sparsemm", 24, 8)
     wanted = decode_stock(subject.model, prompt, steps, 0).tokens
     assert len(set(wanted[0].tolist())) > 5
-    for way in ("off", "eager"):
-        assert torch.equal(decode_ours(subject.model, prompt, [full], steps, way).tokens, wanted)
+    assert torch.equal(decode_ours(subject.model, prompt, [full], steps).tokens, wanted)
+    assert torch.equal(decode_plain(subject.model, prompt, full, steps).tokens, wanted)
     assert torch.equal(decode_stock(subject.model, prompt, steps, 0, static=True).tokens, wanted)
-    ours = decode_ours(subject.model, prompt, [sparse], steps, "off")
+    ours = decode_ours(subject.model, prompt, [sparse], steps)
+    plain = decode_plain(subject.model, prompt, sparse, steps)
+    assert torch.equal(plain.tokens, ours.tokens)
     assert not torch.equal(ours.tokens, wanted)
     concatenated = decode_concatenated(subject.model, prompt, sparse, steps)
     assert torch.equal(concatenated.tokens, ours.tokens)
     assert concatenated.cache_bytes < ours.cache_bytes, "no slack"
-    three = decode_ours(subject.model, prompt, [sparse] * 3, steps, "eager")
+    three = decode_ours(subject.model, prompt, [sparse] * 3, steps)
     assert torch.equal(three.tokens, ours.tokens.expand(3, -1))
-    for timed in (ours, concatenated, three):
+    for timed in (ours, plain, concatenated, three):
         assert len(timed.step_ms) == steps
         assert min(timed.step_ms) > 0
     assert 0 < ours.compress_seconds < ours.prefill_seconds

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsemm_eval.engine.graph import decoder_of, held_bytes, release
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -25,7 +24,7 @@ from transformers import (
 from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
 from sparsemm_eval.bench.options import main
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
-from sparsemm_eval.engine.decode import Decoded, generate, generate_rows
+from sparsemm_eval.engine.decode import Decoded, _generate, decode, decoder_of, held_bytes, release
 from sparsemm_eval.methods import HeadMask, Method, ModelShape, make_method
 from sparsemm_eval.methods.scoring import ObservationWindow
 
@@ -92,7 +91,7 @@ def assert_graph_is_the_step(
 ) -> list[list[list[int]]]:
     """Captured and not: the same tokens, and the same distance from full KV."""
     graph, step = (
-        generate_rows(model, inputs, methods(model), options, mask=mask, cuda_graph=way)
+        decode(model, inputs, methods(model), options, mask=mask, cuda_graph=way)
         for way in ("auto", "eager")
     )
     assert said(graph) == said(step)
@@ -112,10 +111,11 @@ def test_first_tokens_are_those_of_generate(model: PreTrainedModel) -> None:
     """Half precision flips near ties later on; most rows agree for a while."""
     inputs = prompt(model, 3, 200)
     short = {**LONG, "max_new_tokens": 4}
-    graph, plain = (
-        said(generate_rows(model, inputs, methods(model), short, cuda_graph=way))
-        for way in ("auto", "off")
-    )
+    graph = said(decode(model, inputs, methods(model), short))
+    with torch.inference_mode():
+        plain = said(
+            [_generate(model, inputs, method, short, "auto", None) for method in methods(model)]
+        )
     pairs = [(a, b) for m, n in zip(graph, plain, strict=True) for a, b in zip(m, n, strict=True)]
     assert sum(a == b for a, b in pairs) >= 0.75 * len(pairs)
 
@@ -123,7 +123,7 @@ def test_first_tokens_are_those_of_generate(model: PreTrainedModel) -> None:
 def test_rows_that_end(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ends are seen late, and nothing after them is told."""
     inputs = prompt(model, 3, 150)
-    whole = said(generate_rows(model, inputs, methods(model), LONG))
+    whole = said(decode(model, inputs, methods(model), LONG))
     ends = {whole[0][0][5], whole[1][1][30], whole[2][2][0]}
     monkeypatch.setattr(model.generation_config, "eos_token_id", sorted(ends))
     cut = assert_graph_is_the_step(model, inputs, LONG)
@@ -160,9 +160,9 @@ def test_one_prompt(model: PreTrainedModel) -> None:
     inputs = prompt(model, 1, 300)
     for method in methods(model):
         graph, step = (
-            generate(model, inputs, method, LONG, cuda_graph=way) for way in ("auto", "eager")
+            decode(model, inputs, [method], LONG, cuda_graph=way) for way in ("auto", "eager")
         )
-        assert said([graph]) == said([step])
+        assert said(graph) == said(step)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def test_a_prompt_is_compressed_without_waiting(model: PreTrainedModel) -> None:
 @torch.inference_mode()
 def test_replaying_waits_for_nothing(model: PreTrainedModel) -> None:
     inputs = prompt(model, 1, 100)
-    generate(model, inputs, methods(model)[1], LONG)
+    decode(model, inputs, methods(model)[1:2], LONG)
     (step,) = [s for s in decoder_of(model).steps.values() if s.graph is not None][:1]
     before = step.positions.clone()
     with no_waiting():

@@ -1,4 +1,4 @@
-"""Tiny LLaVA-NeXT checkpoints with random weights, as folders that transformers reads offline."""
+"""Tiny LLaVA checkpoints with random weights, as folders that transformers reads offline."""
 
 from pathlib import Path
 
@@ -11,11 +11,18 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
 VOCABULARY = {
     token: index for index, token in enumerate((*SPECIAL, *map(chr, range(32, 127)), "\n"))
 }
@@ -46,34 +53,36 @@ def build_llava(backbone: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+_TEXT = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    # So large that greedy answers of random weights vary and end.
+    "initializer_range": 0.3,
+    "max_position_embeddings": 2048,
+    "pad_token_id": VOCABULARY["<pad>"],
+    "bos_token_id": VOCABULARY["<s>"],
+    "eos_token_id": VOCABULARY["</s>"],
+}
+_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+
+
 def _config(backbone: str) -> LlavaNextConfig:
-    text = {
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        # So large that greedy answers of random weights vary and end.
-        "initializer_range": 0.3,
-        "max_position_embeddings": 2048,
-        "pad_token_id": VOCABULARY["<pad>"],
-        "bos_token_id": VOCABULARY["<s>"],
-        "eos_token_id": VOCABULARY["</s>"],
-    }
     if backbone == "llama":
-        decoder = LlamaConfig(**text, num_key_value_heads=4)
+        decoder = LlamaConfig(**_TEXT, num_key_value_heads=4)
     else:
-        decoder = MistralConfig(**text, num_key_value_heads=2, sliding_window=None)
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
+        decoder = MistralConfig(**_TEXT, num_key_value_heads=2, sliding_window=None)
     return LlavaNextConfig(
-        vision_config=vision,
+        vision_config=CLIPVisionConfig(**_VISION),
         text_config=decoder,
         image_token_index=VOCABULARY["<image>"],
         image_grid_pinpoints=PINPOINTS,
@@ -81,24 +90,27 @@ def _config(backbone: str) -> LlavaNextConfig:
     )
 
 
-def _processor(backbone: str) -> LlavaNextProcessor:
+def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", VOCABULARY["<s>"])]
     )
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", "<video>"],
         # Not the left, on purpose: the checkpoint must see to that.
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _processor(backbone: str) -> LlavaNextProcessor:
     images = LlavaNextImageProcessor(
         size={"shortest_edge": SIDE},
         crop_size={"height": SIDE, "width": SIDE},
@@ -106,9 +118,42 @@ def _processor(backbone: str) -> LlavaNextProcessor:
     )
     return LlavaNextProcessor(
         images,
-        fast,
+        _tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATES[backbone],
     )
+
+
+def build_onevision(folder: Path, seed: int = 0) -> Path:
+    """Write a LLaVA-OneVision checkpoint, of a family that the package does not know."""
+    text = {**_TEXT, "num_key_value_heads": 2}
+    vision = SiglipVisionConfig(**_VISION, vision_use_head=False)
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=Qwen2Config(**text),
+        image_token_index=VOCABULARY["<image>"],
+        video_token_index=VOCABULARY["<video>"],
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaOnevisionForConditionalGeneration(config)
+        # Zero at the start, as released weights are not.
+        torch.nn.init.normal_(model.model.image_newline)
+    model.generation_config.eos_token_id = VOCABULARY["</s>"]
+    model.save_pretrained(folder)
+    side = {"height": SIDE, "width": SIDE}
+    processor = LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=PINPOINTS),
+        _tokenizer(),
+        LlavaOnevisionVideoProcessor(size=side),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=TEMPLATES["llama"],
+    )
+    processor.save_pretrained(folder)
+    return folder
