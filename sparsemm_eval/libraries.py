@@ -192,7 +192,7 @@ def _lmms_eval() -> None:
 def _plugin() -> None:
     from lmms_eval.models import get_model
 
-    for name in ("llava_sparsemm", "qwen2vl_sparsemm"):
+    for name in ("sparsemm", "llava_sparsemm", "qwen2vl_sparsemm"):
         get_model(name)
 
 

@@ -159,15 +159,14 @@ class Step:
 
 def _forward(step: Step, model: PreTrainedModel) -> Tensor:
     """Logits [rows, vocabulary] of the next tokens, which go where the last ones were."""
-    out = model(
-        input_ids=step.ids,
+    logits = step.family.step_logits(
+        model,
+        step.ids,
         position_ids=step.family.text_positions(step.positions),
         attention_mask=step.unmasked,
         **{CACHE_ARGUMENT: step.cache},
         use_cache=True,
-        logits_to_keep=1,
     )
-    logits = out.logits[:, -1]
     scores = logits.float()
     if step.seen is not None:
         step.seen.scatter_(1, step.ids, True)

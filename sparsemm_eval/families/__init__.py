@@ -9,6 +9,7 @@ from sparsemm_eval.families.base import (
     Family,
     Regions,
     cell_boxes,
+    decoder_logits,
     grid_boxes,
 )
 from sparsemm_eval.families.registry import (
@@ -30,6 +31,7 @@ __all__ = [
     "Family",
     "Regions",
     "cell_boxes",
+    "decoder_logits",
     "families",
     "family_digest",
     "family_of",

@@ -75,6 +75,22 @@ class Family:
         """Positions of one text token a row [rows, 1], as the model's forward takes them."""
         return positions
 
+    @classmethod
+    def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
+        """Logits [rows, vocabulary] behind one text token a row, ids [rows, 1].
+
+        Where they are no more than `decoder_logits`, a family may say so: a step on a CPU is a
+        tenth faster without the model's look for images.
+        """
+        return model(input_ids=ids, **given, logits_to_keep=1).logits[:, -1]
+
+
+def decoder_logits(model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
+    """The language model and its head on text tokens: `Family.step_logits` without detours."""
+    embedded = model.get_input_embeddings()(ids)
+    hidden = model.model.language_model(inputs_embeds=embedded, **given)[0]
+    return model.lm_head(hidden[:, -1])
+
 
 @dataclass(frozen=True)
 class Regions(ABC):

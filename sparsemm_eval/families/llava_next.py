@@ -6,15 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from sparsemm_eval.families.base import Family, Regions, cell_boxes, grid_boxes
+from sparsemm_eval.families.base import Family, Regions, cell_boxes, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
 
 
@@ -116,3 +117,8 @@ class LlavaNext(Family):
     model_type: ClassVar[str] = "llava_next"
     lmms_name: ClassVar[str] = "llava_sparsemm"
     regions: ClassVar[type[Regions]] = LlavaNextRegions
+
+    @classmethod
+    def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
+        """What the whole model makes of text."""
+        return decoder_logits(model, ids, **given)

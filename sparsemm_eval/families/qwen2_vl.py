@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sparsemm_eval.errors import UserError, check_int
-from sparsemm_eval.families.base import Family, Regions, grid_boxes
+from sparsemm_eval.families.base import Family, Regions, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
 
 
@@ -106,6 +106,11 @@ class Qwen2VL(Family):
     def text_positions(cls, positions: Tensor) -> Tensor:
         """Time, height and width, alike for text: [3, rows, 1]."""
         return positions.expand(3, -1, -1)
+
+    @classmethod
+    def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
+        """What the whole model makes of text."""
+        return decoder_logits(model, ids, **given)
 
 
 @register_family

@@ -125,8 +125,8 @@ def test_what_was_kept_is_stated_for_rows_that_dropped_out(
 def test_ended_rows_are_not_decoded_on(reader: Checkpoint, inputs: Mapping[str, Tensor]) -> None:
     """Never more than twice as many row steps as the answers have tokens, one to compare aside."""
     steps: list[int] = []
-    hook = reader.model.register_forward_hook(
-        lambda module, given, out: steps.append(out.logits.shape[0])
+    hook = reader.model.lm_head.register_forward_hook(
+        lambda module, given, out: steps.append(out.shape[0])
     )
     with hook:
         decoded = together(reader, inputs, LONG)
