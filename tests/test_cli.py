@@ -34,7 +34,7 @@ def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     (["chase", "--model", str(default_checkpoint()), "--data", "books"], "data='books'"),
     (["draw", "--heads", "9-9"], "heads='9-9'"),
     (["draw", "--device", "cuda:99"], "device='cuda:99': it must be one of auto, cpu"),
-    (["chase", "--model", "embedded:gpt"], "model=embedded:gpt: it must be one of"),
+    (["chase", "--model", "embedded:gpt"], "pretrained='embedded:gpt': it must be one of"),
     (["draw", "--question", "What?"], "a question or box without its image"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_1(

@@ -102,13 +102,13 @@ def model_settings() -> list[str]:
     ]  # fmt: skip
 
 
-def refuse_unknown(settings: Mapping[str, Any], also: set[str]) -> None:
+def refuse_unknown(settings: Mapping[str, Any], also: set[str], whose: str) -> None:
     """Raise UserError for a setting that no method, no family and nothing of ``also`` reads."""
     methods = {setting for name in method_names() for setting in method_settings(name)}
     known = also | set(model_settings()) | methods | {"method"}
     if unknown := sorted(set(settings) - known):
         name = unknown[0]
         raise UserError(
-            f"{name}={settings[name]!r}: there is no such setting; known are "
+            f"{name}={settings[name]!r}: {whose} has no such setting; it knows "
             f"{', '.join(sorted(known))}"
         )

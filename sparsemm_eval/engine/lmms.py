@@ -35,7 +35,7 @@ from sparsemm_eval.engine.requests import Request, positive_int
 from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
 from sparsemm_eval.engine.tasks import check_tasks
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.families import family_settings
+from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import OURS
@@ -186,7 +186,8 @@ class SparseMM(CellModel):
     ) -> None:
         if plugin is not None:
             load_plugin(str(plugin))
-        refuse_unknown(settings, {"pretrained", "plugin", "batch_size", "device", "answers"})
+        name = "sparsemm" if self.model_type is None else find_family(self.model_type).lmms_name
+        refuse_unknown(settings, {"pretrained", "plugin", "batch_size", "device", "answers"}, name)
         if method is None:
             raise UserError(f"method is missing: give one of {', '.join(method_names())}")
         if pretrained is None and checkpoint is None:

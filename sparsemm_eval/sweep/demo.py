@@ -30,7 +30,9 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
-from sparsemm_eval.sweep.grid import Grid, grids_folder
+from sparsemm_eval.sweep.grid import grids_folder, make_grid
+from sparsemm_eval.sweep.mask import run_masking
+from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.sweep.mask import run_masking
 from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.tiny import embedded_checkpoints
@@ -139,7 +141,7 @@ def run_demo(
         "samples": samples,
         "batch_size": batch_size,
     }
-    grid = Grid.model_validate({"name": "demo", **values})
+    grid = make_grid({"name": "demo", **values})
     done = run_sweep(grid, out, command, plugins=plugins)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))

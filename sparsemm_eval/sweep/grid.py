@@ -427,7 +427,22 @@ def parse_grid(text: str, path: Path) -> Grid:
     try:
         return Grid.model_validate({"name": path.stem, **values})
     except ValidationError as error:
-        raise UserError(_sentence(error, path, root)) from None
+        place, words = _sentence(error)
+        raise UserError(f"{path}, line {_line(root, place)}: {words}") from None
+
+
+def make_grid(values: Mapping[str, Any]) -> Grid:
+    """Make a grid of values as `parse_grid` reads them from YAML.
+
+    Raises
+    ------
+    UserError
+        As `parse_grid`, without file and line.
+    """
+    try:
+        return Grid.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_sentence(error)[1]) from None
 
 
 def grids_folder() -> Path:
@@ -511,8 +526,8 @@ _KINDS = {
 }  # fmt: skip
 
 
-def _sentence(error: ValidationError, path: Path, root: yaml.Node) -> str:
-    """One of pydantic's errors: file, line, key, value, what is allowed."""
+def _sentence(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """One of pydantic's errors: its place in the grid; key, value and what is allowed."""
     # A key that is misspelt is missing too: the former says more.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     cause = first.get("ctx", {}).get("error")
@@ -539,7 +554,7 @@ def _sentence(error: ValidationError, path: Path, root: yaml.Node) -> str:
         words = f"{_spell(place)}={_short(value)}: {needed}"
     more = error.error_count() - 1
     rest = f" (and {more} more)" if more else ""
-    return f"{path}, line {_line(root, place)}: {words}{rest}"
+    return place, f"{words}{rest}"
 
 
 def _placed(words: str, place: tuple[str | int, ...]) -> str:

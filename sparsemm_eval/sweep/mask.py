@@ -27,7 +27,7 @@ from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
 from sparsemm_eval.sweep.checks import check_models
-from sparsemm_eval.sweep.grid import Grid
+from sparsemm_eval.sweep.grid import make_grid
 from sparsemm_eval.sweep.plan import Plan, PlannedCell
 from sparsemm_eval.sweep.sweep import run_sweep
 
@@ -115,7 +115,7 @@ def run_masking(
         for share in shares
         for kind, seed in (("visual", None), *(("random", seed) for seed in range(seeds)))
     }
-    grid = Grid.model_validate(
+    grid = make_grid(
         {
             "name": "mask",
             "models": [

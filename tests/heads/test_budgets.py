@@ -69,7 +69,7 @@ def test_methods_without_scores_need_only_a_config(tmp_path: Path) -> None:
     ({"tokens": 0}, "tokens=0"),
     ({"settings": {"budget": 3}}, "settings: budget has an option of its own"),
     ({"settings": {"windows": 3}}, "windows=3: method sparsemm knows"),
-    ({"model": "embedded:gpt"}, "model=embedded:gpt: it must be one of embedded:qwen2vl"),
+    ({"model": "embedded:gpt"}, "pretrained='embedded:gpt': it must be one of embedded:qwen2vl"),
     ({"model": "/nowhere"}, "model=/nowhere: its config.json cannot be read"),
     ({"kv_heads": 2}, "kv_heads=2: it goes with a score file alone"),
 ])  # fmt: skip

@@ -15,10 +15,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, BatchFeature
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
 from sparsemm_eval.heads import chase as module
 from sparsemm_eval.heads.chase import characters_found, chase, score_page
 from sparsemm_eval.heads.pages import Chunk, Page, drawn_pages, pages_for
-from sparsemm_eval.heads.regions import Qwen2VLRegions, find_regions
+from sparsemm_eval.heads.regions import find_regions
 from sparsemm_eval.tiny import default_checkpoint
 from sparsemm_eval.tiny.documents import Layout
 

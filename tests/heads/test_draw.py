@@ -14,6 +14,7 @@ from PIL import Image, ImageFile
 
 from sparsemm_eval.engine import checkpoint as checkpoint_module
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
 from sparsemm_eval.heads.draw import (
     ImageAttention,
     Scene,
@@ -24,7 +25,6 @@ from sparsemm_eval.heads.draw import (
     rank_heads,
     read_scene,
 )
-from sparsemm_eval.heads.regions import Qwen2VLRegions
 from sparsemm_eval.methods import HeadScores, ModelShape
 from sparsemm_eval.tiny import default_checkpoint
 
