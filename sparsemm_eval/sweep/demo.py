@@ -33,8 +33,6 @@ from sparsemm_eval.report.tables import kept_table, overview_table, score_tables
 from sparsemm_eval.sweep.grid import grids_folder, make_grid
 from sparsemm_eval.sweep.mask import run_masking
 from sparsemm_eval.sweep.sweep import run_sweep, scored_files
-from sparsemm_eval.sweep.mask import run_masking
-from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score

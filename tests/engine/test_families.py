@@ -19,6 +19,7 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family, families, find_family, register_family, registry
+from sparsemm_eval.heads.regions import regions_of
 
 FAMILY = '''"""LLaVA-OneVision on a head-budgeted cache."""
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def test_its_full_kv_is_stock_and_methods_compress(
     kept = {row.cell.split()[2].split("(")[0]: row.record["kept_per_head"] for row in rows(answers)}
     assert kept["snapkv"] == 24 < kept["fullkv"]
     assert all(row.cell.startswith("onevision_sparsemm ") for row in rows(answers))
+    with pytest.raises(UserError, match="a llava_onevision model lie is not known; it is for"):
+        regions_of("llava_onevision")
 
 
 def test_through_a_sweep_to_a_table(onevision: Path, plugin: Path, tmp_path: Path) -> None:

@@ -320,7 +320,7 @@ def test_bad_input_is_refused_before_weights_load(settings: dict, words: str) ->
 def test_a_family_whose_regions_are_unknown_is_refused_before_weights_load() -> None:
     checkpoint = Checkpoint(default_checkpoint())
     checkpoint.config.model_type = "paligemma"
-    with pytest.raises(ValueError, match="paligemma model lie is not known"):
+    with pytest.raises(ValueError, match="no family is known for model_type=paligemma"):
         chase(checkpoint, [Page(white(), "x", (Chunk("A", (0, 0, 4, 4)),))])
     assert "model" not in vars(checkpoint)
 
