@@ -18,6 +18,7 @@ import pandas as pd
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.cell import make_cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.lmms import results_path
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES
 from sparsemm_eval.paths import write_whole
@@ -28,9 +29,9 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
 from sparsemm_eval.sweep.checks import check_models
 from sparsemm_eval.sweep.grid import make_grid
-from sparsemm_eval.sweep.plan import Plan, PlannedCell
 from sparsemm_eval.sweep.sweep import run_sweep
 
+_MEASURED = ["task", "metric", "score", "stderr", "samples"]
 SHARES = (0.01, 0.02, 0.05, 0.1)
 SEEDS = 3
 
@@ -133,45 +134,32 @@ def run_masking(
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     checkpoint = check_models(grid.models)["model"]
-    frame = pd.concat(
-        [_scores(out, cell, studied, checkpoint) for cell in _in_order(out, modes)],
-        ignore_index=True,
-    )
+    scores = {name: path for name, path in (settings or {}).items() if name == "head_scores"}
+    rows = []
+    for cell in sorted(grid.cells(), key=lambda cell: _place(cell, modes)):
+        kind, share, seed = studied.get(cell.get("mask_heads"), ("none", 0.0, None))
+        mask = make_cell(checkpoint, {**cell, **scores}).mask
+        paths = [out / results_path(Path("cells") / "model", task, cell) for task in tasks]
+        of_cell = load(paths, all_metrics=True).cells[_MEASURED].astype({"samples": int})
+        rows.append(
+            of_cell.assign(
+                silenced=kind,
+                share=share,
+                seed=seed,
+                mode=None if mask is None else mask.mode,
+                heads=0 if mask is None else len(mask.heads),
+                names="" if mask is None else mask.names,
+            )
+        )
+    frame = pd.concat(rows, ignore_index=True)
     return _write(frame, checkpoint, out, command, time.perf_counter() - start)
 
 
-def _in_order(out: Path, modes: Sequence[str]) -> list[PlannedCell]:
-    """The sweep's cells, mode by mode."""
-    order = [*dict.fromkeys(modes)]
-    return sorted(Plan.read(out).cells, key=lambda cell: order.index(_mode(cell) or order[0]))
-
-
-def _mode(cell: PlannedCell) -> str | None:
-    """How a cell's heads are silenced; None if none are."""
-    if "mask_heads" not in cell.settings:
-        return None
-    return cell.settings.get("mask_mode", MASK_MODES[0])
-
-
-def _scores(
-    out: Path,
-    cell: PlannedCell,
-    studied: Mapping[str, tuple[str, float, int | None]],
-    checkpoint: Checkpoint,
-) -> pd.DataFrame:
-    """A cell's rows: its scores by every metric, and what it is in the study."""
-    silenced, share, seed = studied.get(cell.settings.get("mask_heads"), ("none", 0.0, None))
-    mask = make_cell(checkpoint, cell.settings).mask
-    measured = ["task", "metric", "score", "stderr", "samples"]
-    rows = load([out / cell.results], all_metrics=True).cells[measured]
-    return rows.astype({"samples": int}).assign(
-        silenced=silenced,
-        share=share,
-        seed=seed,
-        mode=_mode(cell),
-        heads=0 if mask is None else len(mask.heads),
-        names="" if mask is None else mask.names,
-    )
+def _place(cell: Mapping[str, Any], modes: Sequence[str]) -> int:
+    """Where a cell stands: full KV first, then mode by mode."""
+    if "mask_heads" not in cell:
+        return -1
+    return modes.index(cell.get("mask_mode", MASK_MODES[0]))
 
 
 def _write(

@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>")
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 VOCABULARY = {
     token: index for index, token in enumerate((*SPECIAL, *map(chr, range(32, 127)), "\n"))
 }
@@ -90,8 +90,8 @@ def _config(backbone: str) -> LlavaNextConfig:
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
+def _tokenizer(vocabulary: dict[str, int] = VOCABULARY) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -103,7 +103,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<image>", "<video>"],
+        additional_special_tokens=[
+            token for token in vocabulary if token in ("<image>", "<video>")
+        ],
         # Not the left, on purpose: the checkpoint must see to that.
         padding_side="right",
         clean_up_tokenization_spaces=False,
@@ -128,13 +130,14 @@ def _processor(backbone: str) -> LlavaNextProcessor:
 
 def build_onevision(folder: Path, seed: int = 0) -> Path:
     """Write a LLaVA-OneVision checkpoint, of a family that the package does not know."""
-    text = {**_TEXT, "num_key_value_heads": 2}
+    vocabulary = {**VOCABULARY, "<video>": len(VOCABULARY)}
+    text = {**_TEXT, "num_key_value_heads": 2, "vocab_size": len(vocabulary)}
     vision = SiglipVisionConfig(**_VISION, vision_use_head=False)
     config = LlavaOnevisionConfig(
         vision_config=vision,
         text_config=Qwen2Config(**text),
         image_token_index=VOCABULARY["<image>"],
-        video_token_index=VOCABULARY["<video>"],
+        video_token_index=vocabulary["<video>"],
         image_grid_pinpoints=PINPOINTS,
         vision_feature_layer=-1,
         tie_word_embeddings=False,
@@ -149,7 +152,7 @@ def build_onevision(folder: Path, seed: int = 0) -> Path:
     side = {"height": SIDE, "width": SIDE}
     processor = LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=PINPOINTS),
-        _tokenizer(),
+        _tokenizer(vocabulary),
         LlavaOnevisionVideoProcessor(size=side),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
