@@ -1,4 +1,4 @@
-"""Ways to decode a prompt's answer, timed step by step."""
+"""Ways to decode a prompt's answer, timed step by step; and how much of a step is the host's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, StoppingCriteria
 
+from sparsemm_eval.bench.timing import elapsed_ms, moment
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV, use_head_budget_attention
 from sparsemm_eval.cache.layer import RaggedLayer
 from sparsemm_eval.engine.decode import decoder_of, prefill, release
 from sparsemm_eval.methods import Method
 
 Inputs = Mapping[str, Tensor]
+_PROFILED_STEPS = (5, 45)  # of two runs: their difference leaves the prompt out
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,14 @@ class Ticks:
             torch.cuda.reset_peak_memory_stats(device)
 
     def __call__(self) -> None:
-        self.marks.append(_now(self.device))
+        self.marks.append(moment(self.device))
 
     def timed(self, tokens: Tensor, cache_bytes: int) -> Timed:
         """What was seen."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize(self.device)
-        spans = [_ms(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        spans = [elapsed_ms(a, b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else None
         return Timed(spans[0] / 1e3, spans[1:], peak, cache_bytes, None, tokens)
 
@@ -172,13 +176,13 @@ class _WatchedLayer(RaggedLayer):
     span: tuple[Any, Any] | None = None
 
     def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        begun = _now(key.device)
+        begun = moment(key.device)
         super()._compress(query, key, value, mask)
-        self.span = (begun, _now(key.device))
+        self.span = (begun, moment(key.device))
 
     def compress_ms(self) -> float:
         """Milliseconds."""
-        return _ms(*self.span)
+        return elapsed_ms(*self.span)
 
 
 class _WatchedCache(HeadBudgetCache):
@@ -233,14 +237,56 @@ def _stock_attention(model: PreTrainedModel) -> Iterator[None]:
         use_head_budget_attention(model)
 
 
-def _now(device: torch.device) -> Any:
-    """A moment on the device's clock, without waiting for it."""
-    if device.type != "cuda":
-        return time.perf_counter_ns()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
+def host_share(run: Callable[[int], object], device: torch.device, step_ms: float) -> float | None:
+    """The part of a step in which the device, or torch's operators on a CPU, do nothing.
+
+    A profiler counts. On a CPU it slows all down, operators more than what lies between them: the
+    share is of the time under the profiler, and rather too low.
+
+    Parameters
+    ----------
+    run : callable
+        Decodes so many steps.
+    device : torch.device
+        What works.
+    step_ms : float
+        A step's time without a profiler.
+
+    Returns
+    -------
+    float or None
+        None where nothing can be told.
+    """
+    _profiled(run, device, 2)  # the profiler's own start
+    tries = 1 if device.type == "cuda" else 3  # a CPU's other work is in a difference too
+    shares = [_share(run, device, step_ms) for _ in range(tries)]
+    told = sorted(share for share in shares if share is not None)
+    return told[len(told) // 2] if told else None
 
 
-def _ms(begun: Any, ended: Any) -> float:
-    return (ended - begun) / 1e6 if isinstance(begun, int) else begun.elapsed_time(ended)
+def _share(run: Callable[[int], object], device: torch.device, step_ms: float) -> float | None:
+    short, long = (_profiled(run, device, steps) for steps in _PROFILED_STEPS)
+    steps = _PROFILED_STEPS[1] - _PROFILED_STEPS[0]
+    busy, wall = ((b - a) / steps for a, b in zip(short, long, strict=True))
+    if device.type == "cuda":
+        wall = step_ms
+    return max(0.0, 1 - busy / wall) if busy > 0 and wall > 0 else None
+
+
+def _profiled(
+    run: Callable[[int], object], device: torch.device, steps: int
+) -> tuple[float, float]:
+    """Milliseconds that the device, or operators, worked; and in all."""
+    on_gpu = device.type == "cuda"
+    kinds = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    begun = time.perf_counter()
+    with profile(activities=kinds, acc_events=True) as watched:
+        run(steps)
+        wall = time.perf_counter() - begun
+    events = watched.events()
+    if on_gpu:
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+        busy = sum(event.self_device_time_total for event in kernels)
+    else:
+        busy = sum(event.self_cpu_time_total for event in events if "::" in event.name)
+    return busy / 1e3, 1e3 * wall

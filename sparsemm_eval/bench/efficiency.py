@@ -21,8 +21,8 @@ from sparsemm_eval.bench.decode import (
     decode_ours,
     decode_plain,
     decode_stock,
+    host_share,
 )
-from sparsemm_eval.bench.host import host_share
 from sparsemm_eval.bench.machine import (
     code_digest,
     find_device,
@@ -95,13 +95,13 @@ def run(options: EfficiencyOptions, command: str) -> Benchmark:
     device = find_device(options.device)
     options = checked(options, device.type)
     with threads(options.threads):
-        made = {**provenance_on(device, command), "kind": "efficiency"}
-        path = options.out / f"{slug(made['hardware'])}.json"
-        made["options"] = asdict(options) | {"out": str(options.out)}
+        provenance = {**provenance_on(device, command), "kind": "efficiency"}
+        path = options.out / f"{slug(provenance['hardware'])}.json"
+        provenance["options"] = asdict(options) | {"out": str(options.out)}
         small = options.quick or device.type == "cpu"
-        made["copy_bytes_per_second"] = copy_bandwidth(device, 64 << 20 if small else 1 << 30)
-        made["code"] = code_digest()
-        measuring = Measuring(options, device, path, made)
+        provenance["copy_bytes_per_second"] = copy_bandwidth(device, 64 << 20 if small else 1 << 30)
+        provenance["code"] = code_digest()
+        measuring = Measuring(options, device, path, provenance)
         if not options.fresh:
             measuring.go_on()
         for name in options.words("models"):
@@ -204,7 +204,7 @@ class Measuring:
         What is measured.
     path : Path
         The JSON file.
-    made : dict
+    provenance : dict
         What it says of its making, with the memory's bandwidth.
     records : dict
         What was measured, by `identity`: it is not measured again.
@@ -215,13 +215,16 @@ class Measuring:
     options: EfficiencyOptions
     device: torch.device
     path: Path
-    made: Record
+    provenance: Record
     records: dict[tuple, Record] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def go_on(self) -> None:
         """Take over what an earlier run measured, if it is as if measured now."""
-        whole = read_earlier(self.path, self.made, "hardware") or {"rows": [], "many_rows": []}
+        whole = read_earlier(self.path, self.provenance, "hardware") or {
+            "rows": [],
+            "many_rows": [],
+        }
         rows = [*whole["rows"], *whole["many_rows"]]
         self.records |= {identity(row): row for row in rows if row["decode_ms_per_token"]}
 
@@ -229,7 +232,7 @@ class Measuring:
         """Write the JSON file; single rows, as the paper's figure shows, apart from many."""
         ordered = sorted(self.records.values(), key=lambda row: (row["model"], row["input_tokens"]))
         whole = {
-            **self.made,
+            **self.provenance,
             "rows": [record for record in ordered if record["rows"] == 1],
             "many_rows": [record for record in ordered if record["rows"] > 1],
         }
@@ -315,7 +318,7 @@ class Measuring:
         first, median, third = quartiles(steps)
         weights = weight_bytes(model)
         read = kv_bytes(model, methods, tokens, len(passes[0].step_ms))
-        bound = (weights + read) / self.made["copy_bytes_per_second"] * 1e3
+        bound = (weights + read) / self.provenance["copy_bytes_per_second"] * 1e3
         peak = _median([timed.peak_bytes for timed in passes])
         return {
             "decode_ms_per_token": median,

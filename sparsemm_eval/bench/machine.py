@@ -22,11 +22,27 @@ UNKNOWN_CACHE = 64 << 20
 UNKNOWN_MEMORY = 4 << 30
 
 
-def device_name(name: str = "", *others: str) -> str:
-    """A device that is there: cpu, cuda or cuda:N, or one of others; "" is CUDA where it is."""
+def device_name(name: str = "", *others: str, rank: int | None = None) -> str:
+    """A device that is there: cpu, cuda or cuda:N, as ``device_map`` takes it.
+
+    Parameters
+    ----------
+    name : str
+        As it was asked for; "" is CUDA where there is one, else the CPU.
+    others : str
+        More that may be asked for, such as "auto".
+    rank : int, optional
+        Of several processes on this machine: each has its own GPU.
+
+    Raises
+    ------
+    UserError
+        If it is not there.
+    """
     count = torch.cuda.device_count()
     known = [*others, "cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))]
-    name = name or ("cuda" if count else "cpu")
+    own = "cuda" if rank is None else f"cuda:{rank}"
+    name = name or (own if count else "cpu")
     check_choice("device", name, known)
     return name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,6 @@ LEAST_ROUNDS = 3
 # Times a second that a core is taken: 30 to 50 on an idle machine, over 150 where one other process
 # wants a core of two.
 DISTURBED = 90
-
-
 Measure = Callable[[], list[float]]
 
 
@@ -74,6 +72,20 @@ def clocked(work: Callable[[], T], device: torch.device) -> tuple[T, float]:
     if on_gpu:
         torch.cuda.synchronize(device)
     return result, time.perf_counter() - began
+
+
+def moment(device: torch.device) -> Any:
+    """A moment on the device's clock, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter_ns()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_ms(began: Any, ended: Any) -> float:
+    """Milliseconds between two moments, which a device must have reached."""
+    return (ended - began) / 1e6 if isinstance(began, int) else began.elapsed_time(ended)
 
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
@@ -158,13 +170,13 @@ class DeviceClock:
         return [self._timed(graph.replay) / entry.count]
 
     def _timed(self, work: Callable[[], object]) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        device = self.buffers[0].device
         self.buffers[0].sum()
-        begin.record()
+        began = moment(device)
         work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) * 1e3
+        ended = moment(device)
+        ended.synchronize()
+        return 1e3 * elapsed_ms(began, ended)
 
 
 def capture(entry: Entry) -> tuple[torch.cuda.CUDAGraph, Tensor]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparsemm_eval.cli.common import numbers, one_sentence, quiet, words
-from sparsemm_eval.errors import check_choice
 from sparsemm_eval.libraries import check_libraries
 
 if TYPE_CHECKING:
@@ -136,11 +135,12 @@ def mask(
     """What benchmarks lose without the visual heads, and without as many random others."""
     with one_sentence():
         quiet()
+        from sparsemm_eval.bench.machine import device_name
         from sparsemm_eval.methods import MASK_MODES
         from sparsemm_eval.sweep.mask import run_masking
         from sparsemm_eval.tiny import EMBEDDED
 
-        settings = {"dtype": dtype, "device_map": _device(device)}
+        settings = {"dtype": dtype, "device_map": device_name(device, "auto")}
         if head_scores is not None:
             settings["head_scores"] = str(head_scores)
         check_libraries()
@@ -163,18 +163,9 @@ def mask(
 
 def _checkpoint(model: str | None, dtype: str, device: str) -> Checkpoint:
     """A checkpoint that will lie on a device."""
+    from sparsemm_eval.bench.machine import device_name
     from sparsemm_eval.engine.checkpoint import Checkpoint
     from sparsemm_eval.tiny import default_checkpoint
 
-    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=_device(device))
-
-
-def _device(device: str) -> str:
-    """The device that was named, or CUDA where it is; one that is not there is refused."""
-    import torch
-
-    count = torch.cuda.device_count()
-    known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{n}" for n in range(count))]
-    device = device or ("cuda" if count else "cpu")
-    check_choice("device", device, known)
-    return device
+    place = device_name(device, "auto")
+    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=place)

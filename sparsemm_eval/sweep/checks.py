@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import datasets
-import torch
 from accelerate import PartialState
 from datasets import load_dataset_builder
 from huggingface_hub import constants as hub
@@ -16,6 +15,7 @@ from lmms_eval.tasks import TaskManager, get_task_dict
 from lmms_eval.utils import load_yaml_config
 from tenacity import RetryError
 
+from sparsemm_eval.bench.machine import device_name
 from sparsemm_eval.engine.cell import CHECKPOINT_SETTINGS
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, one_line
@@ -106,8 +106,7 @@ def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | N
 
 
 def _checkpoint(model: ModelSpec) -> Checkpoint:
-    place = PartialState().local_process_index  # of several ranks each has its own GPU
-    device = f"cuda:{place}" if torch.cuda.is_available() else "cpu"
+    device = device_name(rank=PartialState().local_process_index)
     chosen = {name: model.settings[name] for name in CHECKPOINT_SETTINGS if name in model.settings}
     try:
         return Checkpoint(model.pretrained, **{"device_map": device} | chosen)

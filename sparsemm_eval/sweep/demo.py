@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import torch
 import yaml
 
+from sparsemm_eval.bench.machine import device_name
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.tasks import visuals
@@ -158,8 +158,7 @@ def run_demo(
                 command=command,
             )
             files += study.files
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        checkpoint = Checkpoint(spec.pretrained, **spec.settings, device_map=device)
+        checkpoint = Checkpoint(spec.pretrained, **spec.settings, device_map=device_name())
         files += draw(checkpoint, drawn_scene(), folder / "heads").files
     files += _report(scored_files(out), out)
     return _write(done.frame, out, files, command, start)

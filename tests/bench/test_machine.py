@@ -22,6 +22,7 @@ def test_devices_are_those_that_are_there(gpus: int, monkeypatch: pytest.MonkeyP
     for name in ("tpu", "auto", "cuda:2", "cuda:0" if not gpus else "cuda:-1"):
         with pytest.raises(UserError, match=f"device='{name}': it must be one of"):
             device_name(name)
+    assert device_name(rank=1) == ("cuda:1" if gpus else "cpu")
     if gpus:
         assert device_name("cuda:1") == "cuda:1"
     # A benchmark measures the current GPU.
