@@ -217,13 +217,11 @@ class FlashInfer(Ragged):
         case, sequences = layers.case, len(layers.lengths)
         lengths = [length + 1 for length in layers.lengths]
         starts = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-        spans = zip(layers.stores[0].offsets.tolist(), lengths, strict=False)
-        slots = torch.cat([torch.arange(start, start + length) for start, length in spans])
         workspace = torch.empty(128 << 20, dtype=torch.uint8, device=layers.device)
         self.wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
         dtype = layers.stores[0].keys.dtype
         self.wrapper.plan(
-            starts.to(layers.device), slots.int().to(layers.device),
+            starts.to(layers.device), layers.slots(free=1).int(),
             torch.ones(sequences, dtype=torch.int32, device=layers.device),
             case.layer.group_size, 1, case.layer.head_dim, 1,
             q_data_type=dtype, kv_data_type=dtype, sm_scale=layers.scale,

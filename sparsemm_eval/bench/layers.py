@@ -179,15 +179,24 @@ class Layers:
         for store in self.stores:
             store.steps, store.slack = 0, SLACK
 
-    def slots(self) -> Tensor:
-        """Where the tokens of every layer lie, sequence by sequence: [sum of lengths] int64."""
-        store = self.stores[0]
-        return torch.cat(
-            [
-                torch.arange(start, start + length, device=self.device)
-                for start, length in zip(store.offsets.tolist(), self.lengths, strict=False)
-            ]
-        )
+    def slots(self, free: int = 0) -> Tensor:
+        """Where the tokens of every layer lie, sequence by sequence, and free slots behind each.
+
+        Parameters
+        ----------
+        free : int
+            Free slots of a sequence that are listed too.
+
+        Returns
+        -------
+        Tensor
+            [sum of lengths + sequences * free] int64.
+        """
+        starts = self.stores[0].offsets.tolist()
+        return torch.cat([
+            torch.arange(start, start + length + free, device=self.device)
+            for start, length in zip(starts, self.lengths, strict=False)
+        ])  # fmt: skip
 
     @cached_property
     def wanted(self) -> Tensor:

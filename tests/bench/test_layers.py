@@ -1,10 +1,12 @@
 """What is measured: lengths as promised, and the bytes that must move."""
 
 import pytest
+import torch
 
 from sparsemm_eval.bench.layers import (
     LAYERS,
     Case,
+    Layers,
     bytes_moved,
     draw_lengths,
     layer_shape,
@@ -66,3 +68,14 @@ def test_layers_are_those_of_the_papers_models() -> None:
     assert {name: (s.query_heads, s.kv_heads, s.head_dim) for name, s in shapes.items()} == {
         "vicuna": (32, 32, 128), "mistral": (32, 8, 128), "qwen2vl": (28, 4, 128),
     }  # fmt: skip
+
+
+def test_slots_are_where_tokens_lie_and_free_ones_behind() -> None:
+    layers = Layers(Case("qwen2vl", 5, "heavy", 1, "float32"), 1, torch.device("cpu"))
+    starts = layers.stores[0].offsets.tolist()
+    for free in (0, 1):
+        assert layers.slots(free).tolist() == [
+            slot
+            for start, length in zip(starts, layers.lengths, strict=False)
+            for slot in range(start, start + length + free)
+        ]
