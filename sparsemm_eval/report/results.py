@@ -441,6 +441,6 @@ def _date(text: Any) -> str | None:
 
 
 def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a results file without our own entry, as a sweep seals it."""
+    """SHA-256 of a results file without our own entry, which a sweep checks it by."""
     rest = {name: value for name, value in content.items() if name != OURS}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

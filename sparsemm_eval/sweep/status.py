@@ -14,6 +14,7 @@ from rich.text import Text
 
 from sparsemm_eval.engine.answers import Tally, tally
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.sweep.checksum import Broken, scored_answers
 from sparsemm_eval.sweep.lock import holder
 from sparsemm_eval.sweep.plan import (
     Plan,
@@ -23,7 +24,6 @@ from sparsemm_eval.sweep.plan import (
     lock_file,
 )
 from sparsemm_eval.sweep.records import OPEN, QUEUED, RUNNING
-from sparsemm_eval.sweep.seal import Broken, sealed_answers
 from sparsemm_eval.sweep.states import States
 
 SCORING = "scoring"
@@ -223,7 +223,7 @@ def _cell(
     found = tallies.get(cell.words, Tally())
     results = out / cell.results
     try:
-        scored = sealed_answers(results, samples_file(results, cell.task)) is not None
+        scored = scored_answers(results, samples_file(results, cell.task)) is not None
     except Broken as error:
         broken.append(str(error))
         scored = False

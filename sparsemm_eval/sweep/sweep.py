@@ -29,12 +29,18 @@ from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import method_label
 from sparsemm_eval.report.results import load
 from sparsemm_eval.sweep.checks import check_data, check_models, check_space, count_documents
+from sparsemm_eval.sweep.checksum import (
+    Broken,
+    answers_hash,
+    scored_answers,
+    set_aside,
+    write_checksums,
+)
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
 from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
-from sparsemm_eval.sweep.seal import Broken, answers_hash, seal, sealed_answers, set_aside
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
 from sparsemm_eval.sweep.tables import write_tables
 
@@ -343,7 +349,7 @@ class _Process:
         samples = samples_file(path, planned.task)
         made_of = answers_hash(answers)
         try:
-            if sealed_answers(path, samples) == made_of:
+            if scored_answers(path, samples) == made_of:
                 return path
         except Broken as error:
             set_aside(path, samples, error)
@@ -362,7 +368,7 @@ class _Process:
                 raise
             self._fail(planned, f"{type(error).__name__}: {one_line(error)}")
             return None
-        seal(path, samples, made_of)
+        write_checksums(path, samples, made_of)
         return path
 
     def _fail(self, planned: PlannedCell, cause: str) -> None:

@@ -513,7 +513,7 @@ def test_a_full_disk_is_one_sentence_and_goes_on_after(
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        patch.setattr(runner, "seal", full)
+        patch.setattr(runner, "write_checksums", full)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == 1
     assert "the disk is full" in stopped.output

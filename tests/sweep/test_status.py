@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.engine.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.sweep.checksum import answers_hash, write_checksums
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
-from sparsemm_eval.sweep.seal import answers_hash, seal
 from sparsemm_eval.sweep.status import samples_file, status
 
 SAMPLES = 7
@@ -102,8 +102,8 @@ def test_scored_cells_and_broken_files(out: Path) -> None:
     samples = samples_file(results, "t")
     results.write_text(json.dumps({"results": {"t": {"score": 0.5}}}))
     samples.write_text("{}\n")
-    assert not status(out).cells[0].scored, "killed before it was sealed"
-    seal(results, samples, answers_hash({}))
+    assert not status(out).cells[0].scored, "killed before its checksums were written"
+    write_checksums(results, samples, answers_hash({}))
     assert [cell.scored for cell in status(out).cells] == [True, False, False, False]
     assert json.loads(results.read_text())["results"] == {"t": {"score": 0.5}}
     samples.write_text("")

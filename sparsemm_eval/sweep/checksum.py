@@ -7,13 +7,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
 from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import OURS
+from sparsemm_eval.report.results import content_hash
 
 _HASHES = ("answers", "samples", "results")
 
@@ -25,10 +25,10 @@ class Broken(ValueError):
 def answers_hash(answers: Mapping[str, Answer]) -> str:
     """SHA-256 of a cell's answers: their keys and texts."""
     pairs = sorted((key, answer.text) for key, answer in answers.items())
-    return _hash(json.dumps(pairs).encode())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
-def seal(results: Path, samples: Path, answers: str) -> None:
+def write_checksums(results: Path, samples: Path, answers: str) -> None:
     """Add to a results file which answers and samples file belong to it.
 
     Parameters
@@ -36,25 +36,25 @@ def seal(results: Path, samples: Path, answers: str) -> None:
     results, samples : Path
         As lmms-eval makes them.
     answers : str
-        Of `answers_hash`.
+        The hash of the answers that were scored, by `answers_hash`.
     """
     content = json.loads(results.read_text(encoding="utf-8"))
     content[OURS] = {
         **content.get(OURS, {}),
         "answers": answers,
-        "samples": _hash(samples.read_bytes()),
-        "results": _content_hash(content),
+        "samples": _file_hash(samples),
+        "results": content_hash(content),
     }
     write_whole(results, json.dumps(content, indent=1))
 
 
-def sealed_answers(results: Path, samples: Path) -> str | None:
+def scored_answers(results: Path, samples: Path) -> str | None:
     """The hash of the answers a results file was made of; None if it was never finished.
 
     Raises
     ------
     Broken
-        If it, or its samples file, is not as it was sealed.
+        If it, or its samples file, is not as its checksums say.
     """
     if not results.is_file():
         return None
@@ -64,16 +64,16 @@ def sealed_answers(results: Path, samples: Path) -> str | None:
         raise Broken(f"{results}: not a readable results file ({error})") from error
     if not isinstance(content, dict):
         raise Broken(f"{results}: not a results file")
-    found = content.get(OURS)
-    if not isinstance(found, dict) or not any(name in found for name in _HASHES):
-        return None  # its process was killed before it was sealed
-    if found.get("results") != _content_hash(content):
+    checksums = content.get(OURS)
+    if not isinstance(checksums, dict) or not any(name in checksums for name in _HASHES):
+        return None  # its process was killed before they were written
+    if checksums.get("results") != content_hash(content):
         raise Broken(f"{results}: this results file was changed")
     if not samples.is_file():
         return None
-    if found.get("samples") != _hash(samples.read_bytes()):
+    if checksums.get("samples") != _file_hash(samples):
         raise Broken(f"{samples}: this samples file was cut off or changed")
-    return found.get("answers")
+    return checksums.get("answers")
 
 
 def set_aside(results: Path, samples: Path, error: Broken) -> None:
@@ -84,10 +84,5 @@ def set_aside(results: Path, samples: Path, error: Broken) -> None:
     logger.warning(f"{error}; set aside as *.broken, the cell is scored again")
 
 
-def _content_hash(content: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in content.items() if name != OURS}
-    return _hash(json.dumps(rest, sort_keys=True).encode())
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
