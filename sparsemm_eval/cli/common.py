@@ -65,7 +65,7 @@ def one_sentence() -> Iterator[None]:
 @contextmanager
 def stoppable(onward: str) -> Iterator[None]:
     """A process that was asked to end says so, in one sentence, by the shell's exit codes."""
-    from sparsemm_eval.sweep.signals import Stopped
+    from sparsemm_eval.sweep.process import Stopped
 
     try:
         yield

@@ -67,21 +67,28 @@ def submit(
     """
     with one_sentence(), stoppable("submit it again to go on"):
         quiet()
-        from sparsemm_eval.sweep import submit as submits
+        from sparsemm_eval.sweep import jobs
         from sparsemm_eval.sweep.grid import read_grid
-        from sparsemm_eval.sweep.room import Room
+        from sparsemm_eval.sweep.resources import Resources
         from sparsemm_eval.sweep.status import status as read_status
 
         plugins = load_plugins(plugin)
         chosen = read_grid(grid)
         folder = (out or Path("results/sweeps") / chosen.name).resolve()
-        chosen = submits.with_shards(chosen, folder, shards)
-        room = Room(
+        chosen = jobs.with_shards(chosen, folder, shards)
+        resources = Resources(
             executor, gpus, max_parallel, time, partition, account, qos,
             tuple(setup or ()), tuple(sbatch or ()),
         )  # fmt: skip
-        done = submits.submit(
-            chosen, folder, room, retries, skip_missing, typer.echo, folders(include_path), plugins
+        done = jobs.submit(
+            chosen,
+            folder,
+            resources,
+            retries,
+            skip_missing,
+            typer.echo,
+            folders(include_path),
+            plugins,
         )
         for line in done.lines(folder):
             typer.echo(line)
@@ -93,7 +100,7 @@ def submit(
 def cancel(folder: Annotated[Path, typer.Argument(help="A sweep's folder.")]) -> None:
     """End the jobs that were submitted for a folder; every finished answer stays."""
     with one_sentence():
-        from sparsemm_eval.sweep.cancel import cancel as cancel_jobs
+        from sparsemm_eval.sweep.jobs import cancel as cancel_jobs
 
         names = cancel_jobs(folder)
         typer.echo(f"cancelled: {', '.join(names) or 'nothing, no job waits or runs'}")

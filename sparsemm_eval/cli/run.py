@@ -120,7 +120,7 @@ def sweep(
             runnable(manager, chosen.tasks, skip_missing)
             return
         check_libraries()
-        from sparsemm_eval.sweep.signals import leaving
+        from sparsemm_eval.sweep.process import leaving
         from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
         from sparsemm_eval.sweep.tables import uncompressed_cells
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from loguru import logger
 
@@ -29,7 +31,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     Parameters
     ----------
     path : Path
-        Its folder is made; the file stays.
+        Its folder is made; the file stays, and is empty unless its holder was killed.
     wait : bool
         Wait for another holder instead of raising.
 
@@ -41,21 +43,55 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # "a": the holder's name must stay readable to those who do not get the lock.
     with path.open("a", encoding="utf-8") as file:
-        _acquire(file.fileno(), path, wait)
+        _acquire(file, path, wait)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def holder(path: Path) -> str | None:
     """Who holds a lock file, in words; None if nobody does."""
-    if not path.is_file():
+    if not held(path):
         return None
-    with path.open(encoding="utf-8") as file:
-        if _try(file.fileno(), fcntl.LOCK_SH):
-            return None
-        return file.read() or _UNKNOWN
+    return path.read_text(encoding="utf-8") or _UNKNOWN
+
+
+def held(path: Path) -> bool:
+    """Whether a process holds a lock file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return not _try(file, fcntl.LOCK_SH)
+
+
+def killed(path: Path) -> bool:
+    """Whether the last holder of a lock file ended without a word."""
+    return path.is_file() and path.stat().st_size > 0 and not held(path)
+
+
+def process_here(words: str) -> int | None:
+    """The number of the process that `holder` names; None if it is on another machine."""
+    name = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", words)
+    return int(name[1]) if name else None
+
+
+def seize(file: IO, seconds: float = _PATIENCE) -> bool:
+    """Lock an open file, for all processes that it is handed on to; False if another holds it."""
+    end = time.monotonic() + seconds
+    while not _try(file, fcntl.LOCK_EX):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(_PAUSE)
+    return True
+
+
+def release(file: IO) -> None:
+    """Unlock an open file for all that it was handed on to."""
+    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def busy(out: Path, name: str, who: str) -> Locked:
@@ -66,24 +102,20 @@ def busy(out: Path, name: str, who: str) -> Locked:
     )
 
 
-def _acquire(file: int, path: Path, wait: bool) -> None:
-    end = time.monotonic() + _PATIENCE
-    said = False
-    while not _try(file, fcntl.LOCK_EX):
-        if time.monotonic() < end:
-            time.sleep(_PAUSE)
-            continue
+def _acquire(file: IO, path: Path, wait: bool) -> None:
+    # Not LOCK_EX without LOCK_NB: on some network file systems that never returns.
+    told = False
+    while not seize(file):
         name = path.read_text(encoding="utf-8") or _UNKNOWN
         if not wait:
             raise busy(path.parent.parent, path.stem, name)
-        if not said:
+        if not told:
             logger.warning(f"waiting for {name}, which is on {path.stem} of {path.parent.parent}")
-            said = True
-        # Not LOCK_EX without LOCK_NB: on some network file systems that never returns.
+            told = True
         time.sleep(1)
 
 
-def _try(file: int, kind: int) -> bool:
+def _try(file: IO, kind: int) -> bool:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

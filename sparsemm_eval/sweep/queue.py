@@ -1,100 +1,27 @@
-"""A bounded queue of jobs over this machine's slots: GPUs, or parts of its CPU."""
+"""A bounded queue of jobs over this machine's slots."""
 
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sparsemm_eval.errors import UserError
-from sparsemm_eval.sweep.attempt import GRACE, Attempt
-from sparsemm_eval.sweep.records import FAILED, LOCAL, QUEUED, STOPPED, Record
-from sparsemm_eval.sweep.signals import Stopped, noted
-
-# Its record tells `cancel` whom to ask, its lock `status` whether jobs still wait for it.
-QUEUE = "queue"
-_PAUSE = 0.05
-# Numbers would be those of this process's own CUDA_VISIBLE_DEVICES; UUIDs are true everywhere.
-_LIST_GPUS = (
-    "import torch; "
-    "[print(f'GPU-{torch.cuda.get_device_properties(n).uuid}') "
-    "for n in range(torch.cuda.device_count())]"
+from sparsemm_eval.sweep.process import (
+    FAILED,
+    GRACE,
+    QUEUED,
+    STOPPED,
+    Attempt,
+    Command,
+    Record,
+    Stopped,
+    noted,
 )
+from sparsemm_eval.sweep.resources import Slot
 
-
-@dataclass(frozen=True)
-class Command:
-    """A job's name, and the program and arguments that do it."""
-
-    name: str
-    words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Room for one job at a time.
-
-    Parameters
-    ----------
-    gpus : tuple of str
-        What its jobs see as their GPUs; none: they run on the CPU.
-    threads : int
-        Of its jobs on the CPU.
-    """
-
-    gpus: tuple[str, ...] = ()
-    threads: int = 1
-
-    def prefix(self) -> tuple[str, ...]:
-        """What stands before a command, so that it keeps to the slot."""
-        threads = () if self.gpus else (f"OMP_NUM_THREADS={self.threads}",)
-        return ("env", f"CUDA_VISIBLE_DEVICES={','.join(self.gpus)}", *threads)
-
-
-def make_slots(
-    gpus: Sequence[str], each: int | None, most: int | None, threads: int
-) -> tuple[Slot, ...]:
-    """Part a machine into slots.
-
-    Parameters
-    ----------
-    gpus : sequence of str
-        Those that are there.
-    each : int, optional
-        How many a job gets; default one where there are any, else none, which is the CPU.
-    most : int, optional
-        At most so many slots; default as many as there are GPUs for, on the CPU one.
-    threads : int
-        Of the CPU, for all slots together.
-
-    Raises
-    ------
-    ValueError
-        If a job is to have more GPUs than there are, or fewer than none.
-    """
-    each = min(1, len(gpus)) if each is None else each
-    if not 0 <= each <= len(gpus):
-        raise UserError(f"gpus={each}: a job can have 0 to {len(gpus)} of this machine's GPUs")
-    if most is not None and most < 1:
-        raise UserError(f"max-parallel={most}: it must be an integer of at least 1")
-    if each == 0:
-        count = most or 1
-        return (Slot(threads=max(1, threads // count)),) * count
-    parts = [tuple(gpus[n : n + each]) for n in range(0, len(gpus) - each + 1, each)]
-    return tuple(map(Slot, parts[:most]))
-
-
-def find_gpus() -> list[str]:
-    """UUIDs of the GPUs this process may use; asked of another, which takes no memory on them."""
-    said = subprocess.run(
-        [sys.executable, "-c", _LIST_GPUS], capture_output=True, text=True, check=False
-    )
-    return said.stdout.split()
+_PAUSE = 0.05
 
 
 def run_queue(
@@ -162,12 +89,10 @@ class _Queue:
     ) -> None:
         self.retries, self.out, self.tell = retries, out, tell
         self.words = {command.name: command.words for command in commands}
-        self.waiting = deque(Record(name, LOCAL, QUEUED) for name in self.words)
+        self.waiting = deque(Record(name) for name in self.words)
         self.running: dict[Attempt, Slot] = {}
         self.over: dict[str, Record] = {}
         self.free = deque(slots)
-        for record in self.waiting:
-            record.write(out)
 
     @property
     def busy(self) -> bool:
@@ -193,9 +118,9 @@ class _Queue:
         for attempt in [attempt for attempt in self.running if attempt.ended()]:
             self.free.append(self.running.pop(attempt))
             record = attempt.record
-            if record.state == FAILED and record.attempts <= self.retries:
+            if record.ending == FAILED and record.attempts <= self.retries:
                 again = f"attempt {record.attempts} failed: {record.reason}"
-                record = replace(record, state=QUEUED, reason=again)
+                record = record.over(QUEUED, again)
                 record.write(self.out)
                 self.waiting.append(record)
                 self.tell(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -16,10 +17,9 @@ from types import FrameType
 from typing import Any
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.sweep.attempt import Attempt
-from sparsemm_eval.sweep.queue import Command
-from sparsemm_eval.sweep.records import DONE, QUEUED, SLURM, Record, read_record
-from sparsemm_eval.sweep.sbatch import Options
+from sparsemm_eval.paths import write_whole
+from sparsemm_eval.sweep.process import DONE, Attempt, Command, Record, read_record
+from sparsemm_eval.sweep.resources import Resources, find_submitit
 
 # A requeued job goes on where it was, so it may reach its time limit often; but not for ever, as
 # one would whose model takes longer to load.
@@ -64,11 +64,11 @@ class SlurmJob:
         signal.signal(signal.SIGUSR1, signal.getsignal(signal.SIGUSR2))
         name, words = self.command.name, self.command.words
         for _ in range(self.retries + 1):
-            record = read_record(self.out, name) or Record(name, SLURM, QUEUED)
+            record = read_record(self.out, name) or Record(name)
             self._attempt = Attempt(record, words, self.out)
             while not self._attempt.ended():
                 time.sleep(_PAUSE)
-            if self._attempt.record.state == DONE:
+            if self._attempt.record.ending == DONE:
                 return
             if self._asked_to_end:
                 self._attempt.stop("Slurm sent SIGTERM")
@@ -80,9 +80,7 @@ class SlurmJob:
         from submitit.helpers import DelayedSubmission
 
         if self._attempt is not None:
-            self._attempt.stop("Slurm announced the job's end")
-            why = "requeued, it goes on where it was"
-            replace(self._attempt.record, state=QUEUED, reason=why).write(self.out)
+            self._attempt.stop("Slurm announced the job's end, and requeued it")
         return DelayedSubmission(SlurmJob(self.command, self.out, self.retries))
 
     def _end(self, signum: int, frame: FrameType | None) -> None:
@@ -99,32 +97,21 @@ class SlurmJob:
         raise RuntimeError("it was sent SIGTERM, and not by Slurm")
 
 
-def find_submitit() -> Any:
-    """The module submitit.
+def read_ids(out: Path) -> dict[str, str]:
+    """Slurm's own numbers, such as 12_3, by job; of jobs that were last given to Slurm."""
+    path = _ids_file(out)
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    Raises
-    ------
-    ValueError
-        If it, or Slurm, is not here.
-    """
-    try:
-        import submitit
-    except ImportError as error:
-        raise UserError(
-            "executor=slurm needs submitit: pip install 'sparsemm-eval[slurm]'"
-        ) from error
-    if shutil.which("sbatch") is None or shutil.which("srun") is None:
-        raise UserError(
-            "executor=slurm: there is no sbatch here; run it on a machine of the cluster, or "
-            "choose --executor local"
-        )
-    return submitit
+
+def write_ids(out: Path, ids: Mapping[str, str]) -> None:
+    """Put Slurm's numbers of all jobs that are its own into a sweep's folder."""
+    write_whole(_ids_file(out), json.dumps(dict(ids), indent=1))
 
 
 def submit_jobs(
     commands: Sequence[Command],
     last: Command,
-    options: Options,
+    resources: Resources,
     retries: int,
     out: Path,
     after: Iterable[str],
@@ -138,7 +125,7 @@ def submit_jobs(
         May be empty.
     last : Command
         Begun after these, and after all jobs of ``after``; it has no GPU.
-    options : Options
+    resources : Resources
         For all.
     retries : int
         Of each job.
@@ -156,23 +143,23 @@ def submit_jobs(
 
     Raises
     ------
-    ValueError
+    UserError
         With sbatch's own words if it refuses; nothing is submitted then. Without submitit or
         Slurm, saying so.
     """
     submitit = find_submitit()
     executor = submitit.SlurmExecutor(out / "jobs" / "slurm", max_num_timeout=_TIMEOUTS)
-    executor.update_parameters(**options.parameters(name))
+    executor.update_parameters(**resources.parameters(name))
     jobs = [SlurmJob(command, out, retries) for command in commands]
     ids = dict(zip((c.name for c in commands), _submit(executor, jobs), strict=True))
     ahead = sorted({number.split("_")[0] for number in (*ids.values(), *after)})
     alone = submitit.SlurmExecutor(out / "jobs" / "slurm", max_num_timeout=_TIMEOUTS)
-    alone.update_parameters(**replace(options, gpus=0).parameters(f"{name}-{last.name}"))
+    alone.update_parameters(**replace(resources, gpus=0).parameters(f"{name}-{last.name}"))
     if ahead:
         alone.update_parameters(dependency=":".join(["afterany", *ahead]))
     try:
         (ids[last.name],) = _submit(alone, [SlurmJob(last, out, retries)])
-    except ValueError:
+    except UserError:
         cancel_jobs(ids.values())
         raise
     return ids
@@ -197,12 +184,12 @@ def ask(ids: Iterable[str]) -> Mapping[str, tuple[str, str]] | None:
         return None
     command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", jobs]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
     except subprocess.TimeoutExpired:
         return None
-    if said.returncode and "Invalid job id" not in said.stderr:
+    if answer.returncode and "Invalid job id" not in answer.stderr:
         return None
-    lines = (line.split("|", 2) for line in said.stdout.splitlines())
+    lines = (line.split("|", 2) for line in answer.stdout.splitlines())
     return {number: (state, reason) for number, state, reason in lines}
 
 
@@ -215,9 +202,13 @@ def cancel_jobs(ids: Iterable[str]) -> None:
         In Slurm's words, if it refuses.
     """
     if numbers := list(ids):
-        said = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
-        if said.returncode:
-            raise OSError(f"scancel: {_words(said.stderr)}")
+        done = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f"scancel: {_words(done.stderr)}")
+
+
+def _ids_file(out: Path) -> Path:
+    return out / "jobs" / "slurm" / "ids.json"
 
 
 def _submit(executor: Any, jobs: Sequence[SlurmJob]) -> list[str]:
@@ -233,6 +224,6 @@ def _submit(executor: Any, jobs: Sequence[SlurmJob]) -> list[str]:
         raise UserError(f"sbatch refused, nothing was submitted: {_words(str(error))}") from error
 
 
-def _words(said: str) -> str:
-    lines = (re.sub(r"^\w+: (error: )?", "", line.strip()) for line in said.splitlines())
+def _words(text: str) -> str:
+    lines = (re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines())
     return "; ".join(line for line in lines if line)

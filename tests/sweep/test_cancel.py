@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,24 +17,27 @@ from engine.fixtures import sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.sweep.cancel import cancel
+from sparsemm_eval.sweep.jobs import cancel
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, lock_file
-from sparsemm_eval.sweep.records import Record, read_record, write_ids
+from sparsemm_eval.sweep.process import Record, read_record
+from sparsemm_eval.sweep.slurm import write_ids
+from sparsemm_eval.sweep.status import QUEUE as QUEUE_LOCK
 from sparsemm_eval.sweep.status import Status, status
 
 NAMES = ("a", "b", "c")
 QUEUE = """
-import os, sys
+import sys
 from pathlib import Path
+from sparsemm_eval.sweep.queue import run_queue
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import lock_file
-from sparsemm_eval.sweep.queue import QUEUE, Command, Slot, run_queue
-from sparsemm_eval.sweep.records import Record
+from sparsemm_eval.sweep.process import Command
+from sparsemm_eval.sweep.resources import Slot
+from sparsemm_eval.sweep.status import QUEUE
 out, seconds = Path(sys.argv[1]), sys.argv[2]
 work = (sys.executable, "-I", "-S", "-c", f"import time; time.sleep({seconds})")
 with lock(lock_file(out, QUEUE)):
-    Record(QUEUE, "local", "queued").begun(os.getpid()).write(out)
     run_queue([Command(name, work) for name in "abc"], [Slot()] * 2, 0, out)
 """
 
@@ -95,7 +97,7 @@ def test_a_queue_is_cancelled_whole(out: Path) -> None:
         assert said.under_way
         done = CliRunner().invoke(app, ["cancel", str(out)])
         assert done.exit_code == 0, done.output
-        assert done.output == "cancelled: a, b, c\n"
+        assert done.output == "cancelled: a, b, c, scoring\n"
         child.wait(10)
     assert all(map(is_gone, pids))
     assert states(out) == ["cancelled"] * 3
@@ -114,30 +116,29 @@ def test_what_a_killed_queue_left_is_seen_and_ended(out: Path) -> None:
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: states(out)[0] == "failed")
         assert "died without a word" in reasons(status(out))[0]
-        assert cancel(out) == ["b", "c"]
+        assert cancel(out) == ["b", "c", "scoring"]
     assert all(map(is_gone, pids))
     assert states(out) == ["failed", "cancelled", "cancelled"]
 
 
 def test_a_queue_on_another_machine_is_not_ended_from_here(out: Path) -> None:
     with queue(out):
-        record = read_record(out, "queue")
-        replace(record, host="elsewhere").write(out)
+        path = lock_file(out, QUEUE_LOCK)
+        words = path.read_text()
+        path.write_text("process 1 on elsewhere")
         with pytest.raises(ValueError, match="cannot be ended from here") as caught:
             cancel(out)
         sentence(caught)
         assert states(out) == ["running", "running", "queued"]
-        # Nor is what it says about processes there doubted.
-        theirs = replace(read_record(out, "a"), host="elsewhere", pid=1)
-        theirs.write(out)
-        assert reasons(status(out))[0] == "process 1 on elsewhere, by its queue"
-        record.write(out)
-        replace(theirs, state="failed", reason="as told").write(out)
+        # Nor is it doubted where a lock of a job's log is not seen from here.
+        Record("c", host="elsewhere", pid=1).write(out)
+        assert reasons(status(out))[2] == "process 1 on elsewhere, by its queue"
+        path.write_text(words)
         cancel(out)
 
 
 def test_who_holds_a_jobs_lock_is_on_it_whatever_the_record_says(out: Path) -> None:
-    Record("a", "local", "failed", "a reason").write(out)
+    Record("a", "failed", "a reason").write(out)
     with lock(lock_file(out, "a")):
         assert states(out) == ["running", "open", "open"]
     job, *_ = status(out).jobs
@@ -149,10 +150,8 @@ def test_without_slurm_its_jobs_are_as_they_were_last_written(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
-    (out / "jobs" / "slurm").mkdir(parents=True)
     write_ids(out, {"a": "7_0", "b": "7_1"})
-    Record("a", "slurm", "queued").write(out)
-    Record("b", "slurm", "running", host="elsewhere", pid=5).write(out)
+    Record("b", host="elsewhere", pid=5).write(out)
     said = status(out)
     assert [job.state for job in said.jobs] == ["queued", "running", "open"]
     assert all("Slurm does not answer here" in reason for reason in reasons(said)[:2])

@@ -17,8 +17,10 @@ import psutil
 import pytest
 from engine.fixtures import sentence
 
-from sparsemm_eval.sweep.queue import Command, Slot, find_gpus, make_slots, run_queue
-from sparsemm_eval.sweep.records import Record, log_file, read_record, tail
+from sparsemm_eval.sweep.lock import held
+from sparsemm_eval.sweep.process import Attempt, Command, Record, log_file, read_record, tail
+from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.resources import Slot, find_gpus, make_slots
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
 # Notes where it ran, works a moment, and dies as often as it is told to.
@@ -34,8 +36,9 @@ if len(open(mark).readlines()) <= deaths:
 QUEUE = """
 import sys
 from pathlib import Path
-from sparsemm_eval.sweep.queue import Command, Slot, run_queue
-from sparsemm_eval.sweep.signals import Stopped
+from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.process import Command, Stopped
+from sparsemm_eval.sweep.resources import Slot
 out, words = Path(sys.argv[1]), tuple(sys.argv[2:])
 try:
     run_queue([Command(str(n), words) for n in range(4)], [Slot()] * 2, 0, out, grace=1.0)
@@ -70,12 +73,12 @@ def test_two_hundred_jobs_and_random_kills(tmp_path: Path) -> None:
         for name, count in deaths.items()
     ]
     slots = [Slot((f"GPU-{n}",)) for n in range(4)]
-    told: list[Record] = []
+    told: list[tuple[float, Record]] = []
     alive: dict[str, int] = {}
     killed: set[str] = set()
 
     def tell(record: Record) -> None:
-        told.append(record)
+        told.append((time.time(), record))
         alive.pop(record.name, None)
         if record.state == "running":
             alive[record.name] = record.pid
@@ -97,7 +100,7 @@ def test_two_hundred_jobs_and_random_kills(tmp_path: Path) -> None:
             assert record.attempts == 3
             assert record.reason == "killed by SIGKILL"
         assert read_record(tmp_path, record.name) == record
-    outside = [r for r in told if r.name in killed and "SIGKILL" in r.reason]
+    outside = [r for _, r in told if r.name in killed and "SIGKILL" in r.reason]
     assert len(outside) > 5, "kills from outside have hit"
     # Every slot had one job at a time, and all were in use to the end.
     lines = [
@@ -105,10 +108,13 @@ def test_two_hundred_jobs_and_random_kills(tmp_path: Path) -> None:
     ]
     slot_of = {int(line.split()[1]): line.split()[0] for line in lines if line}
     spans = defaultdict(list)
-    for record in told:
+    begun: dict[int, float] = {}
+    for moment, record in told:
+        if record.state == "running":
+            begun[record.pid] = moment
         # One that was killed before it could say where it ran is in nobody's way.
-        if record.ended and record.pid in slot_of:
-            spans[slot_of[record.pid]].append((record.started, record.ended))
+        elif record.pid in slot_of:
+            spans[slot_of[record.pid]].append((begun[record.pid], moment))
     assert set(spans) == {slot.gpus[0] for slot in slots}
     for times in spans.values():
         times.sort()
@@ -178,17 +184,23 @@ def running_pids(out: Path) -> list[int]:
     return running()
 
 
-def test_a_process_number_given_out_again_is_another_process(tmp_path: Path) -> None:
-    mine = Record("x", "local", "queued").begun(os.getpid())
-    mine.write(tmp_path)
-    assert read_record(tmp_path, "x").alive
-    earlier = Record(**{**mine.__dict__, "born": mine.born - 1})
-    assert not earlier.alive
-    assert not Record(**{**mine.__dict__, "host": "elsewhere"}).alive
+def test_a_job_runs_as_long_as_one_of_its_processes(tmp_path: Path) -> None:
+    """Its log is locked until then, whatever its record says, and whoever else has its number."""
+    Record("x").begun(os.getpid()).write(tmp_path)
+    assert not held(log_file(tmp_path, "x"))
+    sleep = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', {!r}])"
+    job = Attempt(Record("x"), (*PYTHON, sleep.format("import time; time.sleep(600)")), tmp_path)
+    job._process.wait()
+    assert held(log_file(tmp_path, "x"))
+    with pytest.raises(OSError, match="processes of an earlier attempt still write to it"):
+        Attempt(Record("x"), (*PYTHON, "pass"), tmp_path)
+    assert job.ended()
+    assert not held(log_file(tmp_path, "x"))
+    assert read_record(tmp_path, "x") == job.record
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
-    Record("x", "local", "queued").write(tmp_path)
+    Record("x").write(tmp_path)
     (tmp_path / "jobs" / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json: not a readable record") as caught:
         read_record(tmp_path, "x")

@@ -19,16 +19,14 @@ from sweep.small_demo import tables, write_small_demo
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.sweep.cancel import cancel
 from sparsemm_eval.sweep.grid import read_grid
-from sparsemm_eval.sweep.lock import holder
+from sparsemm_eval.sweep.jobs import cancel
+from sparsemm_eval.sweep.lock import held, holder
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob
-from sparsemm_eval.sweep.queue import Command
-from sparsemm_eval.sweep.records import Record, read_ids, read_record, write_ids
-from sparsemm_eval.sweep.sbatch import Options
-from sparsemm_eval.sweep.slurm import submit_jobs
-from sparsemm_eval.sweep.states import States
-from sparsemm_eval.sweep.status import status
+from sparsemm_eval.sweep.process import Command, Record, log_file, read_record
+from sparsemm_eval.sweep.resources import Resources
+from sparsemm_eval.sweep.slurm import read_ids, submit_jobs, write_ids
+from sparsemm_eval.sweep.status import States, status
 from sparsemm_eval.sweep.sweep import run_sweep
 
 SCRIPT = Path(__file__).parent.parent / "slurm" / "cluster.sh"
@@ -74,12 +72,10 @@ def begin(out: Path, *scripts: str, retries: int = 0, **options: object) -> dict
     names = [str(n) for n in range(len(scripts))]
     jobs = tuple(PlannedJob(name, "m", "t", 0, 1, 1) for name in names)
     Plan(jobs, (PlannedCell("m", "t", "cell", "key", {}, 1, "x.json"),)).write(out)
-    for name in (*names, LAST.name):
-        Record(name, "slurm", "queued").write(out)
     commands = [
         Command(name, (*PYTHON, script)) for name, script in zip(names, scripts, strict=True)
     ]
-    given = Options(**{"time": "10", "gpus": 0, **options})
+    given = Resources("slurm", **{"time": "10", "gpus": 0, **options})
     ids = submit_jobs(commands, LAST, given, retries, out, (), "test")
     write_ids(out, ids)
     return ids
@@ -98,7 +94,11 @@ def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def wait_for_record(out: Path, name: str, wanted: str) -> Record:
-    wait_until(lambda: read_record(out, name).state == wanted)
+    def written() -> bool:
+        record = read_record(out, name)
+        return record is not None and record.state == wanted
+
+    wait_until(written)
     return read_record(out, name)
 
 
@@ -134,7 +134,7 @@ def test_what_slurm_refuses_is_said_in_its_words(
 def test_if_the_last_job_is_refused_the_others_are_taken_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Options, "parameters", refuse_second(Options.parameters))
+    monkeypatch.setattr(Resources, "parameters", refuse_second(Resources.parameters))
     with pytest.raises(ValueError, match="invalid partition specified: nope"):
         begin(tmp_path, SLEEP.format(60), SLEEP.format(60))
     wait_until(lambda: in_queue() == "")
@@ -143,7 +143,7 @@ def test_if_the_last_job_is_refused_the_others_are_taken_back(
 def refuse_second(parameters: Callable) -> Callable:
     """Parameters of which those of the scoring job name no partition that there is."""
 
-    def changed(self: Options, name: str) -> dict:
+    def changed(self: Resources, name: str) -> dict:
         more = {"partition": "nope"} if name.endswith(LAST.name) else {}
         return {**parameters(self, name), **more}
 
@@ -151,14 +151,17 @@ def refuse_second(parameters: Callable) -> Callable:
 
 
 def test_no_more_run_at_once_than_are_allowed(tmp_path: Path) -> None:
-    begin(tmp_path, *[SLEEP.format(1)] * 5, max_parallel=2)
-    wait_for_record(tmp_path, LAST.name, "done")
-    records = [read_record(tmp_path, str(n)) for n in range(5)]
-    assert {record.state for record in records} == {"done"}
-    moments = [record.started + 0.01 for record in records]
-    most = max(sum(r.started <= at < r.ended for r in records) for at in moments)
+    timed = "import time; print(time.time()); time.sleep(1); print(time.time())"
+    begin(tmp_path, *[timed] * 5, max_parallel=2)
+    last = wait_for_record(tmp_path, LAST.name, "done")
+    assert {read_record(tmp_path, str(n)).state for n in range(5)} == {"done"}
+    spans = [
+        [float(line) for line in log_file(tmp_path, str(n)).read_text().split()] for n in range(5)
+    ]
+    most = max(sum(begun <= at < ended for begun, ended in spans) for at, _ in spans)
     assert most == 2
-    assert read_record(tmp_path, LAST.name).started >= max(record.ended for record in records)
+    assert last.attempts == 1
+    assert log_file(tmp_path, LAST.name).stat().st_mtime >= max(ended for _, ended in spans)
 
 
 def test_jobs_see_their_gpus_and_processors(tmp_path: Path) -> None:
@@ -202,7 +205,7 @@ def test_cancelled_by_us_and_by_slurm(tmp_path: Path) -> None:
     assert set(cancel(tmp_path)) == {"0", "2", LAST.name}
     wait_until(lambda: in_queue() == "")
     assert {state(tmp_path, name) for name in ("0", "1", "2", LAST.name)} == {"cancelled"}
-    assert not read_record(tmp_path, "0").alive
+    assert not held(log_file(tmp_path, "0"))
     assert cancel(tmp_path) == []
 
 

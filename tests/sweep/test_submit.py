@@ -18,18 +18,17 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.sweep.commands import job_command
 from sparsemm_eval.sweep.grid import read_grid
-from sparsemm_eval.sweep.queue import Slot, run_queue
-from sparsemm_eval.sweep.records import read_record
-from sparsemm_eval.sweep.room import Room
+from sparsemm_eval.sweep.jobs import job_command, submit, with_shards
+from sparsemm_eval.sweep.process import read_record
+from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.resources import Resources, Slot
 from sparsemm_eval.sweep.status import status
-from sparsemm_eval.sweep.submit import submit, with_shards
 from sparsemm_eval.sweep.sweep import plan_sweep, run_sweep
 
 SIGNALLED = """
 import sys, time
-from sparsemm_eval.sweep.signals import Stopped, leaving
+from sparsemm_eval.sweep.process import Stopped, leaving
 try:
     with leaving():
         print("here", flush=True)
@@ -105,7 +104,7 @@ def test_a_job_that_dies_is_reported_and_the_others_go_on(tmp_path: Path) -> Non
         if line.startswith("running  llava_next@"):
             os.kill(int(line.split()[-1]), signal.SIGKILL)
 
-    made = submit(read_grid(grid), out, Room("local", max_parallel=2), 1, False, tell)
+    made = submit(read_grid(grid), out, Resources("local", max_parallel=2), 1, False, tell)
     name = "llava_next@vqav2_mini"
     (lost,) = [record for record in made.failed if record.name != "scoring"]
     assert (lost.name, lost.attempts, lost.reason) == (name, 2, "killed by SIGKILL")
@@ -241,7 +240,7 @@ def test_what_slurm_cannot_be_asked(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     with pytest.raises(ValueError, match=message) as caught:
-        Room("slurm", **{"time": "60", **given}).options()
+        Resources("slurm", **{"time": "60", **given}).check()
     sentence(caught)
 
 
@@ -249,8 +248,5 @@ def test_what_slurm_cannot_be_asked(
     ("90", 90), ("1:30", 2), ("01:30:00", 90), ("2-0", 2880), ("1-02:03", 1563), ("0:30", 1),
     ("1-00:00:01", 1441),
 ])  # fmt: skip
-def test_time_limits_are_read_as_slurm_does(
-    time: str, minutes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
-    assert Room("slurm", time=time).options().minutes() == minutes
+def test_time_limits_are_read_as_slurm_does(time: str, minutes: int) -> None:
+    assert Resources("slurm", time=time).minutes() == minutes

@@ -1,0 +1,381 @@
+"""A sweep's jobs: submitted to this machine's slots or to Slurm, and taken back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsemm_eval.errors import UserError, check_int
+from sparsemm_eval.sweep import slurm
+from sparsemm_eval.sweep.lock import Locked, held, holder, killed, lock, process_here
+from sparsemm_eval.sweep.plan import lock_file
+from sparsemm_eval.sweep.process import (
+    CANCELLED,
+    DONE,
+    GRACE,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    Command,
+    Record,
+    Stopped,
+    end_orphan,
+    log_file,
+    read_record,
+    tail,
+    take_record,
+)
+from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.resources import SLURM, Resources, Slot
+from sparsemm_eval.sweep.status import QUEUE, SCORING, TABLE, Status, status
+
+if TYPE_CHECKING:
+    from sparsemm_eval.methods import Plugin
+    from sparsemm_eval.sweep.grid import Grid
+
+_PAUSE = 0.05
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What was submitted.
+
+    Parameters
+    ----------
+    jobs : tuple of str
+        Names of the jobs, that which scores among them.
+    skipped : tuple of str
+        Names of jobs that are done, or on their way already.
+    records : tuple of Record
+        How each of ``jobs`` ended; empty for Slurm, which goes on alone.
+    """
+
+    jobs: tuple[str, ...]
+    skipped: tuple[str, ...]
+    records: tuple[Record, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Record, ...]:
+        """Jobs that were given up."""
+        return tuple(record for record in self.records if record.ending != DONE)
+
+    def lines(self, out: Path) -> list[str]:
+        """What to say of it: of jobs that were given up, the end of their logs."""
+        if not self.jobs:
+            return [f"{out}: nothing to submit, {len(self.skipped)} jobs are done or on their way"]
+        if self.records:
+            table = out / TABLE
+            wrote = [f"wrote {table}"] if table.is_file() else []
+            return [*(_failure(out, record) for record in self.failed), *wrote]
+        return [
+            f"submitted {len(self.jobs)} jobs, {len(self.skipped)} are done or on their way; "
+            f"`sparsemm-eval status {out} --watch` shows them"
+        ]
+
+
+def submit(
+    grid: Grid,
+    out: Path,
+    resources: Resources,
+    retries: int,
+    skip_missing: bool,
+    tell: Callable[[str], None],
+    include_path: Sequence[Path] = (),
+    plugins: Sequence[Plugin] = (),
+) -> Submitted:
+    """Plan a sweep and submit those of its jobs that are not done.
+
+    Parameters
+    ----------
+    grid : Grid
+        What is to be measured.
+    out : Path
+        The sweep's folder, absolute.
+    resources : Resources
+        Where jobs run.
+    retries : int
+        How often a job that failed is tried again.
+    skip_missing : bool
+        Leave out tasks whose metrics cannot run here, instead of refusing the sweep.
+    tell : callable
+        Given a line whenever a job of this machine begins or ends, and one a task left out.
+    include_path : sequence of Path
+        Folders of the user's own task files, absolute; jobs get them with their command.
+    plugins : sequence of Plugin
+        Those that were loaded for methods of this grid; jobs get them with their command.
+
+    Raises
+    ------
+    UserError, FileNotFoundError
+        For what cannot be, before a model is loaded; in Slurm's words if it refuses.
+    Stopped
+        On Ctrl-C or an ending signal, after all jobs of this machine have ended.
+    """
+    from sparsemm_eval.sweep.sweep import plan_sweep  # heavy, and `cancel` is to start at once
+
+    resources.check()
+    check_int("retries", retries, least=0)
+    slots = () if resources.executor == SLURM else resources.slots()
+    _refuse_running(out)
+    before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins)
+    doors = (
+        *(word for plugin in plugins for word in ("--plugin", plugin.name)),
+        *(word for folder in include_path for word in ("--include_path", str(folder))),
+    )
+    for lost in left_out:
+        tell(f"left out: {lost.cause}")
+    if resources.executor == SLURM:
+        return _submit_slurm(out, before, resources, retries, skip_missing, grid.name, doors)
+    return _submit_local(
+        out, before, slots, retries, skip_missing, lambda record: tell(_line(record)), doors
+    )
+
+
+def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
+    """The grid in so many jobs a task; by default as its folder has it already.
+
+    Raises
+    ------
+    UserError
+        If there cannot be so many.
+    """
+    if shards is not None:
+        check_int("shards", shards, least=1)
+        return grid.model_copy(update={"shards": shards})
+    path = out / "grid.yaml"
+    if not path.is_file():
+        return grid
+    from sparsemm_eval.sweep.grid import parse_grid
+
+    before = parse_grid(path.read_text(encoding="utf-8"), path)
+    same = grid.model_copy(update={"shards": before.shards})
+    return same if same.resolved() == before.resolved() else grid
+
+
+def _submit_local(
+    out: Path,
+    before: Status,
+    slots: Sequence[Slot],
+    retries: int,
+    skip_missing: bool,
+    tell: Callable[[Record], None],
+    doors: Sequence[str],
+) -> Submitted:
+    """Run all jobs of a planned sweep that are not done on this machine, then score.
+
+    ``before`` says how far the sweep is, ``doors`` are words for `job_command`; the rest is as for
+    `submit` and `run_queue`.
+    """
+    done, todo, under_way = _sort(before)
+    if under_way:
+        raise UserError(
+            f"{out}: {under_way[0]} is on its way already; wait for it (`sparsemm-eval status "
+            f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
+        )
+    if not todo:
+        return Submitted((), done)
+    size = len(slots[0].gpus)
+    jobs = [job_command(out, name, size, doors) for name in todo if name != SCORING]
+    last = scoring_command(out, skip_missing, doors)
+    with _alone(out):
+        ids = slurm.read_ids(out)
+        if ids.keys() & set(todo):
+            slurm.write_ids(out, {job: ids[job] for job in ids if job not in todo})
+        for name in todo:
+            take_record(out, name)
+        try:
+            records = run_queue(jobs, slots, retries, out, tell)
+        except Stopped:
+            Record(SCORING).over(STOPPED, "the jobs before it were stopped").write(out)
+            raise
+        records += run_queue([last], slots[:1], retries, out, tell)
+    return Submitted(todo, done, tuple(records))
+
+
+def _submit_slurm(
+    out: Path,
+    before: Status,
+    resources: Resources,
+    retries: int,
+    skip_missing: bool,
+    name: str,
+    doors: Sequence[str],
+) -> Submitted:
+    """Submit all jobs of a planned sweep that are neither done nor in Slurm's queue.
+
+    ``name`` is the grid's, for Slurm's lists; the rest is as for `_submit_local`. If Slurm refuses,
+    nothing is submitted.
+    """
+    done, todo, under_way = _sort(before)
+    jobs = tuple(job for job in todo if job != SCORING)
+    if not jobs and (not todo or SCORING in under_way):
+        return Submitted((), (*done, *under_way))
+    ids = slurm.read_ids(out)
+    ahead = [ids[job] for job in under_way if job in ids and job != SCORING]
+    commands = [job_command(out, job, resources.gpus_of_job, doors) for job in jobs]
+    names = (*jobs, SCORING)
+    with _alone(out):
+        with _records_taken(out, names):
+            numbers = slurm.submit_jobs(
+                commands, scoring_command(out, skip_missing, doors), resources, retries, out, ahead,
+                f"sparsemm-{name}",
+            )  # fmt: skip
+        if SCORING in under_way:
+            slurm.cancel_jobs([ids[SCORING]])  # it would not wait for the new ones
+        slurm.write_ids(out, {**ids, **numbers})
+    rest = tuple(job for job in (*done, *under_way) if job != SCORING)
+    return Submitted(names, rest)
+
+
+def _line(record: Record) -> str:
+    where = f"process {record.pid}" if record.state == RUNNING else record.reason
+    return f"{record.state:8} {record.name}" + (f": {where}" if where else "")
+
+
+def _failure(out: Path, record: Record) -> str:
+    """Why a job was given up, with the end of its log."""
+    path = log_file(out, record.name)
+    lines = "".join(f"\n    {line}" for line in tail(path))
+    return (
+        f"{record.name} failed, attempt {record.attempts} was the last: {record.reason}; "
+        f"{path} ends with{lines}"
+    )
+
+
+def _sort(before: Status) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Names of jobs that are done, that are to be submitted, and that are on their way."""
+    states = {job.job.name: job.state for job in before.jobs} | {SCORING: before.scoring_state[0]}
+    under_way = tuple(name for name, state in states.items() if state in (QUEUED, RUNNING))
+    done = tuple(name for name, state in states.items() if state == DONE)
+    return done, tuple(name for name in states if name not in (*under_way, *done)), under_way
+
+
+def _refuse_running(out: Path) -> None:
+    if (other := holder(lock_file(out, QUEUE))) is not None:
+        raise UserError(
+            f"{out}: its jobs are in the queue of {other}; wait for it (`sparsemm-eval status "
+            f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
+        )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    try:
+        with lock(lock_file(out, QUEUE)):
+            yield
+    except Locked:
+        _refuse_running(out)
+        raise
+
+
+@contextmanager
+def _records_taken(out: Path, names: Sequence[str]) -> Iterator[None]:
+    """Remove records before a new attempt can begin; put them back if Slurm refuses the jobs."""
+    before = [take_record(out, name) for name in names]
+    try:
+        yield
+    except BaseException:
+        for record in filter(None, before):
+            record.write(out)
+        raise
+
+
+def cancel(out: Path) -> list[str]:
+    """End all that was submitted for a sweep's folder and is not done; answers stay.
+
+    Returns
+    -------
+    list of str
+        Names of the jobs that were cancelled.
+
+    Raises
+    ------
+    UserError
+        If their queue runs on another machine, or nothing was submitted.
+    """
+    before, ids = _states(out), slurm.read_ids(out)
+    records = {name: record for name in before if (record := read_record(out, name))}
+    queue = lock_file(out, QUEUE)
+    submitted = held(queue) or killed(queue)
+    if not (records or ids or submitted):
+        raise UserError(f"{out}: nothing was submitted here that could be cancelled")
+    in_slurm = [name for name in ids if before.get(name) in (QUEUED, RUNNING)]
+    slurm.cancel_jobs(ids[name] for name in in_slurm)
+    here = [name for name in before if name not in ids and _is_submitted(out, name, before[name])]
+    _end_queue(out)
+    for name in here:
+        record = read_record(out, name)
+        if record is not None and record.here and held(log_file(out, name)):
+            end_orphan(record, out)
+    after = _states(out)
+    cancelled = [*in_slurm, *(name for name in here if after[name] != DONE)]
+    for name in cancelled:
+        record = read_record(out, name) or Record(name)
+        record.over(CANCELLED, "by `sparsemm-eval cancel`").write(out)
+    return cancelled
+
+
+def _states(out: Path) -> dict[str, str]:
+    now = status(out)
+    return {job.job.name: job.state for job in now.jobs} | {SCORING: now.scoring_state[0]}
+
+
+def _is_submitted(out: Path, name: str, state: str) -> bool:
+    """Whether a job waits for a queue of this machine, runs in one, or was left by one."""
+    if state == RUNNING:
+        return read_record(out, name) is not None and held(log_file(out, name))
+    record = read_record(out, name)
+    never_ended = record is None or record.ending == QUEUED
+    return state == QUEUED or (state == STOPPED and never_ended)
+
+
+def _end_queue(out: Path) -> None:
+    path = lock_file(out, QUEUE)
+    other = holder(path)
+    if other is None:
+        return
+    pid = process_here(other)
+    if pid is None:
+        raise UserError(f"{out}: its queue is {other}, which cannot be ended from here")
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + GRACE + 10
+    while held(path) and time.monotonic() < end:
+        time.sleep(_PAUSE)
+
+
+def job_command(out: Path, name: str, gpus: int, doors: Sequence[str] = ()) -> Command:
+    """What answers one job of a planned sweep: a rank a GPU, and their number asserted.
+
+    Parameters
+    ----------
+    out : Path
+        The sweep's folder.
+    name : str
+        The job's.
+    gpus : int
+        Its ranks; 0 is one, on the CPU.
+    doors : sequence of str
+        Words that name plugins and folders of tasks, such as ``--plugin FILE``.
+    """
+    begin: tuple[str, ...] = (sys.executable, "-m")
+    if gpus > 1:
+        begin += ("torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), "-m")
+    ranks = ("--world-size", str(max(1, gpus)))
+    return Command(name, (*begin, *_sweep(out), *doors, "--job", name, *ranks))
+
+
+def scoring_command(out: Path, skip_missing: bool, doors: Sequence[str] = ()) -> Command:
+    """What scores all that is answered, and writes the tables of a plain sweep."""
+    skip = ("--skip-missing",) if skip_missing else ()
+    return Command(SCORING, (sys.executable, "-m", *_sweep(out), *doors, "--only-scores", *skip))
+
+
+def _sweep(out: Path) -> tuple[str, ...]:
+    return "sparsemm_eval", "sweep", str(out / "grid.yaml"), "--out", str(out), "--wait"
