@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS answers (
 );
 CREATE INDEX IF NOT EXISTS answers_of_cell ON answers (cell);
 """
+# A record that is no JSON is found where it is read, and says nothing here.
+_SECONDS = "CASE WHEN json_valid(record) THEN json_extract(record, '$.seconds') END"
 _COLUMNS = ["key", "cell", "task", "doc_id", "text", "error", "record", "written"]
 _VERSION = 1
 # Seconds that a process waits for others: a reader may look through a whole large file.
@@ -87,10 +89,16 @@ class Tally:
         Documents with an answer.
     failed : mapping of str to str
         Causes by document, of those that have none.
+    seconds : float
+        What the answers took that say how long they took.
+    timed : int
+        How many these are.
     """
 
     done: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    timed: int = 0
 
 
 class SampleFailures(RuntimeError):
@@ -254,24 +262,29 @@ def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
     """
     done: dict[str, set[str]] = defaultdict(set)
     failed: dict[str, dict[str, str]] = defaultdict(dict)
+    times: dict[str, list[float]] = defaultdict(list)
     broken: dict[Path, str] = {}
     for path in sorted(folder.glob("answers-*.sqlite")):
         try:
             _check(path)
-            rows = _query(path, "SELECT cell, doc_id, text NOTNULL, error FROM answers")
+            rows = _query(
+                path, f"SELECT cell, doc_id, text NOTNULL, error, {_SECONDS} FROM answers"
+            )
         except _Broken as error:
             broken[path] = str(error)
             continue
-        for cell, doc_id, answered, error in rows:
+        for cell, doc_id, answered, error, seconds in rows:
             if answered:
                 done[cell].add(doc_id)
+                if isinstance(seconds, int | float):
+                    times[cell].append(seconds)
             else:
                 failed[cell][doc_id] = error
-    found = {}
+    tallies = {}
     for cell in (*done, *failed):
         causes = {doc: cause for doc, cause in failed[cell].items() if doc not in done[cell]}
-        found[cell] = Tally(frozenset(done[cell]), causes)
-    return found, broken
+        tallies[cell] = Tally(frozenset(done[cell]), causes, sum(times[cell]), len(times[cell]))
+    return tallies, broken
 
 
 class _Broken(Exception):

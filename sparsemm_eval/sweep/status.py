@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,9 @@ class Status:
         A line a file that is broken; the next run sets it aside.
     scoring_state : (str, str)
         State and reason, as a job's.
+    time_left : str
+        How long the missing answers will take, in words; "" if no answer was timed here, or none
+        is missing.
     """
 
     jobs: tuple[JobStatus, ...]
@@ -103,6 +107,7 @@ class Status:
     failures: tuple[str, ...]
     broken: tuple[str, ...]
     scoring_state: tuple[str, str] = (OPEN, "")
+    time_left: str = ""
 
     @property
     def under_way(self) -> bool:
@@ -135,6 +140,7 @@ class Status:
         lines = [
             f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
             + (f"running, {'; '.join(running)}" if running else "not running"),
+            *filter(None, [self.time_left]),
             "",
             _jobs_table(self.jobs, self.scoring_state),
             "",
@@ -264,6 +270,7 @@ def status(out: Path) -> Status:
         tuple(_failures(plan.cells, tallies)),
         tuple(broken),
         states.of(SCORING, scored),
+        _time_left(cells, tallies, sum(job.state == RUNNING for job in jobs)),
     )
 
 
@@ -328,6 +335,45 @@ def _cell(
         broken.append(str(error))
         scored = False
     return CellStatus(cell, len(found.done), len(found.failed), scored)
+
+
+def _time_left(
+    cells: Iterable[CellStatus], tallies: Mapping[str, Mapping[str, Tally]], running: int
+) -> str:
+    """How long the missing answers will take at what those of the same model and task took.
+
+    An answer's time is its share of the batch it was decoded in. Jobs are taken to go on as many
+    at once as run now, or one by one where none does; the ranks of one job count as one.
+    """
+    missing: Counter[tuple[str, str]] = Counter()
+    timed: Counter[tuple[str, str]] = Counter()
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    for cell in cells:
+        at = cell.cell.model, cell.cell.task
+        of_cell = tallies[cell.cell.model].get(cell.cell.words, Tally())
+        missing[at] += cell.cell.samples - cell.done
+        timed[at] += of_cell.timed
+        seconds[at] += of_cell.seconds
+    known = [at for at in missing if missing[at] and timed[at]]
+    if not known:
+        return ""
+    jobs = max(running, 1)
+    left = sum(missing[at] * seconds[at] / timed[at] for at in known) / jobs
+    here, everywhere = sum(missing[at] for at in known), sum(missing.values())
+    line = (
+        f"time left: about {duration(left)} for {here:,} answers, measured on "
+        f"{sum(timed[at] for at in known):,}, with {jobs} job{'' if jobs == 1 else 's'} at once"
+    )
+    return (
+        f"{line}; {everywhere - here:,} more are of tasks not begun" if everywhere > here else line
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in hours, minutes or seconds."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def _failures(

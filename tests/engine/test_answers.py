@@ -286,6 +286,21 @@ def test_a_tally_says_what_became_of_each_document(tmp_path: Path) -> None:
     assert tally(tmp_path / "nothing") == ({}, {})
 
 
+def test_a_tally_adds_up_what_answers_took(tmp_path: Path) -> None:
+    store = AnswerStore(tmp_path)
+    store.write([answer(number, record={"seconds": 0.25 * number}) for number in range(4)])
+    store.write([answer(5), answer(6, record={"seconds": "long"}), answer(7)])
+    store.write([answer(8, None, error="OSError: lost", record={"seconds": 9.0})])
+    store.close()
+    (path,) = store.files()
+    with sqlite3.connect(path) as file:
+        file.execute("UPDATE answers SET record = '{\"seconds\":' WHERE key = 'key7'")
+    tallies, broken = tally(tmp_path)
+    assert broken == {}
+    assert (tallies[CELL].seconds, tallies[CELL].timed) == (1.5, 4)
+    assert len(tallies[CELL].done) == 7
+
+
 # --- refused ------------------------------------------------------------------------------------
 
 

@@ -41,13 +41,21 @@ def out(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(out: Path, model: str, cell: str, *numbers: int, error: str | None = None) -> None:
+def write(
+    out: Path,
+    model: str,
+    cell: str,
+    *numbers: int,
+    error: str | None = None,
+    seconds: float | None = None,
+) -> None:
     """Store answers, or failures."""
+    record = {} if seconds is None else {"seconds": seconds}
     store = AnswerStore(answers_folder(out, model))
     store.write(
         Answer(
             answer_key({"cell": cell, "n": n, "error": error}), f"qwen t {cell}", "t",
-            f"test {n}", None if error else "text", error,
+            f"test {n}", None if error else "text", error, record,
         )
         for n in numbers
     )  # fmt: skip
@@ -94,6 +102,32 @@ def test_who_is_on_it_is_named(out: Path) -> None:
     with lock(lock_file(out, "scoring")):
         assert "running, scoring: process" in str(status(out))
     assert "not running" in str(status(out))
+
+
+def test_time_left_is_what_answers_of_the_task_took(out: Path) -> None:
+    write(out, "small", CELLS[0], *range(5))
+    assert status(out).time_left == "", "nothing was timed"
+    write(out, "small", CELLS[1], *range(4), seconds=60.0)
+    write(out, "small", CELLS[1], *range(4, 6), seconds=120.0)
+    # Three answers at 80 seconds; nothing is known of the other model.
+    words = "time left: about 4 min for 3 answers, measured on 6, with 1 job at once"
+    assert str(status(out)).splitlines()[1] == f"{words}; 14 more are of tasks not begun"
+    write(out, "large", CELLS[0], 0, error="OSError: lost", seconds=1.0)
+    assert "14 more" in status(out).time_left, "a failure measures nothing"
+    write(out, "large", CELLS[0], 0, seconds=1200.0)
+    with (
+        lock(lock_file(out, "large@t@1of2")),
+        lock(lock_file(out, "large@t@2of2")),
+        lock(lock_file(out, "scoring")),
+    ):
+        assert status(out).time_left == (
+            "time left: about 2.2 h for 16 answers, measured on 7, with 2 jobs at once"
+        )
+    for model in MODELS:
+        for cell in CELLS:
+            write(out, model, cell, *range(SAMPLES), seconds=1.0)
+    assert status(out).time_left == ""
+    assert str(status(out)).splitlines()[1] == ""
 
 
 def test_scored_cells_and_broken_files(out: Path) -> None:
