@@ -359,14 +359,13 @@ def _time_left(
         return ""
     jobs = max(running, 1)
     left = sum(missing[at] * seconds[at] / timed[at] for at in known) / jobs
-    here, everywhere = sum(missing[at] for at in known), sum(missing.values())
+    count = sum(missing[at] for at in known)
+    unknown = sum(missing.values()) - count
     line = (
-        f"time left: about {duration(left)} for {here:,} answers, measured on "
+        f"time left: about {duration(left)} for {count:,} answers, measured on "
         f"{sum(timed[at] for at in known):,}, with {jobs} job{'' if jobs == 1 else 's'} at once"
     )
-    return (
-        f"{line}; {everywhere - here:,} more are of tasks not begun" if everywhere > here else line
-    )
+    return f"{line}; {unknown:,} more are of tasks not begun" if unknown else line
 
 
 def duration(seconds: float) -> str:
