@@ -28,6 +28,7 @@ from sparsemm_eval.sweep.process import (
     Stopped,
     end_orphan,
     log_file,
+    noted,
     read_record,
     tail,
     take_record,
@@ -221,15 +222,19 @@ def _submit_slurm(
     ahead = [ids[job] for job in under_way if job in ids and job != SCORING]
     commands = [job_command(out, job, resources.gpus_of_job, doors) for job in jobs]
     names = (*jobs, SCORING)
-    with _alone(out):
+    # Between Slurm's yes and its numbers on disk nothing may end this process: jobs would run on
+    # that nobody knows.
+    with _alone(out), noted() as signals:
         with _records_taken(out, names):
             numbers = slurm.submit_jobs(
                 commands, scoring_command(out, skip_missing, doors), resources, retries, out, ahead,
                 f"sparsemm-{name}",
             )  # fmt: skip
+        slurm.write_ids(out, {**ids, **numbers})
         if SCORING in under_way:
             slurm.cancel_jobs([ids[SCORING]])  # it would not wait for the new ones
-        slurm.write_ids(out, {**ids, **numbers})
+    if signals:
+        raise Stopped(signals[0])
     rest = tuple(job for job in (*done, *under_way) if job != SCORING)
     return Submitted(names, rest)
 

@@ -15,7 +15,7 @@ from typing import IO
 from loguru import logger
 
 # `status` holds a lock for an instant when it looks whether it is free.
-_PATIENCE = 0.5
+PATIENCE = 0.5
 _PAUSE = 0.05
 _UNKNOWN = "a process that has not said its name yet"
 
@@ -79,7 +79,7 @@ def process_here(words: str) -> int | None:
     return int(name[1]) if name else None
 
 
-def seize(file: IO, seconds: float = _PATIENCE) -> bool:
+def seize(file: IO, seconds: float = PATIENCE) -> bool:
     """Lock an open file, for all processes that it is handed on to; False if another holds it."""
     end = time.monotonic() + seconds
     while not _try(file, fcntl.LOCK_EX):

@@ -16,7 +16,7 @@ from types import FrameType
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.sweep.lock import Locked, held, release, seize
+from sparsemm_eval.sweep.lock import PATIENCE, Locked, held, release, seize
 
 OPEN, QUEUED, RUNNING, DONE = "open", "queued", "running", "done"
 FAILED, STOPPED, CANCELLED = "failed", "stopped", "cancelled"
@@ -189,6 +189,8 @@ class Attempt:
         Program and arguments.
     out : Path
         The sweep's folder.
+    patience : float
+        Seconds to wait until the processes of an earlier attempt are gone.
 
     Raises
     ------
@@ -196,13 +198,15 @@ class Attempt:
         If the command cannot be begun, or processes of an earlier attempt live.
     """
 
-    def __init__(self, record: Record, command: Sequence[str], out: Path) -> None:
+    def __init__(
+        self, record: Record, command: Sequence[str], out: Path, patience: float = PATIENCE
+    ) -> None:
         self._out = out
         path = log_file(out, record.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._log = path.open("ab")
         try:
-            if not seize(self._log):
+            if not seize(self._log, patience):
                 raise Locked(f"{path}: processes of an earlier attempt still write to it")
             # Standard output is the locked file itself, so that the lock lives as long as any
             # process that writes there. A session of its own: what it starts ends with it, and
@@ -227,7 +231,10 @@ class Attempt:
         return True
 
     def stop(self, reason: str, grace: float = GRACE) -> None:
-        """Ask it to end, wait, and end it if it does not."""
+        """Ask it to end, wait, and end it if it does not; its record then gives the reason.
+
+        One that failed before is recorded as stopped too: that it was asked may be why it failed.
+        """
         self.ask()
         end = time.monotonic() + grace
         while self._process.poll() is None and time.monotonic() < end:
@@ -238,14 +245,15 @@ class Attempt:
 
     def ask(self) -> None:
         """Send it SIGTERM."""
-        signal_group(self._process.pid, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
 
     def _settle(self, ending: str, reason: str) -> None:
         self.record = self.record.over(ending, reason)
         self.record.write(self._out)
-        # For all that share the file, even processes that have left the group.
-        release(self._log)
-        self._log.close()
+        if not self._log.closed:
+            # For all that share the file, even processes that have left the group.
+            release(self._log)
+            self._log.close()
 
     def _why(self, code: int) -> str:
         if code < 0:
@@ -254,7 +262,11 @@ class Attempt:
         return f"exit code {code}" + (f": {last[0][:300]}" if last else "")
 
     def _kill(self) -> None:
-        signal_group(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        if not self._log.closed:  # once it is over, its number may be another process's
+            signal_group(self._process.pid, number)
 
 
 def end_orphan(record: Record, out: Path) -> None:

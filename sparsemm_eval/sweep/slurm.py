@@ -27,6 +27,8 @@ _TIMEOUTS = 100
 _PAUSE = 0.2
 # Seconds that a job waits to be killed after Slurm's SIGTERM; longer than any usual grace time.
 _FAREWELL = 900
+# Seconds until a file server notices that a node has died with its locks; Slurm requeues at once.
+_LOST_NODE = 300
 _PATIENCE = 60
 
 
@@ -65,7 +67,9 @@ class SlurmJob:
         name, words = self.command.name, self.command.words
         for _ in range(self.retries + 1):
             record = read_record(self.out, name) or Record(name)
-            self._attempt = Attempt(record, words, self.out)
+            self._attempt = Attempt(record, words, self.out, _LOST_NODE)
+            if self._asked_to_end:  # while it began
+                self._attempt.ask()
             while not self._attempt.ended():
                 time.sleep(_PAUSE)
             if self._attempt.record.ending == DONE:

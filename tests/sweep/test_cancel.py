@@ -17,11 +17,13 @@ from engine.fixtures import sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.sweep import jobs, slurm
 from sparsemm_eval.sweep.jobs import cancel
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, lock_file
-from sparsemm_eval.sweep.process import Record, read_record
-from sparsemm_eval.sweep.slurm import write_ids
+from sparsemm_eval.sweep.process import Command, Record, Stopped, read_record
+from sparsemm_eval.sweep.resources import Resources
+from sparsemm_eval.sweep.slurm import read_ids, write_ids
 from sparsemm_eval.sweep.status import QUEUE as QUEUE_LOCK
 from sparsemm_eval.sweep.status import Status, status
 
@@ -155,6 +157,19 @@ def test_without_slurm_its_jobs_are_as_they_were_last_written(
     said = status(out)
     assert [job.state for job in said.jobs] == ["queued", "running", "open"]
     assert all("Slurm does not answer here" in reason for reason in reasons(said)[:2])
+
+
+def test_a_submission_to_slurm_that_is_asked_to_end_writes_down_its_jobs(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit_jobs(commands: list[Command], last: Command, *rest: object) -> dict[str, str]:
+        os.kill(os.getpid(), signal.SIGTERM)  # as `cancel` does that finds the queue's lock held
+        return {command.name: f"7_{n}" for n, command in enumerate([*commands, last])}
+
+    monkeypatch.setattr(slurm, "submit_jobs", submit_jobs)
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        jobs._submit_slurm(out, status(out), Resources("slurm", time="9"), 0, False, "x", ())
+    assert read_ids(out) == {"a": "7_0", "b": "7_1", "c": "7_2", "scoring": "7_3"}
 
 
 def test_watching_ends_when_nothing_waits_or_runs(out: Path) -> None:

@@ -199,6 +199,17 @@ def test_a_job_runs_as_long_as_one_of_its_processes(tmp_path: Path) -> None:
     assert read_record(tmp_path, "x") == job.record
 
 
+def test_a_job_that_is_over_can_be_stopped(tmp_path: Path) -> None:
+    """As one in Slurm is that fails at the SIGTERM of a preemption, before its runner stops it."""
+    job = Attempt(Record("x"), (*PYTHON, "raise SystemExit(3)"), tmp_path)
+    wait_until(job.ended)
+    assert job.record.reason == "exit code 3"
+    job.ask()
+    job.stop("Slurm sent SIGTERM")
+    assert (job.record.ending, job.record.reason) == ("stopped", "Slurm sent SIGTERM")
+    assert read_record(tmp_path, "x") == job.record
+
+
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
     Record("x").write(tmp_path)
     (tmp_path / "jobs" / "x.json").write_text("{")
