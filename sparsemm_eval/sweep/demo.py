@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,24 +17,22 @@ from sparsemm_eval.engine.tasks import visuals
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
 from sparsemm_eval.methods import MASK_MODES, HeadScores, Plugin
-from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import save
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.names import top_score
 from sparsemm_eval.report.page import write_page
 from sparsemm_eval.report.paper_tables import applicable, paper_table
-from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import kept_table, overview_table, score_tables, to_markdown
+from sparsemm_eval.report.tables import overview_table, score_tables, to_markdown
 from sparsemm_eval.sweep.grid import grids_folder, make_grid
 from sparsemm_eval.sweep.mask import run_masking
 from sparsemm_eval.sweep.sweep import run_sweep, scored_files
+from sparsemm_eval.sweep.tables import chance_of, write_tables
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
-from sparsemm_eval.tiny.chance import constant_answer_score
 
 TASKS = tuple(f"{name}_mini" for name in BENCHMARKS)
 BUDGETS = (256, 128, 64, 32, 16, 12)
@@ -44,13 +41,6 @@ MASKING_SEEDS = 5
 TITLE = "The embedded models on the miniature benchmarks"
 # Of the table that shows all benchmarks at once.
 OVERVIEW = 32
-# The questions of drawn documents are 5 to 8 tokens long; the paper's window of 32 is for prompts
-# of real benchmarks.
-WINDOW = 8
-_COLUMNS = [
-    "model", "task", "metric", "method", "budget", "score", "stderr", "samples",
-    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +130,7 @@ def run_demo(
         "batch_size": batch_size,
     }
     grid = make_grid({"name": "demo", **values})
-    done = run_sweep(grid, out, command, plugins=plugins)
+    done = run_sweep(grid, out, command, plugins=plugins, replace=True)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     files: list[Path] = []
@@ -161,7 +151,17 @@ def run_demo(
         checkpoint = Checkpoint(spec.pretrained, **spec.settings, device_map=device_name())
         files += draw(checkpoint, drawn_scene(), folder / "heads").files
     files += _report(scored_files(out), out)
-    return _write(done.frame, out, files, command, start)
+    frame, chance = done.frame, chance_of(tasks)
+    metric_of = frame.groupby("task")["metric"].first()
+    about = {
+        "seconds": round(time.perf_counter() - start, 1),
+        "chance": {
+            task: score / top_score(task, metric_of[task], None)
+            for task, (_, score) in chance.items()
+        },
+    }
+    markdown = _tables(frame, chance, grid.axes["window"][0])
+    return Demo(frame, markdown, (*write_tables(markdown, frame, out, command, about), *files))
 
 
 def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:
@@ -178,17 +178,12 @@ def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:
     yield write_page(results, out / "report", TITLE, visuals=visuals)
 
 
-def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, start: float) -> Demo:
-    """Tables, curves and summary of all cells."""
-    chance = {
-        task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
-        for task in frame["task"].unique()
-    }
-    metric_of = frame.groupby("task")["metric"].first()
+def _tables(frame: pd.DataFrame, chance: Mapping[str, tuple[str, float]], window: int) -> str:
+    """All benchmarks of a model at one budget, then each over all budgets, as Markdown."""
     folders = embedded_checkpoints()
     parts = [
         f"# {TITLE}",
-        f"{frame['samples'].max():.0f} drawn samples a benchmark, float32, window {WINDOW}. "
+        f"{frame['samples'].max():.0f} drawn samples a benchmark, float32, window {window}. "
         "Columns are budgets: mean tokens of the prompt kept per KV head. Chance is the best "
         "constant answer.",
     ]
@@ -200,28 +195,4 @@ def _write(frame: pd.DataFrame, out: Path, files: list[Path], command: str, star
         parts.append(to_markdown(overview_table(of_model, int(shown), chance)))
         for title, table in score_tables(of_model, chance):
             parts += [f"### {title}", to_markdown(table)]
-    markdown = "\n\n".join(parts) + "\n"
-    kept = [
-        f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
-        for (name, task), cells in frame.groupby(["model", "task"], sort=False)
-    ]
-    written = {
-        out / "table.md": markdown,
-        out / "kept.md": "\n".join(kept),
-        out / "summary.json": json.dumps(
-            {
-                **provenance(command),
-                "seconds": round(time.perf_counter() - start, 1),
-                "chance": {
-                    task: score / top_score(task, metric_of[task], None)
-                    for task, (_, score) in chance.items()
-                },
-                "cells": json.loads(frame[_COLUMNS].to_json(orient="records")),
-            },
-            indent=1,
-        )
-        + "\n",
-    }
-    for path, text in written.items():
-        path.write_text(text, encoding="utf-8")
-    return Demo(frame, markdown, (*written, *files))
+    return "\n\n".join(parts) + "\n"

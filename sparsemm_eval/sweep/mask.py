@@ -130,7 +130,7 @@ def run_masking(
             "batch_size": batch_size,
         }
     )
-    done = run_sweep(grid, out, command)
+    done = run_sweep(grid, out, command, replace=True)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     checkpoint = check_models(grid.models)["model"]

@@ -54,6 +54,15 @@ class PlannedCell:
     samples: int
     results: str
 
+    def asks(self, document: str) -> bool:
+        """Whether a document, named "split number", is one of the first so many of its task."""
+        return number_of(document) < self.samples
+
+
+def number_of(document: str) -> int:
+    """A document's number in its data set, out of "split number"."""
+    return int(document.split()[-1])
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -24,6 +24,7 @@ from sparsemm_eval.sweep.plan import (
     PlannedJob,
     answers_folder,
     lock_file,
+    number_of,
 )
 from sparsemm_eval.sweep.process import (
     CANCELLED,
@@ -300,23 +301,32 @@ def samples_file(results: Path, task: str) -> Path:
     return results.with_name(f"{name}_samples_{task}.jsonl")
 
 
-def _of_shard(job: PlannedJob, documents: Iterable[str]) -> int:
-    """How many of the documents, named "split number", a job is to answer."""
-    return sum(int(document.split()[-1]) % job.shards == job.shard for document in documents)
+def _asked(cell: PlannedCell, tally: Tally, job: PlannedJob | None = None) -> Tally:
+    """What became of the documents that a plan asks of a cell, or of those that a job answers.
+
+    A folder may hold more: the answers of a larger sweep that was there before.
+    """
+
+    def counts(document: str) -> bool:
+        in_shard = job is None or number_of(document) % job.shards == job.shard
+        return cell.asks(document) and in_shard
+
+    done = frozenset(document for document in tally.done if counts(document))
+    return Tally(done, {one: cause for one, cause in tally.failed.items() if counts(one)})
 
 
 def _job(
     job: PlannedJob, plan: Plan, tallies: Mapping[str, Tally], out: Path, states: States
 ) -> JobStatus:
     cells = [c for c in plan.cells if (c.model, c.task) == (job.model, job.task)]
-    found = [tallies.get(cell.words, Tally()) for cell in cells]
-    done = sum(_of_shard(job, of_cell.done) for of_cell in found)
+    of_cells = [_asked(cell, tallies.get(cell.words, Tally()), job) for cell in cells]
+    done = sum(len(of_cell.done) for of_cell in of_cells)
     expected = job.samples * len(cells)
     state, reason = states.of(job.name, done == expected)
     return JobStatus(
         job,
         done=done,
-        failed=sum(_of_shard(job, of_cell.failed) for of_cell in found),
+        failed=sum(len(of_cell.failed) for of_cell in of_cells),
         expected=expected,
         holder=holder(lock_file(out, job.name)),
         state=state,
@@ -327,14 +337,14 @@ def _job(
 def _cell(
     cell: PlannedCell, tallies: Mapping[str, Tally], out: Path, broken: list[str]
 ) -> CellStatus:
-    found = tallies.get(cell.words, Tally())
+    of_cell = _asked(cell, tallies.get(cell.words, Tally()))
     results = out / cell.results
     try:
         scored = scored_answers(results, samples_file(results, cell.task)) is not None
     except Broken as error:
         broken.append(str(error))
         scored = False
-    return CellStatus(cell, len(found.done), len(found.failed), scored)
+    return CellStatus(cell, len(of_cell.done), len(of_cell.failed), scored)
 
 
 def _time_left(
@@ -380,7 +390,7 @@ def _failures(
 ) -> Iterable[str]:
     causes: dict[tuple[str, str], dict[str, str]] = {}
     for cell in cells:
-        of_cell = tallies[cell.model].get(cell.words, Tally())
+        of_cell = _asked(cell, tallies[cell.model].get(cell.words, Tally()))
         causes.setdefault((cell.model, cell.task), {}).update(of_cell.failed)
     for (model, task), failed in causes.items():
         if failed:

@@ -18,6 +18,7 @@ from lmms_eval.tasks import TaskManager
 from loguru import logger
 from tqdm import tqdm
 
+from sparsemm_eval.bench.machine import find_device, provenance_on
 from sparsemm_eval.engine.answers import Answer, SampleFailures, tally
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.lmms import CellModel, make_runner, results_path, score
@@ -39,10 +40,9 @@ from sparsemm_eval.sweep.checksum import (
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
-from sparsemm_eval.sweep.made import made_by
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
-from sparsemm_eval.sweep.tables import write_tables
+from sparsemm_eval.sweep.tables import sweep_tables, write_tables
 
 # What one task's metric may raise; another task's scores are not lost to it.
 _SCORING_ERRORS = (
@@ -90,6 +90,7 @@ def run_sweep(
     world_size: int | None = None,
     include_path: Sequence[Path] = (),
     plugins: Sequence[Plugin] = (),
+    replace: bool = False,
 ) -> Sweep:
     """Answer all jobs of a grid, score all cells, write tables; goes on where one was stopped.
 
@@ -118,6 +119,9 @@ def run_sweep(
         Folders of the user's own task files.
     plugins : sequence of Plugin
         Those that were loaded for methods of this grid; the plan records them.
+    replace : bool
+        Let this grid take the place of another in its folder, whose answers are used where they
+        fit, instead of refusing.
 
     Raises
     ------
@@ -132,7 +136,8 @@ def run_sweep(
     if only_job is not None:
         check_choice("job", only_job, [job.name for job in jobs])
         jobs = [job for job in jobs if job.name == only_job]
-    _refuse_other_grid(grid, out)
+    if not replace:
+        _refuse_other_grid(grid, out)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     if world_size not in (None, ranks.num_processes):
         raise UserError(
@@ -145,7 +150,7 @@ def run_sweep(
     tasks, left_out = runnable(manager, list(dict.fromkeys(job.task for job in jobs)), skip_missing)
     jobs = [job for job in jobs if job.task in tasks]
     with _disk(out):
-        process = _Process(grid, out, jobs, manager, wait, command, plugins)
+        process = _Process(grid, out, jobs, manager, wait, command, plugins, replace)
         with _log(out):
             if not only_scores:
                 process.answer()
@@ -228,11 +233,13 @@ class _Process:
         wait: bool,
         command: str,
         plugins: Sequence[Plugin] = (),
+        replace: bool = False,
     ) -> None:
         self.grid, self.out, self.jobs, self.wait = grid, out, jobs, wait
         self.manager = manager
         self.plugins = {plugin.name: plugin.digest for plugin in plugins}
-        self.about = {spec.name: made_by(command, spec.name) for spec in grid.models}
+        provenance = provenance_on(find_device(), command)
+        self.about = {spec.name: {**provenance, "model": spec.name} for spec in grid.models}
         self.stated = {
             spec.name: {"pretrained": spec.pretrained, **spec.settings} for spec in grid.models
         }
@@ -259,7 +266,7 @@ class _Process:
         self.plan = self._plan(counts)
         self.ranks = PartialState()
         if self.ranks.is_main_process:
-            self._begin()
+            self._begin(replace)
         self.ranks.wait_for_everyone()
 
     def answer(self) -> None:
@@ -297,7 +304,8 @@ class _Process:
                     self._fail(planned, "answers are missing")
                     continue
                 runner, cell = self._cell(planned)
-                answers = runner.store.read(planned.words)
+                stored = runner.store.read(planned.words)
+                answers = {key: one for key, one in stored.items() if planned.asks(one.doc_id)}
                 if cell.method.budget is None and cell.mask is None:
                     full[at] = answers
                 if (path := self._score(planned, CellModel(runner, cell), answers)) is not None:
@@ -416,13 +424,13 @@ class _Process:
         )
         return Plan(jobs, cells, self.plugins)
 
-    def _begin(self) -> None:
+    def _begin(self, replace: bool) -> None:
         """Write down what this folder is to hold, unless that is there already."""
         self.out.mkdir(parents=True, exist_ok=True)
         write_whole(self.out / "grid.yaml", self.grid.resolved())
         # A job alone, or a sweep without the tasks that cannot run here, knows but a part.
         with lock(lock_file(self.out, "plan"), wait=True):
-            before = Plan.read(self.out) or Plan((), ())
+            before = (None if replace else Plan.read(self.out)) or Plan((), ())
             self._refuse_other_answers(before)
             jobs = {job.name: job for job in (*before.jobs, *self.plan.jobs)}
             cells = {(c.model, c.words): c for c in (*before.cells, *self.plan.cells)}
@@ -469,7 +477,9 @@ def _write(
         "left_out": [asdict(lost) for lost in left_out],
         "failures": failures,
     }
-    return _Made(frame, *write_tables(frame, process.grid, process.out, command, about), failures)
+    markdown = sweep_tables(frame, process.grid.name)
+    files = write_tables(markdown, frame, process.out, command, about)
+    return _Made(frame, markdown, files, failures)
 
 
 def _refuse_other_grid(grid: Grid, out: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import pandas as pd
 from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.tables import fidelity_table, kept_table, score_tables, to_markdown
-from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
 
@@ -24,18 +23,18 @@ _COLUMNS = [
 
 
 def write_tables(
-    frame: pd.DataFrame, grid: Grid, out: Path, command: str, about: Mapping[str, Any]
-) -> tuple[str, tuple[Path, ...]]:
+    markdown: str, frame: pd.DataFrame, out: Path, command: str, about: Mapping[str, Any]
+) -> tuple[Path, ...]:
     """Write table.md, kept.md and summary.json.
 
     Parameters
     ----------
+    markdown : str
+        The tables.
     frame : DataFrame
         One row a scored cell, of `report.results.load`, with fidelity.
-    grid : Grid
-        Of the sweep.
     out : Path
-        Its folder.
+        The sweep's folder.
     command : str
         What makes it again.
     about : mapping
@@ -43,15 +42,9 @@ def write_tables(
 
     Returns
     -------
-    str and tuple of Path
-        The tables, and the files that hold them.
+    tuple of Path
+        What was written.
     """
-    chance = {
-        task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
-        for task in frame["task"].unique()
-        if task.endswith("_mini") and task.removesuffix("_mini") in BENCHMARKS
-    }
-    markdown = "\n\n".join(_parts(frame, grid, chance)) + "\n"
     kept = [
         f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
         for (name, task), cells in frame.groupby(["model", "task"], sort=False)
@@ -70,7 +63,16 @@ def write_tables(
     }
     for path, text in written.items():
         write_whole(path, text)
-    return markdown, tuple(written)
+    return tuple(written)
+
+
+def chance_of(tasks: Iterable[str]) -> dict[str, tuple[str, float]]:
+    """The best constant answer and its score, of those tasks that are miniatures of ours."""
+    return {
+        task: constant_answer_score(task.removesuffix("_mini"), tasks_folder())
+        for task in tasks
+        if task.endswith("_mini") and task.removesuffix("_mini") in BENCHMARKS
+    }
 
 
 def uncompressed_cells(frame: pd.DataFrame) -> str | None:
@@ -97,18 +99,18 @@ def uncompressed_cells(frame: pd.DataFrame) -> str | None:
     )
 
 
-def _parts(
-    frame: pd.DataFrame, grid: Grid, chance: Mapping[str, tuple[str, float]]
-) -> Sequence[str]:
+def sweep_tables(frame: pd.DataFrame, name: str) -> str:
+    """Scores and fidelity of each model and task, as Markdown under a title."""
+    chance = chance_of(frame["task"].unique())
     parts = [
-        f"# {grid.name}",
+        f"# {name}",
         "Columns are budgets: mean tokens of the prompt kept per KV head. Below each table, how "
         "near the answers are to full KV's: the share that equal its answer, the place of the "
         "first new token that differs (mean over answers that differ), and the KL divergence of "
         "the next-token distribution from full KV's.",
     ]
-    for name, of_model in frame.groupby("model", sort=False):
-        parts.append(f"## {name}")
+    for model, of_model in frame.groupby("model", sort=False):
+        parts.append(f"## {model}")
         for _, cells in of_model.groupby("task", sort=False):
             if cells["budget"].isna().all():
                 parts += [f"### {cells['task'].iloc[0]}", to_markdown(kept_table(cells))]
@@ -118,4 +120,4 @@ def _parts(
             parts += [f"### {title}", count, to_markdown(table)]
             if cells["compared"].sum() > 0:
                 parts.append(to_markdown(fidelity_table(cells)))
-    return parts
+    return "\n\n".join(parts) + "\n"

@@ -1,6 +1,7 @@
 """The demo on a few samples: whole, resumable, and honest about what was kept."""
 
 import json
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -74,6 +75,20 @@ def test_a_second_run_computes_nothing_and_says_the_same(demo: tuple[Demo, Path]
     again = run_demo(out, **SETTINGS)
     assert answers(out) == count
     assert again.markdown == first.markdown
+
+
+def test_another_run_in_the_folder_uses_what_fits(demo: tuple[Demo, Path], tmp_path: Path) -> None:
+    """Fewer samples and cells: nothing is computed again, and nothing beyond them counts."""
+    out = shutil.copytree(demo[1], tmp_path / "out")
+    count = answers(out)
+    fewer = {"samples": 7, "budgets": (12,), "tasks": TASKS[:1], "models": ("qwen2vl",)}
+    frame = run_demo(out, **{**SETTINGS, **fewer, "masked": 0}).frame
+    assert answers(out) == count
+    assert (frame["samples"] == 7).all()
+    assert len(frame) == 6
+    table = (out / "table.md").read_text()
+    assert table.startswith("# The embedded models")
+    assert "VQAv2" not in table
 
 
 def test_cells_in_one_pass_equal_cells_alone(demo: tuple[Demo, Path], tmp_path: Path) -> None:
