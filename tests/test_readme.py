@@ -17,11 +17,22 @@ from sparsemm_eval.methods import ModelShape, make_method, method_names, registr
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tasks/README.md")),
+    *(ROOT / name for name in ("results/README.md", "cuda_ext/README.md")),
+    *sorted((ROOT / "sparsemm_eval").glob("*/README.md")),
+]
+
+
+def block(word: str) -> str:
+    """README's Python that holds a word."""
+    (found,) = [text for text in BLOCKS if word in text]
+    return found
 
 
 def test_the_tensor_example_runs() -> None:
     names: dict = {}
-    exec(BLOCKS[0], names)
+    exec(block("method.keep("), names)
     assert names["mask"].shape == (1, 8, 1000)
     assert names["mask"].sum(-1).tolist() == [[256] * 8]
 
@@ -29,7 +40,7 @@ def test_the_tensor_example_runs() -> None:
 def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a file: a dataclass must be found where it says it is from."""
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-    exec(compile(BLOCKS[1], "README.md", "exec"), {"__name__": __name__})
+    exec(compile(block("register_method("), "README.md", "exec"), {"__name__": __name__})
     shape = ModelShape(layers=4, query_heads=4, kv_heads=2)
     for allocation in ("paper", "exact"):
         early = make_method("early", shape, budget=20, window=4, share=0.75, allocation=allocation)
@@ -42,7 +53,7 @@ def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_the_family_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_registry, "_registry", dict(family_registry._registry))
-    exec(compile(BLOCKS[2], "README.md", "exec"), {"__name__": __name__})
+    exec(compile(block("@register_family"), "README.md", "exec"), {"__name__": __name__})
     family = find_family("llava_onevision")
     assert (family.lmms_name, family().settings) == ("onevision_sparsemm", {})
 
@@ -56,8 +67,9 @@ def test_the_demos_tables_are_those_of_the_committed_run() -> None:
 
 
 def commands() -> list[list[str]]:
-    """Words behind ./run_eval.sh, of README's commands that are sparsemm-eval's."""
-    lines = README.replace("\\\n", " ").splitlines()
+    """Words behind ./run_eval.sh, of all pages' commands that are sparsemm-eval's."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    lines = text.replace("\\\n", " ").splitlines()
     given = [shlex.split(line, comments=True) for line in lines if line.startswith("./run_eval.sh")]
     return [words[1:] for words in given if words[1:] and words[1] not in ("test", "--")]
 
@@ -69,6 +81,13 @@ def test_commands_are_taken_as_they_stand(words: list[str]) -> None:
         command = command.commands[words[0]]
         words = words[1:]
     command.make_context("sparsemm-eval", list(words))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    for link in links:
+        assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_every_method_is_in_the_table() -> None:

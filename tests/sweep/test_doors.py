@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -291,6 +292,26 @@ def own_tasks(tmp_path: Path) -> Path:
     (folder / "colours.yaml").write_text(TASK.format(data=folder / "data.jsonl"))
     (folder / "colours.py").write_text(CODE)
     return folder
+
+
+def test_readmes_task_goes_through_a_sweep_to_a_table(
+    own_tasks: Path, grid: Path, tmp_path: Path
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    folder = tmp_path / "my_tasks"
+    folder.mkdir()
+    for kind, name in (("yaml", "colours.yaml"), ("python", "colours.py")):
+        (text,) = re.findall(rf"```{kind}\n(# my_tasks/{name}\n.*?)```", readme, re.DOTALL)
+        (folder / name).write_text(text.replace("colours.jsonl", str(own_tasks / "data.jsonl")))
+    grid.write_text(yaml.safe_dump({**GRID, "tasks": ["colours"], "methods": ["fullkv", "early"]}))
+    plugin = tmp_path / "my_methods.py"
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (text,) = [block for block in blocks if "register_method(" in block]
+    plugin.write_text(text)
+    out = tmp_path / "out"
+    shown = run("sweep", grid, "-o", out, "--include_path", folder, "--plugin", plugin)
+    assert "colours: hit" in shown
+    assert "early (share=0.6)" in shown
 
 
 def test_a_task_of_ones_own_goes_through_a_sweep_and_jobs_to_a_table(
