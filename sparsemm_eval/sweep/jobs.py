@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -303,7 +303,7 @@ def cancel(out: Path) -> list[str]:
     Raises
     ------
     UserError
-        If their queue runs on another machine, or nothing was submitted.
+        If they run on another machine, or nothing was submitted.
     """
     before, ids = _states(out), slurm.read_ids(out)
     records = {name: record for name in before if (record := read_record(out, name))}
@@ -317,7 +317,9 @@ def cancel(out: Path) -> list[str]:
     _end_queue(out)
     for name in here:
         record = read_record(out, name)
-        if record is not None and record.here and held(log_file(out, name)):
+        if record is not None and held(log_file(out, name)):
+            if not record.here:
+                raise UserError(f"{out}: {name} is {record}, which cannot be ended from here")
             end_orphan(record, out)
     after = _states(out)
     cancelled = [*in_slurm, *(name for name in here if after[name] != DONE)]
@@ -349,7 +351,8 @@ def _end_queue(out: Path) -> None:
     pid = process_here(other)
     if pid is None:
         raise UserError(f"{out}: its queue is {other}, which cannot be ended from here")
-    os.kill(pid, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it may have ended just now
+        os.kill(pid, signal.SIGTERM)
     end = time.monotonic() + GRACE + 10
     while held(path) and time.monotonic() < end:
         time.sleep(_PAUSE)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -118,6 +119,12 @@ def test_what_a_killed_queue_left_is_seen_and_ended(out: Path) -> None:
         os.kill(pids[0], signal.SIGKILL)
         wait_until(lambda: states(out)[0] == "failed")
         assert "died without a word" in reasons(status(out))[0]
+        record = read_record(out, "b")
+        replace(record, host="elsewhere").write(out)
+        with pytest.raises(ValueError, match="on elsewhere, which cannot be ended from here"):
+            cancel(out)
+        assert states(out) == ["failed", "running", "stopped"]
+        record.write(out)
         assert cancel(out) == ["b", "c", "scoring"]
     assert all(map(is_gone, pids))
     assert states(out) == ["failed", "cancelled", "cancelled"]

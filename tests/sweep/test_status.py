@@ -175,6 +175,7 @@ def test_the_command_line_says_it(out: Path, tmp_path: Path) -> None:
 def test_nothing_heavy_is_imported(out: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from sparsemm_eval.sweep.status import status; "
+        "from sparsemm_eval.sweep.jobs import cancel; "
         "print(status(Path(sys.argv[1]))); "
         "print({'torch', 'transformers', 'lmms_eval', 'datasets'} & set(sys.modules))"
     )
