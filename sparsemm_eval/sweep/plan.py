@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
+
+if TYPE_CHECKING:  # a grid knows methods and models, and a plan is read without them
+    from sparsemm_eval.sweep.grid import Job
 
 SCHEMA = 1
 
@@ -97,9 +100,48 @@ class Plan:
                 "sweep again, its answers stay"
             ) from error
 
+    def unlike(self, other: Plan) -> PlannedCell | None:
+        """The first cell of another plan that this one has too, but of other answers."""
+        known = {(c.model, c.words): (c.key, c.samples) for c in self.cells}
+        for cell in other.cells:
+            answers = cell.key, cell.samples
+            if known.get((cell.model, cell.words), answers) != answers:
+                return cell
+        return None
+
+    def joined(self, other: Plan) -> Plan:
+        """This plan with the jobs, cells and plugins of another."""
+        jobs = {job.name: job for job in (*self.jobs, *other.jobs)}
+        cells = {(cell.model, cell.words): cell for cell in (*self.cells, *other.cells)}
+        plugins = {**self.plugins, **other.plugins}
+        return Plan(tuple(jobs.values()), tuple(cells.values()), plugins)
+
     def write(self, out: Path) -> None:
         """Put it into a sweep's folder, whole or not at all."""
         write_whole(out / "plan.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
+
+
+def planned_jobs(jobs: Iterable[Job], counts: Mapping[str, int]) -> tuple[PlannedJob, ...]:
+    """A grid's jobs on tasks of so many documents.
+
+    Parameters
+    ----------
+    jobs : iterable of Job
+        Jobs of the grid.
+    counts : mapping of str to int
+        Documents by task.
+    """
+    return tuple(
+        PlannedJob(
+            job.name,
+            job.model.name,
+            job.task,
+            job.shard,
+            job.shards,
+            len(range(job.shard, counts[job.task], job.shards)),
+        )
+        for job in jobs
+    )
 
 
 def answers_folder(out: Path, model: str) -> Path:

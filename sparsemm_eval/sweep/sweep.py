@@ -40,7 +40,7 @@ from sparsemm_eval.sweep.checksum import (
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
-from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
+from sparsemm_eval.sweep.plan import Plan, PlannedCell, answers_folder, lock_file, planned_jobs
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
 from sparsemm_eval.sweep.tables import sweep_tables, write_tables
 
@@ -397,17 +397,6 @@ class _Process:
         return {"label": method_label(method.name, settings), "budget": budget, **settings}
 
     def _plan(self, counts: Mapping[str, int]) -> Plan:
-        jobs = tuple(
-            PlannedJob(
-                job.name,
-                job.model.name,
-                job.task,
-                job.shard,
-                job.shards,
-                len(range(job.shard, counts[job.task], job.shards)),
-            )
-            for job in self.jobs
-        )
         cells = tuple(
             PlannedCell(
                 name,
@@ -422,7 +411,7 @@ class _Process:
             for task in counts
             for cell, settings in zip(runner.cells, self.cells, strict=True)
         )
-        return Plan(jobs, cells, self.plugins)
+        return Plan(planned_jobs(self.jobs, counts), cells, self.plugins)
 
     def _begin(self, replace: bool) -> None:
         """Write down what this folder is to hold, unless that is there already."""
@@ -431,22 +420,13 @@ class _Process:
         # A job alone, or a sweep without the tasks that cannot run here, knows but a part.
         with lock(lock_file(self.out, "plan"), wait=True):
             before = (None if replace else Plan.read(self.out)) or Plan((), ())
-            self._refuse_other_answers(before)
-            jobs = {job.name: job for job in (*before.jobs, *self.plan.jobs)}
-            cells = {(c.model, c.words): c for c in (*before.cells, *self.plan.cells)}
-            plugins = {**before.plugins, **self.plan.plugins}
-            Plan(tuple(jobs.values()), tuple(cells.values()), plugins).write(self.out)
-
-    def _refuse_other_answers(self, before: Plan) -> None:
-        known = {(c.model, c.words): (c.key, c.samples) for c in before.cells}
-        for cell in self.plan.cells:
-            made_of = cell.key, cell.samples
-            if known.get((cell.model, cell.words), made_of) != made_of:
+            if (cell := before.unlike(self.plan)) is not None:
                 raise UserError(
                     f"{self.out}: it holds a sweep of {cell.model} with other weights, head "
                     f"scores, data, plugin or version of sparsemm-eval ({cell.words}); choose "
                     "another folder"
                 )
+            before.joined(self.plan).write(self.out)
 
 
 def _answers(out: Path) -> int:

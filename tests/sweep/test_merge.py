@@ -67,12 +67,10 @@ def test_every_answer_is_kept_once_and_conflicts_are_shown(tmp_path: Path) -> No
     assert texts(tmp_path / "c") == {
         f"{full} 0": "x", f"{full} 1": "y", f"{full} 2": "w", f"{snap} 0": "z"
     }  # fmt: skip
-    assert merged.found == {a: (3, 3), b: (3, 1)}
-    (conflict,) = merged.conflicts
-    assert (conflict.cell, conflict.document) == (full, "test 1")
-    assert (conflict.kept, conflict.other) == ("y", "other")
+    assert merged.answers == {a: (3, 3), b: (3, 1)}
+    assert merged.conflicts == (f"{full}, test 1: 'y' ({a}, kept), 'other' ({b})",)
     said = list(merged.lines())
-    assert f"conflict: {full}, test 1: 'y' ({a}, kept), 'other' ({b})" in said
+    assert f"conflict: {merged.conflicts[0]}" in said
     assert said[-1].startswith(f"{tmp_path / 'c'}: 4 of 12 answers, 1 conflicts; ")
     assert read_grid(tmp_path / "c" / "grid.yaml").shards == 1
     found = status(tmp_path / "c")
