@@ -24,6 +24,7 @@ from sparsemm_eval.bench.decode import (
     host_share,
 )
 from sparsemm_eval.bench.machine import (
+    BANDWIDTHS,
     code_digest,
     find_device,
     provenance_on,
@@ -66,8 +67,6 @@ QUICK = {
     "steps": 12, "rows": "3", "repeats": 1,
 }  # fmt: skip
 ENGINES = ("ours", "ours_plain", "ours_compiled", "hf_generate", "hf_static", "concatenate")
-# Datasheets' memory bandwidth in GB/s; a large copy reaches about 0.9 of it.
-BANDWIDTHS = {"a100-40gb": 1555, "a100-80gb": 2039, "h100": 3350, "h200": 4800, "b200": 8000}
 WARM_UP = 10  # steps whose times are left out; a graph is captured in the first
 _IDENTITY = ("model", "method", "budget", "input_tokens", "engine", "rows", "dtype", "steps")
 

@@ -18,6 +18,8 @@ from sparsemm_eval.errors import check_choice
 from sparsemm_eval.paths import cuda_ext_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
 
+# Datasheets' memory bandwidth in GB/s; a large copy reaches about 0.9 of it.
+BANDWIDTHS = {"a100-40gb": 1555, "a100-80gb": 2039, "h100": 3350, "h200": 4800, "b200": 8000}
 UNKNOWN_CACHE = 64 << 20
 UNKNOWN_MEMORY = 4 << 30
 

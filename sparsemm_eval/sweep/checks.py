@@ -35,15 +35,29 @@ def check_space(out: Path, answers: int) -> None:
     ValueError
         Naming both sizes.
     """
+    needed, free = answers * BYTES_AN_ANSWER, free_space(out)
+    if needed > free:
+        raise UserError(
+            f"{out}: {answers:,} answers and their results need about {readable_size(needed)}, and "
+            f"{readable_size(free)} are free there: make room, or choose another folder"
+        )
+
+
+def free_space(out: Path) -> int:
+    """Free bytes where a folder is or will be."""
     folder = out.resolve()
     while not folder.is_dir():
         folder = folder.parent
-    needed, free = answers * BYTES_AN_ANSWER, shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{out}: {answers:,} answers and their results need about {_size(needed)}, and "
-            f"{_size(free)} are free there: make room, or choose another folder"
-        )
+    return shutil.disk_usage(folder).free
+
+
+def readable_size(count: float) -> str:
+    """So many bytes in words, such as 12.3 kB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
 
 
 def check_data(manager: TaskManager, tasks: Iterable[str]) -> None:
@@ -135,11 +149,3 @@ def _is_cached(path: str, name: str | None) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _size(count: int) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.3g} TB"

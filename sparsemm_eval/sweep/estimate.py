@@ -2,210 +2,197 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lmms_eval.tasks import TaskManager
 from tabulate import tabulate
 from transformers import AutoConfig, PreTrainedConfig
 
-from sparsemm_eval.bench.models import shape_config
+from sparsemm_eval.bench.machine import BANDWIDTHS
+from sparsemm_eval.bench.models import DTYPES, shape_config
 from sparsemm_eval.engine.tasks import find_tasks, obstacle
 from sparsemm_eval.methods import ModelShape
-from sparsemm_eval.sweep.grid import Grid, Job, ModelSpec
-from sparsemm_eval.tiny import find_checkpoint
+from sparsemm_eval.sweep.checks import free_space, readable_size
+from sparsemm_eval.sweep.grid import Grid, ModelSpec
+from sparsemm_eval.sweep.status import duration
+from sparsemm_eval.tiny import EMBEDDED, find_checkpoint
+from sparsemm_eval.tiny.benchmarks import DEFAULT_SAMPLES
 
-# Of the published splits.
-_SAMPLES = {
-    "docvqa_val": 5349, "ocrbench": 1000, "textvqa_val": 5000, "chartqa": 2500,
-    "textcaps_val": 3166, "mmbench_en_dev_static": 4329, "gqa": 12578, "vqav2_val": 214354,
-}  # fmt: skip
-_MINIATURE = 200
-# Assumed: a usual image of each benchmark (width, height) and a usual answer, in tokens.
-_IMAGES = {
-    "docvqa": (1700, 2200), "ocrbench": (700, 500), "textvqa": (1024, 768), "chartqa": (850, 600),
-    "textcaps": (1024, 768), "mmbench": (512, 384), "gqa": (500, 375), "vqav2": (640, 480),
-}  # fmt: skip
-_ANSWERS = {
-    "docvqa": 8, "ocrbench": 10, "textvqa": 6, "chartqa": 5, "textcaps": 16, "mmbench": 2,
-    "gqa": 3, "vqav2": 3,
-}  # fmt: skip
-_TEXT = 60  # assumed: chat template, question and instruction
-# Measured on the miniatures, results/demo/summary.json: tokens of a prompt.
-_EMBEDDED_PROMPTS = {
-    "embedded:qwen2vl": {
-        "docvqa": 359, "ocrbench": 209, "textvqa": 182, "chartqa": 171, "textcaps": 164,
-        "mmbench": 243, "gqa": 182, "vqav2": 177,
-    },
-    "embedded:llava_next": {
-        "docvqa": 495, "ocrbench": 337, "textvqa": 309, "chartqa": 298, "textcaps": 291,
-        "mmbench": 370, "gqa": 309, "vqav2": 304,
-    },
-}  # fmt: skip
-# Measured with them on 2 CPU cores: seconds for a prompt, and for each cell, scoring included.
+_TEXT = 60  # assumed: tokens of chat template, question and instruction
+# Measured on the embedded models and 2 CPU cores: seconds for a prompt, and for each cell of it,
+# scoring included.
 _EMBEDDED_READ, _EMBEDDED_CELL = 0.012, 0.0035
 # Measured: bytes of a row in the answers store.
 _ANSWER_BYTES = 640
-_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True)
-class Device:
-    """A GPU by its data sheet.
-
-    Parameters
-    ----------
-    flops : float
-        Of dense half precision, a second.
-    bandwidth : float
-        Bytes of memory a second.
-    """
-
-    flops: float
-    bandwidth: float
-
-
-DEVICES = {"A100 80 GB": Device(312e12, 2.04e12), "H100 80 GB": Device(989e12, 3.35e12)}
+# By data sheet: operations a second of dense half precision, and bytes of memory a second.
+DEVICES = {
+    "A100 80 GB": (312e12, BANDWIDTHS["a100-80gb"] * 1e9),
+    "H100 80 GB": (989e12, BANDWIDTHS["h100"] * 1e9),
+}
 # Assumed shares of these that are reached.
 _FLOPS_SHARE, _BANDWIDTH_SHARE = 0.4, 0.6
 # A layer's launches, whatever it computes: the paper's figure has 36 to 47 ms a token at batch 1,
 # for 28 and 32 layers, where little is read.
 _LAYER_SECONDS = 1.3e-3
+# The paper's models, by the shapes that `bench` has of them.
+_PAPER = {
+    "llava-hf/llava-v1.6-vicuna-7b-hf": "vicuna",
+    "llava-hf/llava-v1.6-mistral-7b-hf": "mistral",
+    "Qwen/Qwen2-VL-7B-Instruct": "qwen2vl-7b",
+}
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What decides the cost of a model.
+class Usual:
+    """A usual sample of one of the paper's benchmarks.
 
     Parameters
     ----------
-    layers, hidden, intermediate, query_heads, kv_heads, head_dim, vocab : int
-        Of the decoder.
-    vision_layers, vision_width, vision_mlp : int
-        Of the vision tower.
-    merge : int
-        Patches that become one token; 1: LLaVA-NeXT, whose patches attend within tiles.
-    dtype : str
-        Of the checkpoint.
+    task : str
+        Of lmms-eval.
+    samples : int
+        The published split's.
+    image : (int, int)
+        Assumed: width and height in pixels.
+    answer : int
+        Assumed: tokens.
+    embedded : (int, int)
+        Measured in miniature, results/demo/summary.json: tokens of a prompt of embedded:qwen2vl
+        and embedded:llava_next.
     """
 
-    layers: int
-    hidden: int
-    intermediate: int
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    vision_layers: int
-    vision_width: int
-    vision_mlp: int
-    merge: int
-    dtype: str = "float16"
-
-    @property
-    def weights(self) -> int:
-        """Parameters that every decoded token reads."""
-        attention = 2 * self.hidden * self.head_dim * (self.query_heads + self.kv_heads)
-        layer = attention + 3 * self.hidden * self.intermediate
-        return self.layers * layer + self.hidden * self.vocab
-
-    def prefill_flops(self, tokens: int) -> float:
-        """Of one prompt, its image included."""
-        heads = self.query_heads * self.head_dim
-        decoder = 2 * self.weights * tokens + 2 * self.layers * heads * tokens**2
-        patches = max(tokens - _TEXT, 0) * self.merge
-        width = self.vision_width
-        seen = patches if self.merge > 1 else min(patches, 577)
-        patch = 2 * (4 * width**2 + 2 * width * self.vision_mlp) + 4 * width * seen
-        return decoder + self.vision_layers * patch * patches
-
-    def kv_bytes(self, tokens: int, size: int) -> int:
-        """Of so many tokens in every KV head, ``size`` bytes a number."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * size * tokens
+    task: str
+    samples: int
+    image: tuple[int, int]
+    answer: int
+    embedded: tuple[int, int]
 
 
-def _shape(text: PreTrainedConfig, *vision: int, dtype: str) -> Shape:
-    """A decoder's shape with a vision tower's layers, width, width of its MLPs, and merge."""
-    heads = ModelShape.from_config(text)
-    return Shape(
-        heads.layers,
-        text.hidden_size,
-        text.intermediate_size,
-        heads.query_heads,
-        heads.kv_heads,
-        heads.head_dim,
-        text.vocab_size,
-        *vision,
-        dtype=dtype,
+_PUBLISHED = {
+    usual.task: usual
+    for usual in (
+        Usual("docvqa_val", 5349, (1700, 2200), 8, (359, 495)),
+        Usual("ocrbench", 1000, (700, 500), 10, (209, 337)),
+        Usual("textvqa_val", 5000, (1024, 768), 6, (182, 309)),
+        Usual("chartqa", 2500, (850, 600), 5, (171, 298)),
+        Usual("textcaps_val", 3166, (1024, 768), 16, (164, 291)),
+        Usual("mmbench_en_dev_static", 4329, (512, 384), 2, (243, 370)),
+        Usual("gqa", 12578, (500, 375), 3, (182, 309)),
+        Usual("vqav2_val", 214354, (640, 480), 3, (177, 304)),
     )
+}
+_MINIATURE = {f"{task.split('_')[0]}_mini": usual for task, usual in _PUBLISHED.items()}
+_USUAL = _PUBLISHED | _MINIATURE
 
 
-_CLIP = (24, 1024, 4096, 1)
-_SHAPES = {
-    "llava-hf/llava-v1.6-vicuna-7b-hf": _shape(
-        shape_config("vicuna").text_config, *_CLIP, dtype="float16"
-    ),
-    "llava-hf/llava-v1.6-mistral-7b-hf": _shape(
-        shape_config("mistral").text_config, *_CLIP, dtype="float16"
-    ),
-    "Qwen/Qwen2-VL-7B-Instruct": _shape(
-        shape_config("qwen2vl-7b").text_config, 32, 1280, 5120, 4, dtype="bfloat16"
-    ),
+def _llava_next_tokens(width: int, height: int, settings: Mapping[str, Any]) -> int:
+    """The image once on 24 x 24 patches, and on 2 x 2 tiles, without what pads it to a square.
+
+    Each row of the tiles ends in a token of its own.
+    """
+    other = round(48 * min(width, height) / max(width, height))
+    rows, columns = (48, other) if height > width else (other, 48)
+    return 24**2 + rows * (columns + 1)
+
+
+def _qwen2_vl_tokens(width: int, height: int, settings: Mapping[str, Any]) -> int:
+    """A token is 28 x 28 pixels of the image, scaled into the limits."""
+    pixels = min(width * height, settings.get("max_pixels", width * height))
+    return max(pixels, settings.get("min_pixels", 0)) // 28**2
+
+
+@dataclass(frozen=True)
+class Vision:
+    """How the paper's models of one model_type read an image.
+
+    Parameters
+    ----------
+    tokens : callable
+        Tokens of an image by its width and height in pixels and the model's settings.
+    layers, width, mlp : int
+        Of the tower, and the width of its MLPs.
+    patches : int
+        Of the tower, a token.
+    together : int, optional
+        Patches that attend to each other, of a tile; without it all of an image.
+    """
+
+    tokens: Callable[[int, int, Mapping[str, Any]], int]
+    layers: int
+    width: int
+    mlp: int
+    patches: int
+    together: int | None = None
+
+    def flops(self, tokens: int) -> float:
+        """Operations for an image of so many tokens."""
+        patches = tokens * self.patches
+        seen = min(patches, self.together or patches)
+        patch = 2 * (4 * self.width**2 + 2 * self.width * self.mlp) + 4 * self.width * seen
+        return self.layers * patch * patches
+
+
+_VISION = {
+    "llava_next": Vision(_llava_next_tokens, 24, 1024, 4096, 1, 577),
+    "qwen2_vl": Vision(_qwen2_vl_tokens, 32, 1280, 5120, 4),
 }
 
 
-def shape_of(model: ModelSpec) -> Shape | None:
-    """A model's shape: the paper's models by name, others by their config where it is local."""
-    if model.pretrained in _SHAPES:
-        return _SHAPES[model.pretrained]
+def config_of(model: ModelSpec) -> PreTrainedConfig | None:
+    """A model's config: the paper's models by name, others where their config is local."""
+    if model.pretrained in _PAPER:
+        return shape_config(_PAPER[model.pretrained])
     try:
-        config = AutoConfig.from_pretrained(
-            find_checkpoint(model.pretrained), local_files_only=True
-        )
-        text, vision = config.get_text_config(), config.vision_config
-        # A Qwen2-VL tower has other names for what CLIP's has.
-        qwen = hasattr(vision, "embed_dim")
-        width = vision.embed_dim if qwen else vision.hidden_size
-        return _shape(
-            text,
-            vision.depth if qwen else vision.num_hidden_layers,
-            width,
-            int(width * vision.mlp_ratio) if qwen else vision.intermediate_size,
-            vision.spatial_merge_size**2 if qwen else 1,
-            dtype=str(config.dtype or "float16").removeprefix("torch."),
-        )
-    except (OSError, ValueError, AttributeError):
+        return AutoConfig.from_pretrained(find_checkpoint(model.pretrained), local_files_only=True)
+    except (OSError, ValueError):
         return None
+
+
+def shape_of(model: ModelSpec) -> ModelShape | None:
+    """Layers and heads of a model's decoder; None where its config is not here."""
+    config = config_of(model)
+    try:
+        return None if config is None else ModelShape.from_config(config)
+    except ValueError:
+        return None
+
+
+def decoder_weights(config: PreTrainedConfig) -> int:
+    """Parameters that every decoded token reads."""
+    text, shape = config.get_text_config(), ModelShape.from_config(config)
+    attention = 2 * text.hidden_size * shape.head_dim * (shape.query_heads + shape.kv_heads)
+    layer = attention + 3 * text.hidden_size * text.intermediate_size
+    return shape.layers * layer + text.hidden_size * text.vocab_size
+
+
+def kv_bytes(shape: ModelShape, tokens: int, size: int) -> int:
+    """Bytes of so many tokens in every KV head, ``size`` bytes a number."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * size * tokens
 
 
 def samples_of(task: str, grid: Grid) -> int | None:
     """How many samples of a task a grid takes; None where that is not known without its data."""
-    size = _size(task)
-    return size if size is None or grid.samples is None else min(size, grid.samples)
-
-
-def prompt_tokens(model: ModelSpec, task: str, shape: Shape | None) -> int | None:
-    """Tokens of a usual prompt; None where there is no ground for a guess."""
-    benchmark = task.split("_")[0]
-    if task.endswith("_mini"):
-        return _EMBEDDED_PROMPTS.get(model.pretrained, {}).get(benchmark)
-    if task not in _SAMPLES or shape is None or model.pretrained.startswith("embedded:"):
+    if task not in _USUAL:
         return None
-    width, height = _IMAGES[benchmark]
-    if shape.merge > 1:
-        # A token is 28 x 28 pixels of the image, scaled into the limits.
-        pixels = min(width * height, model.settings.get("max_pixels", width * height))
-        return _TEXT + max(pixels, model.settings.get("min_pixels", 0)) // 28**2
-    # The image once on 24 x 24 patches, and on 2 x 2 tiles, without what pads it to a square;
-    # each row ends in a token of its own.
-    long, short = max(width, height), min(width, height)
-    other = round(48 * short / long)
-    rows, columns = (48, other) if height > width else (other, 48)
-    return _TEXT + 24**2 + rows * (columns + 1)
+    size = _USUAL[task].samples if task in _PUBLISHED else DEFAULT_SAMPLES
+    return size if grid.samples is None else min(size, grid.samples)
+
+
+def prompt_tokens(model: ModelSpec, task: str) -> int | None:
+    """Tokens of a usual prompt; None where there is no ground for a guess."""
+    embedded = (f"{EMBEDDED}qwen2vl", f"{EMBEDDED}llava_next")
+    if task in _MINIATURE and model.pretrained in embedded:
+        return _MINIATURE[task].embedded[embedded.index(model.pretrained)]
+    config = config_of(model)
+    if task not in _PUBLISHED or model.pretrained in embedded or config is None:
+        return None
+    vision = _VISION.get(config.model_type)
+    return vision and _TEXT + vision.tokens(*_PUBLISHED[task].image, model.settings)
 
 
 @dataclass(frozen=True)
@@ -231,33 +218,33 @@ class Cost:
 
 def cost(grid: Grid, model: ModelSpec, task: str, cells: Sequence[Mapping[str, Any]]) -> Cost:
     """Estimate one model on one task: each prompt read once, then a step a token for all rows."""
-    shape, samples = shape_of(model), samples_of(task, grid)
-    prompt, new = prompt_tokens(model, task, shape), _ANSWERS.get(task.split("_")[0])
-    if shape is None or prompt is None or new is None:
+    samples, prompt = samples_of(task, grid), prompt_tokens(model, task)
+    new = _USUAL[task].answer if task in _USUAL else None
+    if samples is None or prompt is None or new is None:
         return Cost(samples, prompt, new, None, {})
-    dtype = model.settings.get("dtype", "auto")
-    size = _SIZES[shape.dtype if dtype == "auto" else dtype]
+    config = config_of(model)
+    shape = ModelShape.from_config(config)
+    dtype = DTYPES.get(model.settings.get("dtype"), config.dtype or torch.float16)
     kept = sum(min(cell.get("budget", prompt), prompt) + new for cell in cells)
-    cache = shape.kv_bytes(kept, size) * grid.batch_size
-    if samples is None:
-        return Cost(samples, prompt, new, cache, {})
-    if model.pretrained.startswith("embedded:"):
-        each = _EMBEDDED_READ + _EMBEDDED_CELL * len(cells)
-        return Cost(samples, prompt, new, cache, {"2 CPU cores": samples * each})
-    if size > 2:
-        # Data sheets do not say what single precision without tensor cores reaches.
-        return Cost(samples, prompt, new, cache, {})
+    cache = kv_bytes(shape, kept, dtype.itemsize) * grid.batch_size
     seconds = {}
-    rows = len(cells) * grid.batch_size
-    for name, device in DEVICES.items():
-        flops, bandwidth = device.flops * _FLOPS_SHARE, device.bandwidth * _BANDWIDTH_SHARE
-        step = max(
-            (shape.weights * size + cache) / bandwidth,
-            2 * shape.weights * rows / flops,
-            shape.layers * _LAYER_SECONDS,
-        )
-        read = grid.batch_size * shape.prefill_flops(prompt) / flops
-        seconds[name] = samples / grid.batch_size * (read + new * step)
+    if task in _MINIATURE:
+        seconds["2 CPU cores"] = samples * (_EMBEDDED_READ + _EMBEDDED_CELL * len(cells))
+    # Data sheets do not say what single precision without tensor cores reaches.
+    elif dtype.itemsize == 2:
+        weights, rows = decoder_weights(config), len(cells) * grid.batch_size
+        heads = shape.query_heads * shape.head_dim
+        image = _VISION[config.model_type].flops(prompt - _TEXT)
+        read = 2 * weights * prompt + 2 * shape.layers * heads * prompt**2 + image
+        for name, (peak, bandwidth) in DEVICES.items():
+            flops = peak * _FLOPS_SHARE
+            step = max(
+                (weights * dtype.itemsize + cache) / (bandwidth * _BANDWIDTH_SHARE),
+                2 * weights * rows / flops,
+                shape.layers * _LAYER_SECONDS,
+            )
+            batch = grid.batch_size * read / flops + new * step
+            seconds[name] = samples / grid.batch_size * batch
     return Cost(samples, prompt, new, cache, seconds)
 
 
@@ -280,6 +267,7 @@ def describe(grid: Grid, out: Path | None = None, manager: TaskManager | None = 
     """
     manager = manager or find_tasks(grid.tasks)
     cells = grid.cells()
+    lacks = [cause for task in grid.tasks if (cause := obstacle(manager, task))]
     costs = {
         (model.name, task): cost(grid, model, task, cells)
         for model in grid.models
@@ -289,18 +277,13 @@ def describe(grid: Grid, out: Path | None = None, manager: TaskManager | None = 
         f"{grid.name}: {_count(len(grid.models), 'model')} x {_count(len(grid.tasks), 'task')} x "
         f"{_count(len(cells), 'cell')} = {_count(len(costs) * len(cells), 'result')}",
         _section("models", [_model_line(model) for model in grid.models]),
-        _section("cells, of every model and task", [_cell_line(cell) for cell in cells]),
+        _section("cells, of every model and task", [_settings_line(cell) for cell in cells]),
         _section("jobs", _job_lines(grid, len(cells))),
         _section("notes: in what the runs differ from the paper's", grid.notes),
-        _section("before it can run", _lacks(manager, grid.tasks)),
+        _section("before it can run", lacks),
         _section("estimate, not measured", _estimate(grid, costs, len(cells), out)),
     ]
     return "\n\n".join(part for part in parts if part)
-
-
-def _size(task: str) -> int | None:
-    name = task.removesuffix("_mini")
-    return _MINIATURE if task != name and name in _IMAGES else _SAMPLES.get(task)
 
 
 def _model_line(model: ModelSpec) -> str:
@@ -310,64 +293,52 @@ def _model_line(model: ModelSpec) -> str:
         if shape
         else f"shape {_UNKNOWN}: its config is not here"
     )
-    settings = ",".join(f"{name}={value}" for name, value in model.settings.items())
+    settings = _settings_line(model.settings)
     return "  ".join(part for part in (model.name, model.pretrained, settings, heads) if part)
 
 
-def _cell_line(cell: Mapping[str, Any]) -> str:
-    return ",".join(f"{name}={value}" for name, value in cell.items())
+def _settings_line(settings: Mapping[str, Any]) -> str:
+    return ",".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _job_lines(grid: Grid, cells: int) -> list[str]:
     table = []
     for job in grid.jobs():
-        samples = _samples_of_job(job, grid)
-        answers = None if samples is None else samples * cells
-        table.append((job.name, _number(samples), "samples", _number(answers), "answers"))
-    return tabulate(
-        table, tablefmt="plain", colalign=("left", "right", "left", "right", "left")
-    ).splitlines()
-
-
-def _samples_of_job(job: Job, grid: Grid) -> int | None:
-    samples = samples_of(job.task, grid)
-    return None if samples is None else len(range(job.shard, samples, job.shards))
-
-
-def _lacks(manager: TaskManager, tasks: Sequence[str]) -> list[str]:
-    return [cause for task in tasks if (cause := obstacle(manager, task))]
+        samples = answers = samples_of(job.task, grid)
+        if samples is not None:
+            samples = len(range(job.shard, samples, job.shards))
+            answers = samples * cells
+        table.append((job.name, _shown(samples), "samples", _shown(answers), "answers"))
+    return _table(table, "lrlrl")
 
 
 def _estimate(
     grid: Grid, costs: Mapping[tuple[str, str], Cost], cells: int, out: Path | None
 ) -> list[str]:
     places = list(dict.fromkeys(place for one in costs.values() for place in one.seconds))
-    heads = ["model", "task", "samples", "prompt", "answer", "KV of a batch", *places]
     table = [
         (
             *names,
-            _number(one.samples),
-            _number(one.prompt),
-            _number(one.new),
-            _bytes(one.cache_bytes),
-            *(_time(one.seconds.get(place)) for place in places),
+            *(_shown(number) for number in (one.samples, one.prompt, one.new)),
+            _shown(one.cache_bytes, readable_size),
+            *(_shown(one.seconds.get(place), duration) for place in places),
         )
         for names, one in costs.items()
     ]
-    aligned = ("left", "left", *["right"] * (len(heads) - 2))
-    lines = tabulate(table, heads, tablefmt="plain", colalign=aligned).splitlines()
+    heads = ("model", "task", "samples", "prompt", "answer", "KV of a batch", *places)
+    lines = _table(table, "llrrrr" + "r" * len(places), heads)
     for place in places:
         here = [one.seconds[place] for one in costs.values() if place in one.seconds]
         left = len(costs) - len(here)
         rest = f", without {_count(left, 'line')} above" if left else ""
-        lines.append(f"in all, on {place}: {_time(sum(here))}{rest}")
+        lines.append(f"in all, on {place}: {duration(sum(here))}{rest}")
     prompts = sum(one.samples or 0 for one in costs.values())
     known = "at least " if any(one.samples is None for one in costs.values()) else ""
     lines.append(
         f"prompts read: {known}{prompts:,}; {prompts * cells:,} if each cell ran by itself"
     )
-    free = f"; free there: {_bytes(_free(out))}" if out is not None else ""
-    lines.append(f"answers on disk: {known}{_bytes(prompts * cells * _ANSWER_BYTES)}{free}")
+    free = f"; free there: {readable_size(free_space(out))}" if out is not None else ""
+    lines.append(f"answers on disk: {known}{readable_size(prompts * cells * _ANSWER_BYTES)}{free}")
     return [*lines, *_sources(places)]
 
 
@@ -396,36 +367,19 @@ def _sources(places: Sequence[str]) -> list[str]:
     return lines
 
 
+def _table(rows: Sequence[Sequence[str]], alignment: str, heads: Sequence[str] = ()) -> list[str]:
+    """Lines of a table, its columns aligned by "l" and "r"."""
+    sides = [{"l": "left", "r": "right"}[letter] for letter in alignment]
+    return tabulate(rows, heads, tablefmt="plain", colalign=sides).splitlines()
+
+
 def _section(title: str, lines: Sequence[str]) -> str:
     return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
-
-
-def _free(out: Path) -> int:
-    """Space where a folder is or will be."""
-    there = next(path for path in (out, *out.absolute().parents) if path.exists())
-    return shutil.disk_usage(there).free
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def _number(value: int | None) -> str:
-    return _UNKNOWN if value is None else f"{value:,}"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return _UNKNOWN
-    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if value >= 1 << power:
-            return f"{value / (1 << power):.1f} {unit}"
-    return f"{value} bytes"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return _UNKNOWN
-    if seconds >= 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+def _shown(value: float | None, form: Callable[[Any], str] = "{:,}".format) -> str:
+    return _UNKNOWN if value is None else form(value)
