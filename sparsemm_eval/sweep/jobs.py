@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,18 +125,37 @@ def submit(
     check_int("retries", retries, least=0)
     slots = () if resources.executor == SLURM else resources.slots()
     _refuse_running(out)
+    ids = slurm.read_ids(out)
     before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins)
+    for lost in left_out:
+        tell(f"left out: {lost.cause}")
     doors = (
         *(word for plugin in plugins for word in ("--plugin", plugin.name)),
         *(word for folder in include_path for word in ("--include_path", str(folder))),
     )
-    for lost in left_out:
-        tell(f"left out: {lost.cause}")
+    gpus = len(slots[0].gpus) if slots else resources.gpus_of_job
+    done, todo, under_way = _sort(before)
+    jobs = [job_command(out, name, gpus, doors) for name in todo if name != SCORING]
+    last = scoring_command(out, skip_missing, doors)
     if resources.executor == SLURM:
-        return _submit_slurm(out, before, resources, retries, skip_missing, grid.name, doors)
-    return _submit_local(
-        out, before, slots, retries, skip_missing, lambda record: tell(_line(record)), doors
-    )
+        if not jobs and (not todo or SCORING in under_way):
+            return Submitted((), (*done, *under_way))
+        with _alone(out, ids):
+            _give_to_slurm(out, jobs, last, resources, retries, under_way, f"sparsemm-{grid.name}")
+        rest = tuple(name for name in (*done, *under_way) if name != SCORING)
+        return Submitted((*(job.name for job in jobs), SCORING), rest)
+    if under_way:
+        raise UserError(
+            f"{out}: {under_way[0]} is on its way already; wait for it (`sparsemm-eval status "
+            f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
+        )
+    if not todo:
+        return Submitted((), done)
+    with _alone(out, ids):
+        if ids:
+            slurm.write_ids(out, {name: ids[name] for name in ids if name not in todo})
+        records = _run_here(out, jobs, last, slots, retries, lambda record: tell(_line(record)))
+    return Submitted(todo, done, records)
 
 
 def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
@@ -160,83 +179,50 @@ def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
     return same if same.resolved() == before.resolved() else grid
 
 
-def _submit_local(
+def _run_here(
     out: Path,
-    before: Status,
+    jobs: Sequence[Command],
+    last: Command,
     slots: Sequence[Slot],
     retries: int,
-    skip_missing: bool,
     tell: Callable[[Record], None],
-    doors: Sequence[str],
-) -> Submitted:
-    """Run all jobs of a planned sweep that are not done on this machine, then score.
-
-    ``before`` says how far the sweep is, ``doors`` are words for `job_command`; the rest is as for
-    `submit` and `run_queue`.
-    """
-    done, todo, under_way = _sort(before)
-    if under_way:
-        raise UserError(
-            f"{out}: {under_way[0]} is on its way already; wait for it (`sparsemm-eval status "
-            f"{out} --watch`), or end it (`sparsemm-eval cancel {out}`)"
-        )
-    if not todo:
-        return Submitted((), done)
-    size = len(slots[0].gpus)
-    jobs = [job_command(out, name, size, doors) for name in todo if name != SCORING]
-    last = scoring_command(out, skip_missing, doors)
-    with _alone(out):
-        ids = slurm.read_ids(out)
-        if ids.keys() & set(todo):
-            slurm.write_ids(out, {job: ids[job] for job in ids if job not in todo})
-        for name in todo:
-            take_record(out, name)
-        try:
-            records = run_queue(jobs, slots, retries, out, tell)
-        except Stopped:
-            Record(SCORING).over(STOPPED, "the jobs before it were stopped").write(out)
-            raise
-        records += run_queue([last], slots[:1], retries, out, tell)
-    return Submitted(todo, done, tuple(records))
+) -> tuple[Record, ...]:
+    """Run jobs in the slots of this machine, then the last one, whatever became of them."""
+    for job in (*jobs, last):
+        take_record(out, job.name)
+    try:
+        records = run_queue(jobs, slots, retries, out, tell)
+    except Stopped:
+        Record(last.name).over(STOPPED, "the jobs before it were stopped").write(out)
+        raise
+    return (*records, *run_queue([last], slots[:1], retries, out, tell))
 
 
-def _submit_slurm(
+def _give_to_slurm(
     out: Path,
-    before: Status,
+    jobs: Sequence[Command],
+    last: Command,
     resources: Resources,
     retries: int,
-    skip_missing: bool,
+    under_way: Sequence[str],
     name: str,
-    doors: Sequence[str],
-) -> Submitted:
-    """Submit all jobs of a planned sweep that are neither done nor in Slurm's queue.
+) -> None:
+    """Submit jobs to Slurm, and the last one after them and all that are under way there.
 
-    ``name`` is the grid's, for Slurm's lists; the rest is as for `_submit_local`. If Slurm refuses,
-    nothing is submitted.
+    If Slurm refuses, nothing is submitted.
     """
-    done, todo, under_way = _sort(before)
-    jobs = tuple(job for job in todo if job != SCORING)
-    if not jobs and (not todo or SCORING in under_way):
-        return Submitted((), (*done, *under_way))
     ids = slurm.read_ids(out)
-    ahead = [ids[job] for job in under_way if job in ids and job != SCORING]
-    commands = [job_command(out, job, resources.gpus_of_job, doors) for job in jobs]
-    names = (*jobs, SCORING)
+    ahead = [ids[job] for job in under_way if job in ids and job != last.name]
     # Between Slurm's yes and its numbers on disk nothing may end this process: jobs would run on
     # that nobody knows.
-    with _alone(out), noted() as signals:
-        with _records_taken(out, names):
-            numbers = slurm.submit_jobs(
-                commands, scoring_command(out, skip_missing, doors), resources, retries, out, ahead,
-                f"sparsemm-{name}",
-            )  # fmt: skip
+    with noted() as signals:
+        with _records_taken(out, [job.name for job in (*jobs, last)]):
+            numbers = slurm.submit_jobs(jobs, last, resources, retries, out, ahead, name)
         slurm.write_ids(out, {**ids, **numbers})
-        if SCORING in under_way:
-            slurm.cancel_jobs([ids[SCORING]])  # it would not wait for the new ones
+        if last.name in under_way:
+            slurm.cancel_jobs([ids[last.name]])  # it would not wait for the new ones
     if signals:
         raise Stopped(signals[0])
-    rest = tuple(job for job in (*done, *under_way) if job != SCORING)
-    return Submitted(names, rest)
 
 
 def _line(record: Record) -> str:
@@ -271,9 +257,15 @@ def _refuse_running(out: Path) -> None:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
+def _alone(out: Path, ids: Mapping[str, str]) -> Iterator[None]:
+    """Hold the lock of the folder's queue, where Slurm's numbers are still those that were read."""
     try:
         with lock(lock_file(out, QUEUE)):
+            if slurm.read_ids(out) != ids:
+                raise UserError(
+                    f"{out}: its jobs were given to Slurm by another submission just now; submit "
+                    "again for the rest"
+                )
             yield
     except Locked:
         _refuse_running(out)

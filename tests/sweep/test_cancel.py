@@ -175,8 +175,16 @@ def test_a_submission_to_slurm_that_is_asked_to_end_writes_down_its_jobs(
 
     monkeypatch.setattr(slurm, "submit_jobs", submit_jobs)
     with pytest.raises(Stopped, match="stopped by SIGTERM"):
-        jobs._submit_slurm(out, status(out), Resources("slurm", time="9"), 0, False, "x", ())
-    assert read_ids(out) == {"a": "7_0", "b": "7_1", "c": "7_2", "scoring": "7_3"}
+        jobs._give_to_slurm(
+            out,
+            [Command("a", ())],
+            Command("scoring", ()),
+            Resources("slurm", time="9"),
+            0,
+            (),
+            "x",
+        )
+    assert read_ids(out) == {"a": "7_0", "scoring": "7_1"}
 
 
 def test_watching_ends_when_nothing_waits_or_runs(out: Path) -> None:

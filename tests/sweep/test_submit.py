@@ -23,7 +23,8 @@ from sparsemm_eval.sweep.jobs import job_command, submit, with_shards
 from sparsemm_eval.sweep.process import read_record
 from sparsemm_eval.sweep.queue import run_queue
 from sparsemm_eval.sweep.resources import Resources, Slot
-from sparsemm_eval.sweep.status import status
+from sparsemm_eval.sweep.slurm import read_ids, write_ids
+from sparsemm_eval.sweep.status import Status, status
 from sparsemm_eval.sweep.sweep import plan_sweep, run_sweep
 
 SIGNALLED = """
@@ -120,6 +121,25 @@ def test_a_job_that_dies_is_reported_and_the_others_go_on(tmp_path: Path) -> Non
     code, said = run("submit", grid, "-o", out)
     assert code == 0, said
     assert "## llava_next" in (out / "table.md").read_text()
+
+
+def test_of_two_submissions_at_once_the_second_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first gives its jobs to Slurm, and is gone, while the second still plans."""
+    grid = read_grid(write_small_demo(tmp_path / "demo.yaml"))
+    out = tmp_path / "out"
+
+    def plan(*given: object) -> tuple[Status, list]:
+        planned = plan_sweep(*given)
+        write_ids(out, {"qwen2vl@vqav2_mini": "7_0", "scoring": "8"})
+        return planned
+
+    monkeypatch.setattr("sparsemm_eval.sweep.sweep.plan_sweep", plan)
+    with pytest.raises(ValueError, match="given to Slurm by another submission just now") as caught:
+        submit(grid, out, Resources("local"), 0, False, print)
+    sentence(caught)
+    assert read_ids(out) == {"qwen2vl@vqav2_mini": "7_0", "scoring": "8"}
 
 
 def test_ranks_of_a_job_are_counted(tmp_path: Path) -> None:
