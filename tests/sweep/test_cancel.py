@@ -6,15 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 from engine.fixtures import sentence
+from sweep.waiting import is_gone, wait_until
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -62,13 +61,6 @@ def queue(out: Path, seconds: float = 600) -> Iterator[subprocess.Popen]:
         child.kill()
 
 
-def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def states(out: Path) -> list[str]:
     """Of the jobs."""
     return [job.state for job in status(out).jobs]
@@ -77,10 +69,6 @@ def states(out: Path) -> list[str]:
 def reasons(said: Status) -> list[str]:
     """Of the jobs."""
     return [job.reason for job in said.jobs]
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_nothing_was_submitted(out: Path) -> None:

@@ -13,9 +13,9 @@ from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
-import psutil
 import pytest
 from engine.fixtures import sentence
+from sweep.waiting import is_gone, wait_until
 
 from sparsemm_eval.sweep.lock import held
 from sparsemm_eval.sweep.process import Attempt, Command, Record, log_file, read_record, tail
@@ -46,18 +46,6 @@ except Stopped as stopped:
     print(stopped)
 """
 STUBBORN = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
-
-
-def wait_until(true: object, seconds: float = 30.0) -> None:
-    """Wait until a function says so."""
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_two_hundred_jobs_and_random_kills(tmp_path: Path) -> None:
