@@ -54,7 +54,7 @@ class Usual:
     Parameters
     ----------
     task : str
-        Of lmms-eval.
+        lmms-eval's name of it.
     samples : int
         The published split's.
     image : (int, int)
@@ -115,11 +115,11 @@ class Vision:
     tokens : callable
         Tokens of an image by its width and height in pixels and the model's settings.
     layers, width, mlp : int
-        Of the tower, and the width of its MLPs.
+        The vision tower's, and the width of its MLPs.
     patches : int
-        Of the tower, a token.
+        Patches of the tower that become one token.
     together : int, optional
-        Patches that attend to each other, of a tile; without it all of an image.
+        Patches that attend to each other, those of a tile; without it all of an image.
     """
 
     tokens: Callable[[int, int, Mapping[str, Any]], int]
@@ -258,7 +258,7 @@ def describe(grid: Grid, out: Path | None = None, manager: TaskManager | None = 
     out : Path, optional
         Where to; the space that is free there is stated.
     manager : TaskManager, optional
-        Of `find_tasks`; default one of lmms-eval's tasks and ours.
+        From `find_tasks`; default one of lmms-eval's tasks and ours.
 
     Raises
     ------

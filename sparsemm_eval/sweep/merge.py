@@ -25,7 +25,7 @@ class Merged:
     out : Path
         The new folder.
     answers : mapping of Path to (int, int)
-        Of each folder, answers it has, and those of them that were new.
+        How many answers each folder has, and how many of them were new.
     expected : int
         Answers of the whole grid.
     conflicts : tuple of str

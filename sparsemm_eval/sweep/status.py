@@ -372,7 +372,7 @@ def _time_left(
     count = sum(missing[at] for at in known)
     unknown = sum(missing.values()) - count
     line = (
-        f"time left: about {duration(left)} for {count:,} answers, measured on "
+        f"time left: about {duration(max(left, 1))} for {count:,} answers, measured on "
         f"{sum(timed[at] for at in known):,}, with {jobs} job{'' if jobs == 1 else 's'} at once"
     )
     return f"{line}; {unknown:,} more are of tasks not begun" if unknown else line

@@ -130,6 +130,11 @@ def test_time_left_is_what_answers_of_the_task_took(out: Path) -> None:
     assert str(status(out)).splitlines()[1] == ""
 
 
+def test_what_takes_no_time_is_said_to_take_a_second(out: Path) -> None:
+    write(out, "small", CELLS[0], 0, seconds=0.001)
+    assert status(out).time_left.startswith("time left: about 1 s for 13 answers, measured on 1,")
+
+
 def test_scored_cells_and_broken_files(out: Path) -> None:
     results = out / "cells/small/t-0_results.json"
     results.parent.mkdir(parents=True)
