@@ -16,7 +16,7 @@ def _one_thread() -> Iterator[None]:
 
 
 # Minutes each: begun last, one of them would keep a whole run waiting for a single worker.
-LONG = ("test_submit.py", "test_slurm.py", "test_whole_runs.py", "test_demo.py")
+LONG = ("test_jobs.py", "test_slurm.py", "test_whole_runs.py", "test_demo.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

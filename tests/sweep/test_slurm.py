@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 from engine.fixtures import rows, sentence
 from sweep.small_demo import tables, write_small_demo
+from sweep.waiting import wait_until
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -84,13 +84,6 @@ def begin(out: Path, *scripts: str, retries: int = 0, **options: object) -> dict
 def state(out: Path, name: str) -> str:
     """Of a job that has nothing to show but its record."""
     return States(out).of(name, False)[0]
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.2)
 
 
 def wait_for_record(out: Path, name: str, wanted: str) -> Record:
@@ -242,7 +235,7 @@ def test_a_job_that_is_requeued_runs_again(tmp_path: Path, how: str) -> None:
 def test_a_grid_disturbed_in_every_way_ends_with_the_tables_of_a_plain_sweep(
     tmp_path: Path,
 ) -> None:
-    """The grid of test_submit.py, whose tables are the same for local jobs."""
+    """The grid of test_jobs.py, whose tables are the same for local jobs."""
     grid = write_small_demo(tmp_path / "demo.yaml")
     run_sweep(read_grid(grid), tmp_path / "plain", "x")
     out = tmp_path / "out"
