@@ -242,7 +242,7 @@ class Rows:
 
 
 class Decoder:
-    """Steps of one model and the memory that they read, kept from prompt to prompt.
+    """Captured steps of one model and the memory that steps read, kept from prompt to prompt.
 
     Parameters
     ----------
@@ -292,9 +292,10 @@ class Decoder:
             return Rows(loop.tokens(), loop.cache_bytes, loop.kl_full)
 
     def step(self, model: PreTrainedModel, cache: HeadBudgetCache, key: StepKey) -> Step:
-        """The step of a key, made on first use."""
+        """The step of a key; one that is captured is kept, as capturing takes long."""
         step = self.steps.pop(key, None) or Step(model, cache, key)
-        self.steps[key] = step  # the newest last
+        if key.way != "eager":
+            self.steps[key] = step  # the newest last
         while len(self.steps) > _MOST_STEPS:
             self.steps.pop(next(iter(self.steps)))
         return step

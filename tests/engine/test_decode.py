@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsemm_eval.cache import HeadBudgetCache
 from sparsemm_eval.engine.decode import (
     Decoded,
     Decoder,
@@ -20,9 +21,10 @@ from sparsemm_eval.engine.decode import (
     decoder_of,
     held_bytes,
     is_greedy,
+    prefill,
     release,
 )
-from sparsemm_eval.engine.step import _forward
+from sparsemm_eval.engine.step import Step, StepKey, _forward
 from sparsemm_eval.methods import HeadMask, Method
 
 LONG = {"max_new_tokens": 60, "do_sample": False}  # more than the slack, so that layers are copied
@@ -165,19 +167,25 @@ def test_generation_settings(
     assert_same(found, wanted)
 
 
+@torch.inference_mode()
 def test_the_step_is_one_graph_to_torch_compile() -> None:
     """Nothing in it asks the host: no break, and no second compilation while lengths grow."""
     model = budgeted("qwen2vl", seed=3)
     inputs = prompt(model, SAMPLES)
     chosen, options = [method_for(model, "sparsemm")], {**LONG, "max_new_tokens": 14}
-    wanted = decode(model, inputs, chosen, options)
-    (step,) = decoder_of(model).steps.values()
-    step.compiled = torch.compile(_forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    wanted = said(decode(model, inputs, chosen, options))[0]
+    cache = HeadBudgetCache(chosen, buffers=decoder_of(model).buffers)
+    start = prefill(model, inputs, options, cache).start
+    step = Step(model, cache, StepKey(len(SAMPLES), (), 1.0, None, cache.backend(), "eager"))
     torch._dynamo.reset()
-    decode(model, inputs, chosen, {**options, "max_new_tokens": 2})
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        found = decode(model, inputs, chosen, options)
-    assert said(found) == said(wanted)
+    step.compiled = torch.compile(_forward, fullgraph=True, dynamic=False, backend="aot_eager")
+    step.load(cache, start)
+    found = [start.ids[:, -1]]
+    for number in range(13):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            step(model)
+        found.append(step.ids[:, 0].clone())
+    assert torch.stack(found, 1).tolist() == wanted
     torch._dynamo.reset()
 
 
