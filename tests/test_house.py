@@ -21,7 +21,7 @@ ALLOWED = {
     "methods": {"torch", "numpy"},
     "cache": TENSORS,
     "families": TENSORS,
-    **{f"engine/{name}.py": TENSORS for name in ("decode", "step")},
+    **{f"engine/{name}.py": TENSORS for name in ("decode", "decoder", "step")},
     "bench": TENSORS | {"flashinfer"},
     "report": {
         "pandas",

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, StoppingCriteria
 from sparsemm_eval.bench.timing import elapsed_ms, moment
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV, use_head_budget_attention
 from sparsemm_eval.cache.layer import RaggedLayer
-from sparsemm_eval.engine.decode import decoder_of, prefill, release
+from sparsemm_eval.engine.decode import prefill
+from sparsemm_eval.engine.decoder import decoder_of, release
 from sparsemm_eval.methods import Method
 
 Inputs = Mapping[str, Tensor]

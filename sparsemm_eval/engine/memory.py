@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache.ragged import LEAST_SLACK
-from sparsemm_eval.engine.decode import held_bytes
+from sparsemm_eval.engine.decoder import held_bytes
 from sparsemm_eval.methods import Method, ModelShape
 
 # What planned rows may take of the memory that is free: the rest is for the prompt's own pass (one

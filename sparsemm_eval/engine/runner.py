@@ -16,7 +16,8 @@ from sparsemm_eval import __version__
 from sparsemm_eval.engine.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.decode import Decoded, decode, release
+from sparsemm_eval.engine.decode import Decoded, decode
+from sparsemm_eval.engine.decoder import release
 from sparsemm_eval.engine.memory import (
     free_memory,
     out_of_memory,

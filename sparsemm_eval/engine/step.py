@@ -62,6 +62,31 @@ class Start:
     ended: Tensor
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that were read into a cache; row ``b * M + m`` is sample b under method m.
+
+    Parameters
+    ----------
+    start : Start
+        The rows with their first new token.
+    tokens : list of int
+        Tokens of each row's prompt, padding excluded.
+    kept : Tensor
+        [rows, L, H] tokens of the prompt that were kept.
+    kept_bytes : list of int
+        Bytes of keys and values of these tokens, by row.
+    width : int
+        Tokens of the longest prompt.
+    """
+
+    start: Start
+    tokens: list[int]
+    kept: Tensor
+    kept_bytes: list[int]
+    width: int
+
+
 class Step:
     """One step of decoding, from static buffers to static buffers: this is what is captured.
 

@@ -24,7 +24,8 @@ from transformers import (
 from sparsemm_eval.bench.models import endless, heavy_scores, random_prompts
 from sparsemm_eval.bench.options import main
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
-from sparsemm_eval.engine.decode import Decoded, _generate, decode, decoder_of, held_bytes, release
+from sparsemm_eval.engine.decode import Decoded, _generate, decode
+from sparsemm_eval.engine.decoder import decoder_of, held_bytes, release
 from sparsemm_eval.methods import HeadMask, Method, ModelShape, make_method
 from sparsemm_eval.methods.scoring import ObservationWindow
 

@@ -14,16 +14,13 @@ from transformers import PreTrainedModel
 from sparsemm_eval.cache import HeadBudgetCache
 from sparsemm_eval.engine.decode import (
     Decoded,
-    Decoder,
     _generate,
     check_cuda_graph,
     decode,
-    decoder_of,
-    held_bytes,
     is_greedy,
     prefill,
-    release,
 )
+from sparsemm_eval.engine.decoder import Decoder, decoder_of, held_bytes, release
 from sparsemm_eval.engine.step import Step, StepKey, _forward
 from sparsemm_eval.methods import HeadMask, Method
 
