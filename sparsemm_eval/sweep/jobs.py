@@ -242,9 +242,9 @@ def _failure(out: Path, record: Record) -> str:
 
 def _sort(before: Status) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Names of jobs that are done, that are to be submitted, and that are on their way."""
-    states = {job.job.name: job.state for job in before.jobs} | {SCORING: before.scoring_state[0]}
-    under_way = tuple(name for name, state in states.items() if state in (QUEUED, RUNNING))
-    done = tuple(name for name, state in states.items() if state == DONE)
+    states = before.states
+    under_way = tuple(name for name, (state, _) in states.items() if state in (QUEUED, RUNNING))
+    done = tuple(name for name, (state, _) in states.items() if state == DONE)
     return done, tuple(name for name in states if name not in (*under_way, *done)), under_way
 
 
@@ -297,15 +297,18 @@ def cancel(out: Path) -> list[str]:
     UserError
         If they run on another machine, or nothing was submitted.
     """
-    before, ids = _states(out), slurm.read_ids(out)
-    records = {name: record for name in before if (record := read_record(out, name))}
+    before, ids = status(out).states, slurm.read_ids(out)
     queue = lock_file(out, QUEUE)
-    submitted = held(queue) or killed(queue)
-    if not (records or ids or submitted):
+    records = any(read_record(out, name) for name in before)
+    if not (records or ids or held(queue) or killed(queue)):
         raise UserError(f"{out}: nothing was submitted here that could be cancelled")
-    in_slurm = [name for name in ids if before.get(name) in (QUEUED, RUNNING)]
+    in_slurm = [name for name in ids if name in before and before[name][0] in (QUEUED, RUNNING)]
     slurm.cancel_jobs(ids[name] for name in in_slurm)
-    here = [name for name in before if name not in ids and _is_submitted(out, name, before[name])]
+    here = [
+        name
+        for name, (state, _) in before.items()
+        if name not in ids and _is_submitted(out, name, state)
+    ]
     _end_queue(out)
     for name in here:
         record = read_record(out, name)
@@ -313,17 +316,12 @@ def cancel(out: Path) -> list[str]:
             if not record.here:
                 raise UserError(f"{out}: {name} is {record}, which cannot be ended from here")
             end_orphan(record, out)
-    after = _states(out)
-    cancelled = [*in_slurm, *(name for name in here if after[name] != DONE)]
+    after = status(out).states
+    cancelled = [*in_slurm, *(name for name in here if after[name][0] != DONE)]
     for name in cancelled:
         record = read_record(out, name) or Record(name)
         record.over(CANCELLED, "by `sparsemm-eval cancel`").write(out)
     return cancelled
-
-
-def _states(out: Path) -> dict[str, str]:
-    now = status(out)
-    return {job.job.name: job.state for job in now.jobs} | {SCORING: now.scoring_state[0]}
 
 
 def _is_submitted(out: Path, name: str, state: str) -> bool:

@@ -52,16 +52,12 @@ _UNDER_WAY = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING"}
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job: answers done, failed and expected, over all its cells; who is on it.
-
-    ``state`` and ``reason`` are those of `States`.
-    """
+    """A job: answers done, failed and expected, over all its cells; its state of `States`."""
 
     job: PlannedJob
     done: int
     failed: int
     expected: int
-    holder: str | None
     state: str = OPEN
     reason: str = ""
 
@@ -89,8 +85,6 @@ class Status:
     ----------
     jobs : tuple of JobStatus
     cells : tuple of CellStatus
-    scoring : str or None
-        Who computes scores now.
     failures : tuple of str
         A line a task and model of which samples failed, with the first cause.
     broken : tuple of str
@@ -104,17 +98,22 @@ class Status:
 
     jobs: tuple[JobStatus, ...]
     cells: tuple[CellStatus, ...]
-    scoring: str | None
     failures: tuple[str, ...]
     broken: tuple[str, ...]
     scoring_state: tuple[str, str] = (OPEN, "")
     time_left: str = ""
 
     @property
+    def states(self) -> dict[str, tuple[str, str]]:
+        """State and reason of each job by name, and of ``scoring``."""
+        return {job.job.name: (job.state, job.reason) for job in self.jobs} | {
+            SCORING: self.scoring_state
+        }
+
+    @property
     def under_way(self) -> bool:
         """Whether a job waits or runs."""
-        states = (*(job.state for job in self.jobs), self.scoring_state[0])
-        return any(state in (QUEUED, RUNNING) for state in states)
+        return any(state in (QUEUED, RUNNING) for state, _ in self.states.values())
 
     def incomplete(self, name: str) -> tuple[str, ...]:
         """A line if a job's answers are not all there."""
@@ -135,8 +134,7 @@ class Status:
         expected = sum(cell.cell.samples for cell in self.cells)
         scored = sum(cell.scored for cell in self.cells)
         running = sorted(
-            {f"{job.job.name}: {job.holder}" for job in self.jobs if job.holder}
-            | ({f"{SCORING}: {self.scoring}"} if self.scoring else set())
+            f"{name}: {reason}" for name, (state, reason) in self.states.items() if state == RUNNING
         )
         lines = [
             f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
@@ -267,7 +265,6 @@ def status(out: Path) -> Status:
     return Status(
         jobs,
         cells,
-        holder(lock_file(out, SCORING)),
         tuple(_failures(plan.cells, tallies)),
         tuple(broken),
         states.of(SCORING, scored),
@@ -328,7 +325,6 @@ def _job(
         done=done,
         failed=sum(len(of_cell.failed) for of_cell in of_cells),
         expected=expected,
-        holder=holder(lock_file(out, job.name)),
         state=state,
         reason=reason,
     )

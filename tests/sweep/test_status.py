@@ -97,7 +97,7 @@ def test_failures_are_counted_until_they_are_answered(out: Path) -> None:
 def test_who_is_on_it_is_named(out: Path) -> None:
     with lock(lock_file(out, "large@t@1of2")):
         said = status(out)
-        assert [job.holder is not None for job in said.jobs] == [False, False, True, False]
+        assert [job.state for job in said.jobs] == ["open", "open", "running", "open"]
         assert "running, large@t@1of2: process" in str(said)
     with lock(lock_file(out, "scoring")):
         assert "running, scoring: process" in str(status(out))
