@@ -34,7 +34,7 @@ class Entry:
 
     @staticmethod
     def bytes(case: Case) -> int:
-        """Of memory a layer, beside the ragged cache that all entries share."""
+        """Bytes of memory a layer, beside the ragged cache that all entries share."""
         return 0
 
     @staticmethod

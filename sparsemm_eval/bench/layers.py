@@ -168,7 +168,7 @@ class Layers:
 
     @staticmethod
     def bytes(case: Case) -> int:
-        """Of one layer's keys and values."""
+        """Bytes of one layer's keys and values."""
         lengths = case.lengths()
         slots = sum(lengths) + SLACK * len(lengths)
         return 2 * slots * case.layer.head_dim * case.element_size

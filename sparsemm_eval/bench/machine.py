@@ -98,7 +98,7 @@ def read_earlier(path: Path, now: Mapping[str, Any], *alike: str) -> dict[str, A
 
 
 def code_digest() -> str:
-    """Of what is measured: this package's Python and the op's sources, as they lie here."""
+    """Digest of what is measured: this package's Python and the op's sources, as they lie here."""
     rooms = ("bench", "cache", "engine", "families", "methods")
     package = Path(__file__).resolve().parents[1]
     files = [path for room in rooms for path in (package / room).glob("*.py")]

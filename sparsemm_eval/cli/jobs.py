@@ -68,7 +68,7 @@ def submit(
     with one_sentence(), stoppable("submit it again to go on"):
         quiet()
         from sparsemm_eval.sweep import jobs
-        from sparsemm_eval.sweep.grid import read_grid
+        from sparsemm_eval.sweep.grid_file import read_grid
         from sparsemm_eval.sweep.resources import Resources
         from sparsemm_eval.sweep.status import status as read_status
 

@@ -107,7 +107,7 @@ def sweep(
     """
     with one_sentence(), stoppable("run it again to go on"):
         quiet()
-        from sparsemm_eval.sweep.grid import read_grid
+        from sparsemm_eval.sweep.grid_file import read_grid
 
         plugins, own_tasks = load_plugins(plugin), folders(include_path)
         chosen = read_grid(grid)

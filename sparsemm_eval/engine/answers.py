@@ -301,9 +301,9 @@ def _check(path: Path) -> None:
 
 
 def _look(path: Path) -> None:
-    for (said,) in _query(path, "PRAGMA quick_check(1)"):
-        if said != "ok":
-            raise _Broken(" ".join(said.split()))
+    for (verdict,) in _query(path, "PRAGMA quick_check(1)"):
+        if verdict != "ok":
+            raise _Broken(" ".join(verdict.split()))
 
 
 def _query(path: Path, statement: str, values: tuple = ()) -> list[tuple]:

@@ -133,8 +133,8 @@ class _Loop:
         self.width = prompts.width
         # Of the rows of the whole batch; `going` are those that are still in it.
         self.going = torch.arange(rows, device=model.device)
-        self.said = torch.zeros(self.most + 1, rows, dtype=torch.long, device=model.device)
-        self.said[0] = self.start.ids[:, -1]
+        self.new_tokens = torch.zeros(self.most + 1, rows, dtype=torch.long, device=model.device)
+        self.new_tokens[0] = self.start.ids[:, -1]
         self.cache_bytes = [0] * rows
         self.kl_full: list[float | None] = [None] * rows
         self.done = 0
@@ -145,24 +145,24 @@ class _Loop:
             step = self._step()
             step.load(self.cache, self.start)
             step = self._without_ended(step)
-            watch = _Watch(self.model.device) if self.key.ends else None
+            flag = _EndFlag(self.model.device) if self.key.ends else None
             over = False
             while self.done < self.most and not over:
                 if self.cache.stores[0].slack == 0:
                     for store in self.cache.stores:
                         store.grow()
                     step.cache.load(self.cache.stores, step.ended)
-                over = self._until_full(step, watch, after_step)
+                over = self._until_full(step, flag, after_step)
                 if not over and self.key.way == "eager":
                     step = self._without_ended(step)
         self._note_bytes(self.going.tolist(), self.cache.row_bytes().tolist())
 
     def tokens(self) -> list[Tensor]:
         """[steps] of each row, on the CPU; behind the one that ends a row stands anything."""
-        return list(self.said[: self.done + 1].T.cpu())
+        return list(self.new_tokens[: self.done + 1].T.cpu())
 
     def _until_full(
-        self, step: Step, watch: _Watch | None, after_step: Callable[[], None] | None
+        self, step: Step, flag: _EndFlag | None, after_step: Callable[[], None] | None
     ) -> bool:
         """Decode until slots run out, or half of the rows have ended; whether all have."""
         begun, rows, over = self.done, len(self.going), False
@@ -175,15 +175,15 @@ class _Loop:
                 )
             step.run(self.model)
             self.done += 1
-            self.said[self.done, self.going] = step.ids[:rows, 0]
+            self.new_tokens[self.done, self.going] = step.ids[:rows, 0]
             if self.done == 1 and self.full is not None and self.count > 1:
                 self._compare(step.logits[:rows])
             if after_step is not None:
                 after_step()
-            if watch is None:
+            if flag is None:
                 continue
             if self.key.way != "eager":
-                over = self.done % _LOOK_EVERY == 0 and watch.over(step.ended)
+                over = self.done % _LOOK_EVERY == 0 and flag.over(step.ended)
             elif 2 * (ended := int(step.ended.sum())) >= rows:
                 over = ended == rows
                 break
@@ -222,7 +222,7 @@ class _Loop:
                 self.kl_full[row] = kl
 
 
-class _Watch:
+class _EndFlag:
     """Whether all rows have ended, as it was when it was last asked: nobody waits for that."""
 
     def __init__(self, device: torch.device) -> None:

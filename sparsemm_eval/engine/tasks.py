@@ -36,7 +36,7 @@ _JAVA = ("pycocoevalcap.tokenizer", "pycocoevalcap.meteor", "pycocoevalcap.spice
 
 
 def task_manager(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> TaskManager:
-    """Of our own tasks if they are enough: lmms-eval's thousands take many seconds to read.
+    """Find tasks, among ours alone if they are enough: lmms-eval's take many seconds to read.
 
     Parameters
     ----------

@@ -27,7 +27,7 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.tables import overview_table, score_tables, to_markdown
-from sparsemm_eval.sweep.grid import grids_folder, make_grid
+from sparsemm_eval.sweep.grid_file import grids_folder, make_grid
 from sparsemm_eval.sweep.mask import run_masking
 from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.sweep.tables import chance_of, write_tables

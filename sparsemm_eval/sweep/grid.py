@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from itertools import product
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -27,7 +25,7 @@ from sparsemm_eval.cache import BACKENDS
 from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
 from sparsemm_eval.engine.checkpoint import DTYPES
 from sparsemm_eval.engine.decode import CUDA_GRAPH
-from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families import families
 from sparsemm_eval.methods import (
     MASK_MODES,
@@ -40,7 +38,6 @@ from sparsemm_eval.methods import (
     method_settings,
     settings_of,
 )
-from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import find_checkpoint
 
 # Keys of a grid that are not their setting's own name.
@@ -112,7 +109,7 @@ class ModelSpec(BaseModel):
         for name, value in settings.items():
             _at((name,), check_choice, "setting", name, model_settings())
             if not isinstance(value, str | int | float):
-                raise _Misplaced(f"{_short(value)}: it must be text or a number", name)
+                raise _Misplaced(f"{short_repr(value)}: it must be text or a number", name)
         choices = {
             "dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES, "cuda_graph": CUDA_GRAPH
         }  # fmt: skip
@@ -154,8 +151,8 @@ class Job:
 class Grid(BaseModel):
     """Models, tasks, and the cells that all of them are measured in.
 
-    Made by `read_grid`. Every setting of its methods is a key, with one value or a list of them;
-    ``budgets`` and ``seeds`` are those of budget and seed. Every combination of these values that
+    Made by `sparsemm_eval.sweep.grid_file`. Every setting of its methods is a key, with one value
+    or a list of them; ``budgets`` and ``seeds`` are those of budget and seed. Every combination of these values that
     a method can tell apart is a cell.
 
     Parameters
@@ -232,7 +229,7 @@ class Grid(BaseModel):
         return self.shards.get(task, 1) if isinstance(self.shards, dict) else self.shards
 
     def resolved(self) -> str:
-        """YAML with every value filled in; `parse_grid` reads an equal grid from it."""
+        """YAML with every value filled in; an equal grid is read from it."""
         before, after = ("name", "models", "tasks", "methods"), ("samples", "batch_size", "shards")
         values = self.model_dump(include={*before, *after, "notes"})
         axes = {_KEYS.get(name, name): _short_axis(name, axis) for name, axis in self.axes.items()}
@@ -335,7 +332,7 @@ class Grid(BaseModel):
             if name == "mask_mode":
                 _at((name, place), check_choice, f"{name}[{place}]", value, MASK_MODES)
             elif not isinstance(value, str):
-                raise _Misplaced(f"{_short(value)}: it must be text, or none", name, place)
+                raise _Misplaced(f"{short_repr(value)}: it must be text, or none", name, place)
         self._check_twice(name, axis)
         for place, model in enumerate(self.models):
             if name in model.settings:
@@ -377,79 +374,6 @@ class Grid(BaseModel):
         return [name for name in self.methods if setting in method_settings(name)]
 
 
-def read_grid(name_or_path: str | Path) -> Grid:
-    """Read a grid of `tasks/grids/` by its name, or any other by its path.
-
-    Raises
-    ------
-    ValueError
-        In one sentence that names file, line, key and value, if it cannot be.
-    """
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = grids_folder() / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in grids_folder().glob("*.yaml")))
-        raise UserError(
-            f"grid {name_or_path}: there is no such file and no grid of that name; give the path "
-            f"of a YAML file, or one of {known}"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: it is no UTF-8 text ({error.reason})") from error
-    return parse_grid(text, path)
-
-
-def parse_grid(text: str, path: Path) -> Grid:
-    """Read a grid from YAML; ``path`` is named in errors and gives the grid its name.
-
-    Raises
-    ------
-    ValueError
-        As `read_grid`.
-    """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        twice = _repeated_key(root)
-        values = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: it is no YAML ({one_line(error.problem)})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: it is no YAML ({one_line(error)})") from error
-    if twice is not None:
-        line = twice.start_mark.line + 1
-        raise UserError(f"{path}, line {line}: {twice.value} stands there twice: name it once")
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: it must be a mapping with keys such as models, tasks and methods")
-    try:
-        return Grid.model_validate({"name": path.stem, **values})
-    except ValidationError as error:
-        place, words = _sentence(error)
-        raise UserError(f"{path}, line {_line(root, place)}: {words}") from None
-
-
-def make_grid(values: Mapping[str, Any]) -> Grid:
-    """Make a grid of values as `parse_grid` reads them from YAML.
-
-    Raises
-    ------
-    UserError
-        As `parse_grid`, without file and line.
-    """
-    try:
-        return Grid.model_validate(values)
-    except ValidationError as error:
-        raise UserError(_sentence(error)[1]) from None
-
-
-def grids_folder() -> Path:
-    """Where the grids lie that have a name."""
-    return tasks_folder() / "grids"
-
-
 # No setting of a method depends on a model's shape.
 _SHAPE = ModelShape(32, 32, 8)
 
@@ -478,7 +402,7 @@ def _of_kind(kind: str, value: Any, key: str, place: int) -> Any:
     known, words = _TYPES.get(kind, (str | int | float | bool, "text or a number"))
     wrong = not isinstance(value, known) or (kind in _TYPES and isinstance(value, bool))
     if wrong or (isinstance(value, float) and not math.isfinite(value)):
-        raise _Misplaced(f"{key}[{place}]={_short(value)}: it must be {words}", key, place)
+        raise _Misplaced(f"{key}[{place}]={short_repr(value)}: it must be {words}", key, place)
     return float(value) if kind == "float" else value
 
 
@@ -494,100 +418,7 @@ def _at(place: tuple[str | int, ...], check: Any, *arguments: Any) -> None:
         raise _Misplaced(str(error), *place) from error
 
 
-def _repeated_key(root: yaml.Node | None) -> yaml.Node | None:
-    """The first key that stands twice in one mapping: YAML would take the last without a word."""
-    todo, seen = [root], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            names = set()
-            for key, value in node.value:
-                if key.value in names and isinstance(key, yaml.ScalarNode):
-                    return key
-                names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
-                todo += [key, value]
-        elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
-    return None
-
-
-_NEEDED = {
-    "models": "models with name and pretrained", "tasks": "lmms-eval tasks",
-    "methods": "methods, such as [fullkv, sparsemm]", "name": "it a name for tables",
-    "pretrained": "a folder, a hub repository or embedded:qwen2vl",
-}  # fmt: skip
-_KINDS = {
-    "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
-    "string_type": "text", "list_type": "a list", "dict_type": "a mapping",
-    "model_type": "a mapping with name, pretrained and settings", "finite_number": "a number",
-}  # fmt: skip
-
-
-def _sentence(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
-    """One of pydantic's errors: its place in the grid; key, value and what is allowed."""
-    # A key that is misspelt is missing too: the former says more.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    cause = first.get("ctx", {}).get("error")
-    place = (*first["loc"], *getattr(cause, "place", ()))
-    kind, value = first["type"], first["input"]
-    if kind == "missing":
-        words = f"{_spell(place)} is missing; give {_NEEDED[place[-1]]}"
-    elif kind == "extra_forbidden":
-        known = ModelSpec if place[0] == "models" else Grid
-        owner = "a model" if place[0] == "models" else "a grid"
-        keys = ", ".join(known.model_fields)
-        words = f"{_spell(place)}: {owner} has no such key; it knows {keys}"
-    elif cause is not None:
-        words = _placed(str(cause), place)
-    else:
-        if kind == "too_short":
-            needed = "it is empty; give at least one"
-        elif kind == "greater_than_equal":
-            needed = f"it must be at least {first['ctx']['ge']}"
-        elif kind in _KINDS:
-            needed = f"it must be {_KINDS[kind]}"
-        else:
-            needed = one_line(first["msg"])
-        words = f"{_spell(place)}={_short(value)}: {needed}"
-    more = error.error_count() - 1
-    rest = f" (and {more} more)" if more else ""
-    return place, f"{words}{rest}"
-
-
-def _placed(words: str, place: tuple[str | int, ...]) -> str:
-    """An error's words behind its place, unless they state that themselves."""
-    if not place or words.startswith(f"{_spell(place)}="):
-        return words
-    if words.startswith(f"{place[-1]}="):
-        return f"{_spell(place[:-1])}{'.' * (len(place) > 1)}{words}"
-    return f"{_spell(place)}: {words}"
-
-
-def _spell(place: tuple[str | int, ...]) -> str:
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
-    return "".join(parts).removeprefix(".")
-
-
-def _short(value: Any) -> str:
+def short_repr(value: Any) -> str:
+    """A value as Python writes it, cut off where that is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _line(node: yaml.Node, place: tuple[str | int, ...]) -> int:
-    """Line of a key or an item, or of the last thing on the way to it that is there."""
-    line = node.start_mark.line + 1
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
-            found = [(item, item) for item in node.value[part : part + 1]]
-        else:
-            found = []
-        if not found:
-            break
-        key, node = found[0]
-        line = key.start_mark.line + 1
-    return line

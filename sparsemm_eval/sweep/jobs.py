@@ -172,7 +172,7 @@ def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
     path = out / "grid.yaml"
     if not path.is_file():
         return grid
-    from sparsemm_eval.sweep.grid import parse_grid
+    from sparsemm_eval.sweep.grid_file import parse_grid
 
     before = parse_grid(path.read_text(encoding="utf-8"), path)
     same = grid.model_copy(update={"shards": before.shards})

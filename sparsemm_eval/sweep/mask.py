@@ -28,7 +28,7 @@ from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
 from sparsemm_eval.sweep.checks import check_models
-from sparsemm_eval.sweep.grid import make_grid
+from sparsemm_eval.sweep.grid_file import make_grid
 from sparsemm_eval.sweep.sweep import run_sweep
 
 _MEASURED = ["task", "metric", "score", "stderr", "samples"]

@@ -10,7 +10,8 @@ from pathlib import Path
 from sparsemm_eval.engine.answers import Answer, AnswerStore, tally
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.sweep.grid import Grid, parse_grid
+from sparsemm_eval.sweep.grid import Grid
+from sparsemm_eval.sweep.grid_file import parse_grid
 from sparsemm_eval.sweep.plan import Plan, answers_folder, planned_jobs
 
 _SHOWN = 20

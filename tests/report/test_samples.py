@@ -16,7 +16,7 @@ from sparsemm_eval.report.cells import cells_frame, join_seeds
 from sparsemm_eval.report.names import BENCHMARKS
 from sparsemm_eval.report.results import Results, load
 from sparsemm_eval.report.samples import read_samples, score_samples
-from sparsemm_eval.sweep.grid import parse_grid
+from sparsemm_eval.sweep.grid_file import parse_grid
 from sparsemm_eval.sweep.sweep import run_sweep
 
 SAMPLES = 5

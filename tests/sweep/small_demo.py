@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sparsemm_eval.sweep.grid import grids_folder
+from sparsemm_eval.sweep.grid_file import grids_folder
 
 TASKS = ("docvqa_mini", "vqav2_mini")
 TABLES = ("table.md", "kept.md")

@@ -24,7 +24,8 @@ from sparsemm_eval.sweep.estimate import (
     samples_of,
     shape_of,
 )
-from sparsemm_eval.sweep.grid import Grid, ModelSpec, grids_folder, read_grid
+from sparsemm_eval.sweep.grid import Grid, ModelSpec
+from sparsemm_eval.sweep.grid_file import grids_folder, read_grid
 from sparsemm_eval.tiny import embedded_checkpoints
 
 VICUNA = ModelSpec(

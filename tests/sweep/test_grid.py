@@ -21,13 +21,8 @@ from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_se
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import demo
 from sparsemm_eval.sweep.estimate import shape_of
-from sparsemm_eval.sweep.grid import (
-    Grid,
-    Job,
-    grids_folder,
-    parse_grid,
-    read_grid,
-)
+from sparsemm_eval.sweep.grid import Grid, Job
+from sparsemm_eval.sweep.grid_file import grids_folder, parse_grid, read_grid
 from sparsemm_eval.tiny import embedded_checkpoints
 
 SHIPPED = sorted(path.stem for path in grids_folder().glob("*.yaml"))

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.sweep.grid import read_grid
+from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.jobs import job_command, submit, with_shards
 from sparsemm_eval.sweep.process import read_record
 from sparsemm_eval.sweep.queue import run_queue

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.engine.answers import Answer, AnswerStore
-from sparsemm_eval.sweep.grid import read_grid
+from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.merge import merge_sweeps
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, answers_folder
 from sparsemm_eval.sweep.status import status

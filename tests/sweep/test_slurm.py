@@ -19,7 +19,7 @@ from sweep.waiting import wait_until
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.sweep.grid import read_grid
+from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.jobs import cancel
 from sparsemm_eval.sweep.lock import held, holder
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob
