@@ -152,8 +152,8 @@ class Grid(BaseModel):
     """Models, tasks, and the cells that all of them are measured in.
 
     Made by `sparsemm_eval.sweep.grid_file`. Every setting of its methods is a key, with one value
-    or a list of them; ``budgets`` and ``seeds`` are those of budget and seed. Every combination of these values that
-    a method can tell apart is a cell.
+    or a list of them; ``budgets`` and ``seeds`` are those of budget and seed. Every combination of
+    these values that a method can tell apart is a cell.
 
     Parameters
     ----------
