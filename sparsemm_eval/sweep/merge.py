@@ -75,8 +75,8 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
     Raises
     ------
     UserError
-        If a folder holds no sweep, or one of another grid, other weights, head scores, data or
-        version; or if ``out`` holds something.
+        If a folder holds no sweep, or one of another grid, other weights, head scores, data, plugin
+        or version; or if ``out`` holds something.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: it is not empty; choose a new folder to merge into")
@@ -131,8 +131,8 @@ def _grid_and_plan(folders: Sequence[Path]) -> tuple[Grid, Plan]:
             raise UserError(f"{folder}: its grid is another than that of {folders[0]}")
         if (cell := plan.unlike(other_plan)) is not None:
             raise UserError(
-                f"{folder}: its answers are of other weights, head scores, data or version of "
-                f"sparsemm-eval than those before it ({cell.model}, {cell.words})"
+                f"{folder}: its answers are of other weights, head scores, data, plugin or version "
+                f"of sparsemm-eval than those before it ({cell.model}, {cell.words})"
             )
         plan = plan.joined(other_plan)
     begun = {(cell.model, cell.task) for cell in plan.cells}
