@@ -16,26 +16,24 @@ from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.sweep import slurm
 from sparsemm_eval.sweep.lock import Locked, held, holder, killed, lock, process_here
 from sparsemm_eval.sweep.plan import lock_file
-from sparsemm_eval.sweep.process import (
+from sparsemm_eval.sweep.process import GRACE, Command, Stopped, end_orphan, noted, run_queue
+from sparsemm_eval.sweep.resources import SLURM, Resources, Slot
+from sparsemm_eval.sweep.state import (
     CANCELLED,
     DONE,
-    GRACE,
+    QUEUE,
     QUEUED,
     RUNNING,
     STOPPED,
-    Command,
     Record,
-    Stopped,
-    end_orphan,
     log_file,
-    noted,
+    read_ids,
     read_record,
     tail,
     take_record,
+    write_ids,
 )
-from sparsemm_eval.sweep.queue import run_queue
-from sparsemm_eval.sweep.resources import SLURM, Resources, Slot
-from sparsemm_eval.sweep.status import QUEUE, SCORING, TABLE, Status, status
+from sparsemm_eval.sweep.status import SCORING, TABLE, Status, status
 
 if TYPE_CHECKING:
     from sparsemm_eval.methods import Plugin
@@ -125,7 +123,7 @@ def submit(
     check_int("retries", retries, least=0)
     slots = () if resources.executor == SLURM else resources.slots()
     _refuse_running(out)
-    ids = slurm.read_ids(out)
+    ids = read_ids(out)
     before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins)
     for lost in left_out:
         tell(f"left out: {lost.cause}")
@@ -153,7 +151,7 @@ def submit(
         return Submitted((), done)
     with _alone(out, ids):
         if ids:
-            slurm.write_ids(out, {name: ids[name] for name in ids if name not in todo})
+            write_ids(out, {name: ids[name] for name in ids if name not in todo})
         records = _run_here(out, jobs, last, slots, retries, lambda record: tell(_line(record)))
     return Submitted(todo, done, records)
 
@@ -211,14 +209,14 @@ def _give_to_slurm(
 
     If Slurm refuses, nothing is submitted.
     """
-    ids = slurm.read_ids(out)
+    ids = read_ids(out)
     ahead = [ids[job] for job in under_way if job in ids and job != last.name]
     # Between Slurm's yes and its numbers on disk nothing may end this process: jobs would run on
     # that nobody knows.
     with noted() as signals:
         with _records_taken(out, [job.name for job in (*jobs, last)]):
             numbers = slurm.submit_jobs(jobs, last, resources, retries, out, ahead, name)
-        slurm.write_ids(out, {**ids, **numbers})
+        write_ids(out, {**ids, **numbers})
         if last.name in under_way:
             slurm.cancel_jobs([ids[last.name]])  # it would not wait for the new ones
     if signals:
@@ -261,7 +259,7 @@ def _alone(out: Path, ids: Mapping[str, str]) -> Iterator[None]:
     """Hold the lock of the folder's queue, where Slurm's numbers are still those that were read."""
     try:
         with lock(lock_file(out, QUEUE)):
-            if slurm.read_ids(out) != ids:
+            if read_ids(out) != ids:
                 raise UserError(
                     f"{out}: its jobs were given to Slurm by another submission just now; submit "
                     "again for the rest"
@@ -297,7 +295,7 @@ def cancel(out: Path) -> list[str]:
     UserError
         If they run on another machine, or nothing was submitted.
     """
-    before, ids = status(out).states, slurm.read_ids(out)
+    before, ids = status(out).states, read_ids(out)
     queue = lock_file(out, QUEUE)
     records = any(read_record(out, name) for name in before)
     if not (records or ids or held(queue) or killed(queue)):

@@ -1,25 +1,22 @@
-"""A job's process: how it is begun, asked to end and recorded; signals that ask this one to end."""
+"""Jobs as processes of this machine: one attempt, a bounded queue of jobs, and what ends them."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from sparsemm_eval.errors import UserError
-from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.lock import PATIENCE, Locked, held, release, seize
+from sparsemm_eval.sweep.resources import Slot
+from sparsemm_eval.sweep.state import DONE, FAILED, QUEUED, STOPPED, Record, log_file, tail
 
-OPEN, QUEUED, RUNNING, DONE = "open", "queued", "running", "done"
-FAILED, STOPPED, CANCELLED = "failed", "stopped", "cancelled"
 # Slurm cancels and preempts with SIGTERM, and announces time limits with SIGUSR1 or SIGUSR2.
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Seconds that a job may take to leave when it is asked to; Slurm announces time limits 90 before.
@@ -76,106 +73,6 @@ class Command:
 
     name: str
     words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """How the last attempt at a job began and ended, which its answers and locks cannot say.
-
-    Whether it runs is not in it: a job's processes hold its log locked as long as one of them
-    lives.
-
-    Parameters
-    ----------
-    name : str
-        The job's name in the grid, or ``scoring``.
-    ending : str
-        done (exit code 0), failed, queued (failed, and to be tried again), stopped (asked to end)
-        or cancelled; empty if none was written.
-    reason : str
-        Why it ended so; empty if that needs no words.
-    attempts : int
-        How often it was begun.
-    host : str
-        Where its process runs or ran.
-    pid : int
-        The number of its process and process group; 0 if it was never begun.
-    """
-
-    name: str
-    ending: str = ""
-    reason: str = ""
-    attempts: int = 0
-    host: str = ""
-    pid: int = 0
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-    @property
-    def state(self) -> str:
-        """The ending, or running."""
-        return self.ending or RUNNING
-
-    @property
-    def here(self) -> bool:
-        """Whether its process is, or was, on this machine."""
-        return self.host == socket.gethostname()
-
-    def begun(self, pid: int) -> Record:
-        """The record of the next attempt, by a process of this machine that has just begun."""
-        return Record(self.name, "", "", self.attempts + 1, socket.gethostname(), pid)
-
-    def over(self, ending: str, reason: str = "") -> Record:
-        """The record of the same attempt after its process has ended."""
-        return replace(self, ending=ending, reason=reason)
-
-    def write(self, out: Path) -> None:
-        """Put it into a sweep's folder."""
-        write_whole(_record_file(out, self.name), json.dumps(asdict(self), indent=1))
-
-
-def read_record(out: Path, name: str) -> Record | None:
-    """The record of one job; None if it was never begun.
-
-    Raises
-    ------
-    UserError
-        If the file is broken.
-    """
-    path = _record_file(out, name)
-    try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a readable record of a job ({error}); remove it, answers are elsewhere"
-        ) from error
-
-
-def take_record(out: Path, name: str) -> Record | None:
-    """Read the record of a job and remove it, as the job is submitted anew."""
-    record = read_record(out, name)
-    _record_file(out, name).unlink(missing_ok=True)
-    return record
-
-
-def log_file(out: Path, name: str) -> Path:
-    """What a job says, one attempt after the other; locked while one of its processes lives."""
-    return out / "jobs" / f"{name}.log"
-
-
-def tail(path: Path, lines: int = 12) -> list[str]:
-    """The last lines of a log, progress bars left out."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 20_000))
-        text = file.read().decode(errors="replace")
-    # A bar draws itself over and over in one line.
-    drawn = (line.split("\r")[-1].rstrip() for line in text.split("\n"))
-    return [line for line in drawn if line and "%|" not in line][-lines:]
 
 
 class Attempt:
@@ -269,6 +166,125 @@ class Attempt:
             signal_group(self._process.pid, number)
 
 
+def run_queue(
+    commands: Sequence[Command],
+    slots: Sequence[Slot],
+    retries: int,
+    out: Path,
+    tell: Callable[[Record], None] = lambda record: None,
+    grace: float = GRACE,
+) -> list[Record]:
+    """Run all commands, each in a slot of its own while it runs.
+
+    One that fails goes to the end of the queue, until it has failed once more than ``retries``;
+    the others go on.
+
+    Parameters
+    ----------
+    commands : sequence of Command
+        Their names differ.
+    slots : sequence of Slot
+        At least one.
+    retries : int
+        How often a command that failed is tried again.
+    out : Path
+        The sweep's folder, for records and logs.
+    tell : callable, optional
+        Given every record that says running, done, failed or queued again.
+    grace : float
+        Seconds that commands are given to leave when the queue is stopped.
+
+    Returns
+    -------
+    list of Record
+        How each ended, in the order of the commands.
+
+    Raises
+    ------
+    Stopped
+        On Ctrl-C, SIGTERM, SIGUSR1 or SIGUSR2, after all commands have ended.
+    """
+    queue = _Queue(commands, slots, retries, out, tell)
+    with noted() as signals:
+        try:
+            while queue.busy and not signals:
+                queue.fill()
+                queue.collect()
+                time.sleep(_PAUSE)
+        finally:
+            queue.stop(_why(signals), grace)
+    if signals:
+        raise Stopped(signals[0])
+    return [queue.over[command.name] for command in commands]
+
+
+class _Queue:
+    """Jobs that wait, run or are over, and free slots; each job and each slot is in one place."""
+
+    def __init__(
+        self,
+        commands: Sequence[Command],
+        slots: Sequence[Slot],
+        retries: int,
+        out: Path,
+        tell: Callable[[Record], None],
+    ) -> None:
+        self.retries, self.out, self.tell = retries, out, tell
+        self.words = {command.name: command.words for command in commands}
+        self.waiting = deque(Record(name) for name in self.words)
+        self.running: dict[Attempt, Slot] = {}
+        self.over: dict[str, Record] = {}
+        self.free = deque(slots)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a job waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def fill(self) -> None:
+        """Begin jobs while there are slots."""
+        while self.waiting and self.free:
+            slot, record = self.free.popleft(), self.waiting.popleft()
+            words = (*slot.prefix(), *self.words[record.name])
+            try:
+                attempt = Attempt(record, words, self.out)
+            except OSError as error:
+                self.free.append(slot)
+                self._settle(record.over(FAILED, f"it cannot be begun ({error})"))
+                continue
+            self.running[attempt] = slot
+            self.tell(attempt.record)
+
+    def collect(self) -> None:
+        """Take back the slots of jobs that have ended; those that failed wait again."""
+        for attempt in [attempt for attempt in self.running if attempt.ended()]:
+            self.free.append(self.running.pop(attempt))
+            record = attempt.record
+            if record.ending == FAILED and record.attempts <= self.retries:
+                again = f"attempt {record.attempts} failed: {record.reason}"
+                record = record.over(QUEUED, again)
+                record.write(self.out)
+                self.waiting.append(record)
+                self.tell(record)
+            else:
+                self._settle(record)
+
+    def stop(self, why: str, grace: float) -> None:
+        """End what runs, and write down that the rest was not begun."""
+        for attempt in self.running:
+            attempt.ask()
+        end = time.monotonic() + grace
+        for attempt in self.running:
+            attempt.stop(why, max(0.0, end - time.monotonic()))
+        for record in self.waiting:
+            record.over(STOPPED, why).write(self.out)
+
+    def _settle(self, record: Record) -> None:
+        self.over[record.name] = record
+        record.write(self.out)
+        self.tell(record)
+
+
 def end_orphan(record: Record, out: Path) -> None:
     """End a job whose queue was killed, and all that it started."""
     signal_group(record.pid, signal.SIGTERM)
@@ -284,10 +300,6 @@ def signal_group(pid: int, number: int) -> None:
         os.killpg(pid, number)
 
 
-def _record_file(out: Path, name: str) -> Path:
-    return out / "jobs" / f"{name}.json"
-
-
 @contextmanager
 def _handled(signals: Sequence[signal.Signals], handler: signal.Handlers) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in signals}
@@ -298,3 +310,10 @@ def _handled(signals: Sequence[signal.Signals], handler: signal.Handlers) -> Ite
             # Once it has been asked to end, a process is not to be disturbed while it does.
             if signal.getsignal(number) is handler:
                 signal.signal(number, earlier)
+
+
+def _why(signals: Sequence[int]) -> str:
+    if not signals:
+        return "its queue broke off"
+    word = "Ctrl-C" if signals[0] == signal.SIGINT else signal.Signals(signals[0]).name
+    return f"its queue was stopped by {word}"

@@ -1,15 +1,13 @@
-"""Jobs on a Slurm cluster, through submitit; states from `squeue`, which needs no accounting."""
+"""Jobs on a Slurm cluster, through submitit: what runs in them, and how they are submitted."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
-import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +15,9 @@ from types import FrameType
 from typing import Any
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.paths import write_whole
-from sparsemm_eval.sweep.process import DONE, Attempt, Command, Record, read_record
+from sparsemm_eval.sweep.process import Attempt, Command
 from sparsemm_eval.sweep.resources import Resources, find_submitit
+from sparsemm_eval.sweep.state import DONE, Record, read_record
 
 # A requeued job goes on where it was, so it may reach its time limit often; but not for ever, as
 # one would whose model takes longer to load.
@@ -29,7 +27,6 @@ _PAUSE = 0.2
 _FAREWELL = 900
 # Seconds until a file server notices that a node has died with its locks; Slurm requeues at once.
 _LOST_NODE = 300
-_PATIENCE = 60
 
 
 class SlurmJob:
@@ -101,17 +98,6 @@ class SlurmJob:
         raise RuntimeError("it was sent SIGTERM, and not by Slurm")
 
 
-def read_ids(out: Path) -> dict[str, str]:
-    """Slurm's own numbers, such as 12_3, by job; of jobs that were last given to Slurm."""
-    path = _ids_file(out)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_ids(out: Path, ids: Mapping[str, str]) -> None:
-    """Put Slurm's numbers of all jobs that are its own into a sweep's folder."""
-    write_whole(_ids_file(out), json.dumps(dict(ids), indent=1))
-
-
 def submit_jobs(
     commands: Sequence[Command],
     last: Command,
@@ -169,34 +155,6 @@ def submit_jobs(
     return ids
 
 
-def ask(ids: Iterable[str]) -> Mapping[str, tuple[str, str]] | None:
-    """States of jobs, as Slurm has them.
-
-    Parameters
-    ----------
-    ids : iterable of str
-        Slurm's numbers.
-
-    Returns
-    -------
-    mapping of str to (str, str) or None
-        State, and reason or node, by number; jobs that Slurm has forgotten, minutes after their
-        end, are missing. None if there is no Slurm here, or it does not answer.
-    """
-    jobs = ",".join(sorted({number.split("_")[0] for number in ids}))
-    if not jobs or shutil.which("squeue") is None:
-        return None
-    command = ["squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%R", "-j", jobs]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE)
-    except subprocess.TimeoutExpired:
-        return None
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        return None
-    lines = (line.split("|", 2) for line in answer.stdout.splitlines())
-    return {number: (state, reason) for number, state, reason in lines}
-
-
 def cancel_jobs(ids: Iterable[str]) -> None:
     """Cancel jobs that wait or run.
 
@@ -209,10 +167,6 @@ def cancel_jobs(ids: Iterable[str]) -> None:
         done = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
         if done.returncode:
             raise OSError(f"scancel: {_words(done.stderr)}")
-
-
-def _ids_file(out: Path) -> Path:
-    return out / "jobs" / "slurm" / "ids.json"
 
 
 def _submit(executor: Any, jobs: Sequence[SlurmJob]) -> list[str]:

@@ -15,39 +15,18 @@ from rich.text import Text
 
 from sparsemm_eval.engine.answers import Tally, tally
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.sweep import slurm
 from sparsemm_eval.sweep.checksum import Broken, scored_answers
-from sparsemm_eval.sweep.lock import held, holder, killed
 from sparsemm_eval.sweep.plan import (
     Plan,
     PlannedCell,
     PlannedJob,
     answers_folder,
-    lock_file,
     number_of,
 )
-from sparsemm_eval.sweep.process import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    OPEN,
-    QUEUED,
-    RUNNING,
-    STOPPED,
-    Record,
-    log_file,
-    read_record,
-)
+from sparsemm_eval.sweep.state import OPEN, QUEUED, RUNNING, States
 
 SCORING = "scoring"
-# The lock of a process that runs jobs here; while it is held, jobs that were not begun wait for it.
-QUEUE = "queue"
 TABLE = "table.md"
-_WAITING = {
-    "PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD",
-    "SPECIAL_EXIT", "SUSPENDED", "STOPPED",
-}  # fmt: skip
-_UNDER_WAY = {"RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "RESIZING"}
 
 
 @dataclass(frozen=True)
@@ -149,88 +128,6 @@ class Status:
             if said:
                 lines += ["", *(f"{title}: {line}" for line in said)]
         return "\n".join(lines)
-
-
-class States:
-    """What the jobs of a sweep's folder are doing now.
-
-    A job is done when all it is to make is there, and runs while one of its locks is held: that of
-    its answers, or that of its log. Of the others the scheduler knows, and how their last attempt
-    ended.
-
-    Parameters
-    ----------
-    out : Path
-        The sweep's folder.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.ids = slurm.read_ids(out)
-        queue = lock_file(out, QUEUE)
-        self._queue, self._killed = holder(queue), killed(queue)
-        self._slurm: Mapping[str, tuple[str, str]] | None = slurm.ask(self.ids.values())
-
-    def of(self, name: str, complete: bool) -> tuple[str, str]:
-        """State and reason of a job.
-
-        Parameters
-        ----------
-        name : str
-            The job's.
-        complete : bool
-            Whether all it is to make is there.
-
-        Returns
-        -------
-        (str, str)
-            One of open, queued, running, done, failed, stopped, cancelled; and why.
-        """
-        on_it = holder(lock_file(self.out, name))
-        if on_it is not None:
-            return RUNNING, on_it
-        record = read_record(self.out, name)
-        number = self.ids.get(name)
-        if record is not None and held(log_file(self.out, name)):
-            return RUNNING, f"{record}, Slurm's {number}" if number else str(record)
-        if complete:
-            return DONE, ""
-        ending = QUEUED if record is None else record.ending
-        if number and ending in ("", QUEUED, STOPPED):
-            return self._in_slurm(record, number)
-        if ending == QUEUED:
-            return self._waiting(record)
-        if ending == "":
-            if self._queue is not None:
-                return RUNNING, f"{record}, by its queue"
-            return FAILED, f"{record} died without a word"
-        if ending == DONE:
-            return FAILED, "it ended well, and not all of it is there; submit again"
-        return ending, record.reason
-
-    def _waiting(self, record: Record | None) -> tuple[str, str]:
-        if self._queue is not None:
-            return QUEUED, "" if record is None else record.reason
-        if self._killed or record is not None:
-            return STOPPED, "its queue was killed; submit again to go on"
-        return OPEN, ""
-
-    def _in_slurm(self, record: Record | None, number: str) -> tuple[str, str]:
-        state = QUEUED if record is None else record.state
-        reason = "" if record is None else record.reason
-        if self._slurm is None:
-            return state, f"{reason} (as last written: Slurm does not answer here)".strip()
-        word, place = self._slurm.get(number, ("", ""))
-        if word in _WAITING:
-            return QUEUED, f"Slurm's {number}: {place.strip('()').lower()}"
-        if word in _UNDER_WAY:
-            return RUNNING, f"Slurm's {number} on {place}"
-        if word == "CANCELLED":
-            return CANCELLED, f"Slurm's {number} was cancelled"
-        if word:
-            return FAILED, f"Slurm's {number}: {word.lower()} {reason}".strip()
-        ended = FAILED if state == RUNNING else STOPPED
-        return ended, f"Slurm's {number}: {reason or 'it left the queue unfinished'}"
 
 
 def status(out: Path) -> Status:

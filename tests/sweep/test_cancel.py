@@ -21,22 +21,22 @@ from sparsemm_eval.sweep import jobs, slurm
 from sparsemm_eval.sweep.jobs import cancel
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, lock_file
-from sparsemm_eval.sweep.process import Command, Record, Stopped, read_record
+from sparsemm_eval.sweep.process import Command, Stopped
 from sparsemm_eval.sweep.resources import Resources
-from sparsemm_eval.sweep.slurm import read_ids, write_ids
-from sparsemm_eval.sweep.status import QUEUE as QUEUE_LOCK
+from sparsemm_eval.sweep.state import QUEUE as QUEUE_LOCK
+from sparsemm_eval.sweep.state import Record, read_ids, read_record, write_ids
 from sparsemm_eval.sweep.status import Status, status
 
 NAMES = ("a", "b", "c")
 QUEUE = """
 import sys
 from pathlib import Path
-from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.process import run_queue
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import lock_file
 from sparsemm_eval.sweep.process import Command
 from sparsemm_eval.sweep.resources import Slot
-from sparsemm_eval.sweep.status import QUEUE
+from sparsemm_eval.sweep.state import QUEUE
 out, seconds = Path(sys.argv[1]), sys.argv[2]
 work = (sys.executable, "-I", "-S", "-c", f"import time; time.sleep({seconds})")
 with lock(lock_file(out, QUEUE)):

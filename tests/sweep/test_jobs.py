@@ -20,10 +20,9 @@ from sparsemm_eval.cli import app
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.jobs import job_command, submit, with_shards
-from sparsemm_eval.sweep.process import read_record
-from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.process import run_queue
 from sparsemm_eval.sweep.resources import Resources, Slot
-from sparsemm_eval.sweep.slurm import read_ids, write_ids
+from sparsemm_eval.sweep.state import read_ids, read_record, write_ids
 from sparsemm_eval.sweep.status import Status, status
 from sparsemm_eval.sweep.sweep import plan_sweep, run_sweep
 

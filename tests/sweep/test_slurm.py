@@ -23,10 +23,11 @@ from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.jobs import cancel
 from sparsemm_eval.sweep.lock import held, holder
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob
-from sparsemm_eval.sweep.process import Command, Record, log_file, read_record
+from sparsemm_eval.sweep.process import Command
 from sparsemm_eval.sweep.resources import Resources
-from sparsemm_eval.sweep.slurm import read_ids, submit_jobs, write_ids
-from sparsemm_eval.sweep.status import States, status
+from sparsemm_eval.sweep.slurm import submit_jobs
+from sparsemm_eval.sweep.state import Record, States, log_file, read_ids, read_record, write_ids
+from sparsemm_eval.sweep.status import status
 from sparsemm_eval.sweep.sweep import run_sweep
 
 SCRIPT = Path(__file__).parent.parent / "slurm" / "cluster.sh"

@@ -18,9 +18,16 @@ from engine.fixtures import sentence
 from sweep.waiting import is_gone, wait_until
 
 from sparsemm_eval.sweep.lock import held
-from sparsemm_eval.sweep.process import Attempt, Command, Record, log_file, read_record, tail
-from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.process import Attempt, Command, run_queue
 from sparsemm_eval.sweep.resources import Slot, find_gpus, make_slots
+from sparsemm_eval.sweep.state import (
+    Record,
+    log_file,
+    read_ids,
+    read_record,
+    tail,
+    write_ids,
+)
 
 PYTHON = (sys.executable, "-I", "-S", "-c")
 # Notes where it ran, works a moment, and dies as often as it is told to.
@@ -36,7 +43,7 @@ if len(open(mark).readlines()) <= deaths:
 QUEUE = """
 import sys
 from pathlib import Path
-from sparsemm_eval.sweep.queue import run_queue
+from sparsemm_eval.sweep.process import run_queue
 from sparsemm_eval.sweep.process import Command, Stopped
 from sparsemm_eval.sweep.resources import Slot
 out, words = Path(sys.argv[1]), tuple(sys.argv[2:])
@@ -203,6 +210,11 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json: not a readable record") as caught:
         read_record(tmp_path, "x")
+    sentence(caught)
+    write_ids(tmp_path, {"x": "7_0"})
+    (tmp_path / "jobs" / "slurm" / "ids.json").write_text("{")
+    with pytest.raises(ValueError, match=r"ids\.json: not a readable record") as caught:
+        read_ids(tmp_path)
     sentence(caught)
 
 
