@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsemm_eval.cli.common import numbers, one_sentence, quiet, words
+from sparsemm_eval.cli.common import (
+    PluginNames,
+    load_plugins,
+    numbers,
+    one_sentence,
+    quiet,
+    words,
+)
 from sparsemm_eval.libraries import check_libraries
 
 if TYPE_CHECKING:
@@ -50,6 +57,7 @@ def chase(
     max_new_tokens: Annotated[int, typer.Option(help="Where a generated answer ends.")] = 1024,
     dtype: Dtype = "float32",
     device: Device = "",
+    plugin: PluginNames = None,
 ) -> None:
     """Find the heads that look at what is being read, and write their visual scores.
 
@@ -59,6 +67,7 @@ def chase(
         from sparsemm_eval.heads.chase import chase as run_chase
         from sparsemm_eval.heads.pages import pages_for
 
+        load_plugins(plugin)
         checkpoint = _checkpoint(model, dtype, device)
         path = output or checkpoint.scores_cache()
         scores = run_chase(
@@ -100,12 +109,14 @@ def draw(
     max_new_tokens: Annotated[int, typer.Option(help="Where the answer ends.")] = 64,
     dtype: Dtype = "float32",
     device: Device = "",
+    plugin: PluginNames = None,
 ) -> None:
     """Draw what the heads look at while a question is answered: over the image, and all at once."""
     with one_sentence():
         from sparsemm_eval.heads.draw import draw as draw_heads
         from sparsemm_eval.heads.draw import read_scene
 
+        load_plugins(plugin)
         scene = read_scene(image, question, box)
         checkpoint = _checkpoint(model, dtype, device)
         drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)
@@ -131,6 +142,7 @@ def mask(
     head_scores: Scores = None,
     dtype: Dtype = "float32",
     device: Device = "",
+    plugin: PluginNames = None,
 ) -> None:
     """What benchmarks lose without the visual heads, and without as many random others."""
     with one_sentence():
@@ -140,6 +152,7 @@ def mask(
         from sparsemm_eval.sweep.mask import run_masking
         from sparsemm_eval.tiny import EMBEDDED
 
+        plugins = load_plugins(plugin)
         settings = {"dtype": dtype, "device_map": device_name(device, "auto")}
         if head_scores is not None:
             settings["head_scores"] = str(head_scores)
@@ -154,6 +167,7 @@ def mask(
             samples=samples,
             batch_size=batch_size,
             settings=settings,
+            plugins=plugins,
             command=shlex.join(["sparsemm-eval", *sys.argv[1:]]),
         )
         typer.echo(done.markdown)

@@ -386,6 +386,8 @@ class _Pass:
                 f"each of the first samples ran out of memory ({first.words}), alone and under "
                 "one method: choose a smaller model or smaller images, or give it more memory"
             )
+        if first.of_user:
+            raise UserError(first.words.removeprefix("UserError: "))
         raise AllFailed(
             f"the first {len(self.alike)} samples all failed alike, so that the run stops:\n"
             f"{first.trace}"
@@ -457,12 +459,14 @@ class _Failure:
 
     words: str
     of_memory: bool
+    of_user: bool  # something the user can mend
     trace: str
 
     @classmethod
     def of(cls, error: Exception) -> _Failure:
         words = f"{type(error).__name__}: {one_line(error)}"
-        return cls(words, out_of_memory(error), "".join(traceback.format_exception(error)))
+        trace = "".join(traceback.format_exception(error))
+        return cls(words, out_of_memory(error), isinstance(error, UserError), trace)
 
 
 def _parts(

@@ -187,7 +187,7 @@ def _forward(step: Step, model: PreTrainedModel) -> Tensor:
     logits = step.family.step_logits(
         model,
         step.ids,
-        position_ids=step.family.text_positions(step.positions),
+        position_ids=step.family.text_positions(model, step.positions),
         attention_mask=step.unmasked,
         **{CACHE_ARGUMENT: step.cache},
         use_cache=True,

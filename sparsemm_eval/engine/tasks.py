@@ -58,7 +58,7 @@ def task_manager(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> Tas
             return manager
     raise UserError(
         f"tasks: there is no task {unknown[0]}; `python -m lmms_eval --tasks list` lists "
-        f"lmms-eval's own, {', '.join(folders)} hold more"
+        f"lmms-eval's own, and {', '.join(folders)} more; --include_path FOLDER adds one of yours"
     )
 
 

@@ -63,17 +63,24 @@ class Family:
     def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:
         """How far text positions lag behind tokens after the prompts that were just read.
 
+        By default what a model of transformers with threefold positions remembers of its prompts.
+
         Returns
         -------
         Tensor or None
             [samples, 1]; None where a token's position is its place among the prompt's.
         """
-        return None
+        return getattr(model.model, "rope_deltas", None)
 
     @classmethod
-    def text_positions(cls, positions: Tensor) -> Tensor:
-        """Positions of one text token a row [rows, 1], as the model's forward takes them."""
-        return positions
+    def text_positions(cls, model: PreTrainedModel, positions: Tensor) -> Tensor:
+        """Positions of one text token a row [rows, 1], as the model's forward takes them.
+
+        By default [3, rows, 1] (time, height and width, alike for text) for a model of transformers
+        with threefold positions, and as they are for any other.
+        """
+        threefold = hasattr(model.model, "rope_deltas")
+        return positions.expand(3, -1, -1) if threefold else positions
 
     @classmethod
     def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:

@@ -98,16 +98,6 @@ class Qwen2VL(Family):
         return processor
 
     @classmethod
-    def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:
-        """What the model remembers of the prompts: an image's tokens share positions."""
-        return model.model.rope_deltas
-
-    @classmethod
-    def text_positions(cls, positions: Tensor) -> Tensor:
-        """Time, height and width, alike for text: [3, rows, 1]."""
-        return positions.expand(3, -1, -1)
-
-    @classmethod
     def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
         """What the whole model makes of text."""
         return decoder_logits(model, ids, **given)

@@ -14,6 +14,7 @@ from sparsemm_eval.methods.plugins import Plugin, load_plugin
 from sparsemm_eval.methods.registry import (
     Setting,
     canonical_settings,
+    check_method,
     make_method,
     method_digest,
     method_names,
@@ -49,6 +50,7 @@ __all__ = [
     "Setting",
     "SinksAndRecent",
     "canonical_settings",
+    "check_method",
     "find_head_scores",
     "keep_rows",
     "load_plugin",

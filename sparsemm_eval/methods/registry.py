@@ -146,7 +146,7 @@ def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()
 
 def shown_name(name: str) -> str:
     """How tables and figures show a method: its label, or its name; UserError if it is unknown."""
-    check_choice("method", name, method_names())
+    check_method(name)
     return _registry[name].label or name
 
 
@@ -156,9 +156,18 @@ def method_names() -> list[str]:
     return list(_registry)
 
 
+def check_method(name: object) -> None:
+    """Raise UserError unless there is a method of this name."""
+    if name not in (known := method_names()):
+        raise UserError(
+            f"method={name!r}: it must be one of {', '.join(known)}, or of a plugin that registers "
+            "it (--plugin FILE, or plugin=FILE in --model_args)"
+        )
+
+
 def settings_of(name: str) -> tuple[Setting, ...]:
     """Settings that a method reads, with their types and defaults, in the order of a cell's."""
-    check_choice("method", name, method_names())
+    check_method(name)
     return _registry[name].settings()
 
 
@@ -170,7 +179,7 @@ def method_digest(name: str) -> str | None:
     UserError
         If its source is in no file: answers of two versions of it could not be told apart.
     """
-    check_choice("method", name, method_names())
+    check_method(name)
     entry = _registry[name]
     if None in entry.digests:
         raise UserError(
@@ -182,7 +191,7 @@ def method_digest(name: str) -> str | None:
 
 def method_settings(name: str) -> list[str]:
     """Settings that a method reads; UserError for an unknown method."""
-    check_choice("method", name, method_names())
+    check_method(name)
     return _registry[name].known()
 
 

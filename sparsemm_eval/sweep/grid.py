@@ -33,6 +33,7 @@ from sparsemm_eval.methods import (
     Method,
     ModelShape,
     Setting,
+    check_method,
     make_method,
     method_names,
     method_settings,
@@ -251,7 +252,11 @@ class Grid(BaseModel):
             if key not in cls.model_fields:
                 keys = [name for name in cls.model_fields if name != "axes"]
                 known_keys = ", ".join((*keys, *sorted(known)))
-                raise _Misplaced(f"a grid has no such key; it knows {known_keys}", key)
+                raise _Misplaced(
+                    f"a grid has no such key; it knows {known_keys}, and what a plugin's methods "
+                    "read (--plugin FILE)",
+                    key,
+                )
         given = {
             _SETTINGS.get(key, key): value if isinstance(value, list) else [value]
             for key, value in values.items()
@@ -266,7 +271,7 @@ class Grid(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Grid:
         for name in self.methods:
-            _at(("methods", self.methods.index(name)), check_choice, "method", name, method_names())
+            _at(("methods", self.methods.index(name)), check_method, name)
         self._check_twice("models", [model.name for model in self.models])
         for key in ("tasks", "methods"):
             self._check_twice(key, getattr(self, key))

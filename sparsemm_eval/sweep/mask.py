@@ -20,7 +20,7 @@ from sparsemm_eval.engine.cell import make_cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.lmms import results_path
 from sparsemm_eval.errors import UserError, check_choice, check_int
-from sparsemm_eval.methods import MASK_MODES
+from sparsemm_eval.methods import MASK_MODES, Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.names import last_part
@@ -66,6 +66,7 @@ def run_masking(
     samples: int = 100,
     batch_size: int = 8,
     settings: Mapping[str, Any] | None = None,
+    plugins: Sequence[Plugin] = (),
     command: str = "sparsemm-eval mask",
 ) -> Masking:
     """Score full KV with and without visual and random heads; write table, curve and numbers.
@@ -93,6 +94,8 @@ def run_masking(
         Samples that are read and decoded together.
     settings : mapping, optional
         Of the model, as a grid has them: dtype, device_map, head_scores, ….
+    plugins : sequence of Plugin
+        Those that were loaded for the model's family.
     command : str
         What makes it again, for the record.
 
@@ -130,7 +133,7 @@ def run_masking(
             "batch_size": batch_size,
         }
     )
-    done = run_sweep(grid, out, command, replace=True)
+    done = run_sweep(grid, out, command, plugins=plugins, replace=True)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     checkpoint = check_models(grid.models)["model"]

@@ -12,7 +12,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.grid_file import parse_grid
-from sparsemm_eval.sweep.plan import Plan, answers_folder, planned_jobs
+from sparsemm_eval.sweep.plan import Plan, answers_folder, continuing, planned_jobs
 
 _SHOWN = 20
 
@@ -33,6 +33,8 @@ class Merged:
         A line a sample under one cell that two folders answer differently, in the order of cells.
     broken : tuple of str
         A line a file that could not be read.
+    plugins : tuple of str
+        What the sweep's methods or families come from.
     """
 
     out: Path
@@ -40,6 +42,7 @@ class Merged:
     expected: int
     conflicts: tuple[str, ...]
     broken: tuple[str, ...]
+    plugins: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """What the command says of it."""
@@ -54,7 +57,7 @@ class Merged:
         total = sum(new for _, new in self.answers.values())
         yield (
             f"{self.out}: {total} of {self.expected} answers, {len(self.conflicts)} conflicts; "
-            f"`sparsemm-eval sweep {self.out / 'grid.yaml'} --out {self.out}` goes on"
+            f"`{continuing(self.out, self.plugins)}` goes on"
         )
 
 
@@ -119,11 +122,14 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
         sum(cell.samples for cell in plan.cells),
         tuple(conflicts),
         tuple(broken),
+        tuple(plan.plugins),
     )
 
 
 def _grid_and_plan(folders: Sequence[Path]) -> tuple[Grid, Plan]:
     """The first folder's grid, and one plan of all folders, which must be of one make."""
+    for folder in folders:  # all of them, before a plugin's grid is read
+        _check_folder(folder)
     grids, plans = zip(*map(_read, folders), strict=True)
     grid, plan = grids[0], plans[0]
     for folder, other_grid, other_plan in zip(folders, grids, plans, strict=True):
@@ -143,12 +149,15 @@ def _grid_and_plan(folders: Sequence[Path]) -> tuple[Grid, Plan]:
     return grid, Plan(planned_jobs(jobs, counts), tuple(cells), plan.plugins)
 
 
+def _check_folder(folder: Path) -> None:
+    for name in ("grid.yaml", "plan.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: no sweep was begun here, it has no {name}")
+
+
 def _read(folder: Path) -> tuple[Grid, Plan]:
-    path, plan = folder / "grid.yaml", Plan.read(folder)
-    if not path.is_file() or plan is None:
-        missing = "plan.json" if path.is_file() else "grid.yaml"
-        raise UserError(f"{folder}: no sweep was begun here, it has no {missing}")
-    return parse_grid(path.read_text(encoding="utf-8"), path), plan
+    path = folder / "grid.yaml"
+    return parse_grid(path.read_text(encoding="utf-8"), path), Plan.read(folder)
 
 
 def _without_shards(grid: Grid) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,6 +148,14 @@ def planned_jobs(jobs: Iterable[Job], counts: Mapping[str, int]) -> tuple[Planne
 def answers_folder(out: Path, model: str) -> Path:
     """Where a model's answers lie. One a model: two of a family have cells of equal names."""
     return out / "answers" / model
+
+
+def continuing(out: Path, plugins: Iterable[str]) -> str:
+    """The command that goes on with a sweep's folder."""
+    words = ["sparsemm-eval", "sweep", str(out / "grid.yaml"), "--out", str(out)]
+    for plugin in plugins:
+        words += ["--plugin", plugin]
+    return shlex.join(words)
 
 
 def lock_file(out: Path, name: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,14 @@ from sparsemm_eval.sweep.checksum import (
 from sparsemm_eval.sweep.fidelity import fidelity
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder, lock
-from sparsemm_eval.sweep.plan import Plan, PlannedCell, answers_folder, lock_file, planned_jobs
+from sparsemm_eval.sweep.plan import (
+    Plan,
+    PlannedCell,
+    answers_folder,
+    continuing,
+    lock_file,
+    planned_jobs,
+)
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
 from sparsemm_eval.sweep.tables import sweep_tables, write_tables
 
@@ -266,6 +274,8 @@ class _Process:
         self.plan = self._plan(counts)
         self.ranks = PartialState()
         if self.ranks.is_main_process:
+            if replace:
+                self._replace()
             self._begin(replace)
         self.ranks.wait_for_everyone()
 
@@ -413,6 +423,15 @@ class _Process:
         )
         return Plan(planned_jobs(self.jobs, counts), cells, self.plugins)
 
+    def _replace(self) -> None:
+        """Let go of another grid's results: answers are what is dear, scores come from them."""
+        if _other_grid(self.grid, self.out):
+            logger.warning(
+                f"{self.out}: this run takes the place of another one there; answers that fit are "
+                "used, its results files go"
+            )
+            shutil.rmtree(self.out / "cells", ignore_errors=True)
+
     def _begin(self, replace: bool) -> None:
         """Write down what this folder is to hold, unless that is there already."""
         self.out.mkdir(parents=True, exist_ok=True)
@@ -463,12 +482,22 @@ def _write(
 
 
 def _refuse_other_grid(grid: Grid, out: Path) -> None:
+    if not _other_grid(grid, out):
+        return
+    plan = Plan.read(out)
+    raise UserError(
+        f"{out}: it holds the sweep of another grid, {out / 'grid.yaml'}; choose another folder, "
+        f"or run that one on with `{continuing(out, plan.plugins if plan else ())}`"
+    )
+
+
+def _other_grid(grid: Grid, out: Path) -> bool:
+    """Whether a folder holds the sweep of a grid that differs in more than its name."""
     path = out / "grid.yaml"
-    if path.is_file() and path.read_text(encoding="utf-8") != grid.resolved():
-        raise UserError(
-            f"{out}: it holds the sweep of another grid, {path}; choose another folder, or run "
-            f"that one on with `sparsemm-eval sweep {path} --out {out}`"
-        )
+    if not path.is_file():
+        return False
+    mine = grid.resolved().splitlines()
+    return path.read_text(encoding="utf-8").splitlines()[1:] != mine[1:]
 
 
 def _refuse_other_sweep(jobs: Sequence[Job], out: Path) -> None:

@@ -342,6 +342,19 @@ def test_first_samples_that_all_fail_alike_end_the_run(
         answer(runner_for(reader, answers / "late"), TASK, samples=5)
 
 
+def test_a_method_that_gives_no_numbers_is_said_in_its_own_sentence(
+    reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a traceback: it is the user's to mend."""
+
+    def broken(*_: Any) -> None:
+        raise UserError("method=mine: Mine gives a score that is NaN")
+
+    monkeypatch.setattr(Runner, "decode_batch", broken)
+    with pytest.raises(UserError, match="^method=mine: Mine gives a score that is NaN$"):
+        answer(runner_for(reader, answers), TASK, samples=9)
+
+
 def test_memory_that_is_never_enough_ends_the_run(
     reader: Checkpoint, answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sparsemm_eval.report.results import load
 from sparsemm_eval.sweep.demo import Demo, run_demo
 
 TASKS = ("docvqa_mini", "vqav2_mini")
@@ -85,6 +86,9 @@ def test_another_run_in_the_folder_uses_what_fits(demo: tuple[Demo, Path], tmp_p
     frame = run_demo(out, **{**SETTINGS, **fewer, "masked": 0}).frame
     assert answers(out) == count
     assert (frame["samples"] == 7).all()
+    # Tables of the folder know nothing of what was there before.
+    assert load([out]).cells["samples"].eq(7).sum() == 6
+    assert not list((out / "cells").rglob("*vqav2*"))
     assert len(frame) == 6
     table = (out / "table.md").read_text()
     assert table.startswith("# The embedded models")
