@@ -172,9 +172,8 @@ def prefill(
     cache: HeadBudgetCache,
 ) -> Prompts:
     """Read prompts into a cache and choose each one's first token; parameters as of `decode`."""
-    ids = model.generate(
-        **inputs, **{CACHE_ARGUMENT: cache}, **{**options, "max_new_tokens": 1}
-    )  # fmt: skip
+    first_alone = {**options, "max_new_tokens": 1}
+    ids = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **first_alone)
     count = len(cache.methods)
     padding = inputs["attention_mask"]
     positions = padding.sum(1)

@@ -157,10 +157,13 @@ class Runner:
             can do, such as a TypeError, is raised as it is: it never becomes a failed sample.
         """
         chosen = self.cells if cells is None else tuple(cells)
-        run = _Pass(self, chosen, progress or (lambda count: None))
+        # Two shares of heads may silence the same: cells that are equal are answered once.
+        unlike = tuple(dict.fromkeys(chosen))
+        run = _Pass(self, unlike, progress or (lambda count: None))
         for request in requests:
             run.add(request)
-        return run.finish()
+        answered = dict(zip(unlike, run.finish(), strict=True))
+        return [answered[cell] for cell in chosen]
 
     def read_batch(self, samples: Sequence[Sample]) -> BatchFeature:
         """Samples through the processor, padded on the left, where the model lies."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+import yaml
 from accelerate import PartialState
 from lmms_eval.tasks import TaskManager
 from loguru import logger
@@ -128,8 +129,8 @@ def run_sweep(
     plugins : sequence of Plugin
         Those that were loaded for methods of this grid; the plan records them.
     replace : bool
-        Let this grid take the place of another in its folder, whose answers are used where they
-        fit, instead of refusing.
+        Let this grid take the place of another of its name in its folder, whose answers are used
+        where they fit, instead of refusing.
 
     Raises
     ------
@@ -144,7 +145,7 @@ def run_sweep(
     if only_job is not None:
         check_choice("job", only_job, [job.name for job in jobs])
         jobs = [job for job in jobs if job.name == only_job]
-    if not replace:
+    if not (replace and _name_there(out) in (None, grid.name)):
         _refuse_other_grid(grid, out)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     if world_size not in (None, ranks.num_processes):
@@ -489,6 +490,14 @@ def _refuse_other_grid(grid: Grid, out: Path) -> None:
         f"{out}: it holds the sweep of another grid, {out / 'grid.yaml'}; choose another folder, "
         f"or run that one on with `{continuing(out, plan.plugins if plan else ())}`"
     )
+
+
+def _name_there(out: Path) -> str | None:
+    """The name of the grid whose sweep a folder holds; None if it holds none."""
+    path = out / "grid.yaml"
+    if not path.is_file():
+        return None
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["name"]
 
 
 def _other_grid(grid: Grid, out: Path) -> bool:

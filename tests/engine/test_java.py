@@ -31,7 +31,7 @@ def test_a_task_that_needs_java_is_named_in_one_sentence() -> None:
 
 def test_with_java_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: "/somewhere/java")
-    check_tasks(["textcaps_val"])
+    assert check_tasks(["textcaps_val"]) is None
 
 
 @pytest.mark.usefixtures("no_java")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine.fixtures import rows
 
 from sparsemm_eval.engine import checkpoint as checkpoints
 from sparsemm_eval.engine.answers import AnswerStore
@@ -70,6 +71,21 @@ def test_a_second_run_computes_nothing_and_says_the_same(
     again = run_masking(MODEL, out, **STUDY)
     assert AnswerStore(out / "answers" / "model").count() == count == SAMPLES * (2 + SEEDS)
     assert again.markdown == first.markdown
+
+
+def test_shares_that_silence_the_same_heads_are_answered_once(tmp_path: Path) -> None:
+    done = run_masking(MODEL, tmp_path, **{**STUDY, "shares": (0.01, 0.02), "samples": 3})
+    assert done.frame["share"].nunique() == 3
+    assert done.frame["heads"].tolist() == [0, *[1] * 2 * (1 + SEEDS)]
+    assert len(rows(tmp_path / "answers" / "model")) == 3 * (2 + SEEDS)
+
+
+def test_a_sweep_of_another_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("name: dear\n")
+    (tmp_path / "cells").mkdir()
+    with pytest.raises(ValueError, match="it holds the sweep of another grid"):
+        run_masking(MODEL, tmp_path, **STUDY)
+    assert (tmp_path / "cells").is_dir()
 
 
 @pytest.mark.parametrize(("settings", "words"), [
