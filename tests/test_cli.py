@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,24 @@ def test_the_front_door_fails_when_a_run_fails(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "budget=8 is too small for window=8" in done.stdout + done.stderr
     assert not list(tmp_path.rglob("*_results.json"))
+
+
+def test_what_was_left_whole_is_said_once_for_all_cells(tmp_path: Path) -> None:
+    """Not a warning a cell: in a process of its own, where lmms-eval sets its logger up."""
+    words = [
+        "demo",
+        "--samples",
+        "2",
+        "--models",
+        "qwen2vl",
+        "--tasks",
+        "gqa_mini",
+        "--masked",
+        "0",
+    ]
+    command = [sys.executable, "-m", "sparsemm_eval", *words, "--masked", "0"]
+    command += ["--budgets", "256", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "samples uncompressed" not in done.stdout + done.stderr
+    assert done.stderr.count("are mostly full KV") == 1

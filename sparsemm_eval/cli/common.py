@@ -76,6 +76,9 @@ def stoppable(onward: str) -> Iterator[None]:
 
 def quiet() -> None:
     """Leave the screen to progress and results: other libraries' news only from warnings on."""
+    # Both set the logger up anew as they are imported, and would undo what follows.
+    import lmms_eval.llm_judge.launcher
+    import lmms_eval.models  # noqa: F401
     from loguru import logger
 
     logger.remove()

@@ -146,7 +146,6 @@ def mask(
 ) -> None:
     """What benchmarks lose without the visual heads, and without as many random others."""
     with one_sentence():
-        quiet()
         from sparsemm_eval.bench.machine import device_name
         from sparsemm_eval.methods import MASK_MODES
         from sparsemm_eval.sweep.mask import run_masking
@@ -157,6 +156,7 @@ def mask(
         if head_scores is not None:
             settings["head_scores"] = str(head_scores)
         check_libraries()
+        quiet()
         done = run_masking(
             model or f"{EMBEDDED}qwen2vl",
             out,

@@ -45,8 +45,8 @@ def demo(
 ) -> None:
     """Full KV, five methods and one's own over budgets on the embedded models, in minutes."""
     with one_sentence():
-        quiet()
         check_libraries()
+        quiet()
         from sparsemm_eval.methods import method_names
         from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
         from sparsemm_eval.sweep.tables import uncompressed_cells
@@ -106,12 +106,12 @@ def sweep(
     A sweep that was stopped goes on where it was; `sparsemm-eval status FOLDER` shows how far.
     """
     with one_sentence(), stoppable("run it again to go on"):
-        quiet()
         from sparsemm_eval.sweep.grid_file import read_grid
 
         plugins, own_tasks = load_plugins(plugin), folders(include_path)
         chosen = read_grid(grid)
         if dry_run:
+            quiet()
             from sparsemm_eval.engine.tasks import find_tasks, runnable
             from sparsemm_eval.sweep.estimate import describe
 
@@ -120,6 +120,7 @@ def sweep(
             runnable(manager, chosen.tasks, skip_missing)
             return
         check_libraries()
+        quiet()
         from sparsemm_eval.sweep.process import leaving
         from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
         from sparsemm_eval.sweep.tables import uncompressed_cells
