@@ -25,7 +25,7 @@ from sparsemm_eval.cache import BACKENDS
 from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
 from sparsemm_eval.engine.checkpoint import DTYPES
 from sparsemm_eval.engine.decode import CUDA_GRAPH
-from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import families
 from sparsemm_eval.methods import (
     MASK_MODES,
@@ -421,9 +421,3 @@ def _at(place: tuple[str | int, ...], check: Any, *arguments: Any) -> None:
         check(*arguments)
     except ValueError as error:
         raise _Misplaced(str(error), *place) from error
-
-
-def short_repr(value: Any) -> str:
-    """A value as Python writes it, cut off where that is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.errors import UserError, one_line, short_repr
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.sweep.grid import Grid, ModelSpec, short_repr
+from sparsemm_eval.sweep.grid import Grid, ModelSpec
 
 
 def read_grid(name_or_path: str | Path) -> Grid:
