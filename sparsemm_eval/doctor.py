@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from sparsemm_eval.cache import RaggedKV
-from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
+from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.extension import ExtensionError, build, library
+from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.libraries import check_libraries, differences, mending
 

@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sparsemm_eval"
 # A room may import from rooms of a lower floor, and from itself.
 FLOORS = {
-    "errors": -1, "paths": 0, "stored": 0, "libraries": 1, "methods": 1, "report": 1, "tiny": 1,
-    "cache": 2, "families": 3, "engine": 4, "doctor": 5, "heads": 5, "bench": 5,
+    "errors": -1, "choices": 0, "paths": 0, "stored": 0,
+    "libraries": 1, "methods": 1, "report": 1, "tiny": 1, "cache": 2,
+    "families": 3, "engine": 4, "doctor": 5, "heads": 5, "bench": 5,
     "sweep": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 STDLIB = set(sys.stdlib_module_names) | {"__future__"}

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsemm_eval.cache.extension import ExtensionError, load_extension
+from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError, check_choice
 
-BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
 _HALF = (torch.float16, torch.bfloat16)
 
 

@@ -12,8 +12,9 @@ from transformers import Cache, GenerationMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
-from sparsemm_eval.cache.backends import BACKENDS, resolve_backend
+from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
+from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.methods import Checks, HeadMask, Method, keep_rows, row_lengths
 

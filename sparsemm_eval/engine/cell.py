@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.families import Family, family_settings
 from sparsemm_eval.methods import (
@@ -19,6 +18,9 @@ from sparsemm_eval.methods import (
     method_settings,
     read_head_mask,
 )
+
+if TYPE_CHECKING:
+    from sparsemm_eval.engine.checkpoint import Checkpoint
 
 CHECKPOINT_SETTINGS = ("revision", "dtype", "device_map", "attn_implementation")
 RUN_SETTINGS = ("backend", "cuda_graph")

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
+from sparsemm_eval.choices import DTYPES
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder
 from sparsemm_eval.tiny import find_checkpoint
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 

@@ -17,13 +17,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
+from sparsemm_eval.choices import CUDA_GRAPH
 from sparsemm_eval.engine.decoder import decoder_of, ends_of
 from sparsemm_eval.engine.step import Prompts, Start
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.families import family_of
 from sparsemm_eval.methods import HeadMask, Method
 
-CUDA_GRAPH = ("auto", "compile", "eager", "off")
 # Generation settings that change nothing in greedy decoding, or are heeded apart.
 _WITHOUT_EFFECT = {
     "_from_model_config", "bos_token_id", "do_sample", "early_stopping", "eos_token_id",

@@ -20,7 +20,8 @@ from lmms_eval.utils import handle_non_serializable, sanitize_list
 from loguru import logger
 from tqdm import tqdm
 
-from sparsemm_eval.cache import BACKENDS, check_backend
+from sparsemm_eval.cache import check_backend
+from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.engine.answers import AnswerStore
 from sparsemm_eval.engine.cell import (
     CHECKPOINT_SETTINGS,

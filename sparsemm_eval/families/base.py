@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sparsemm_eval.errors import UserError
+
+if TYPE_CHECKING:  # families are asked for their settings before anything heavy is there
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 Box = tuple[float, float, float, float]
 IMAGE_TOKENS = ("all", "tiles")
@@ -122,7 +123,7 @@ class Regions(ABC):
         cls,
         config: PreTrainedConfig,
         processor: ProcessorMixin,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Tensor],
         index: int,
         size: tuple[int, int],
         image_tokens: str,

@@ -6,17 +6,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from sparsemm_eval.families.base import Family, Regions, cell_boxes, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class LlavaNextRegions(Regions):
         cls,
         config: PreTrainedConfig,
         processor: ProcessorMixin,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Tensor],
         index: int,
         size: tuple[int, int],
         image_tokens: str,
@@ -74,12 +73,17 @@ class LlavaNextRegions(Regions):
 
     @cached_property
     def _canvas(self) -> tuple[int, int]:
+        from transformers.image_processing_utils import select_best_resolution
+
         return select_best_resolution((self.height, self.width), list(self.canvases))
 
     @cached_property
     def _kept(self) -> np.ndarray:
         """[rows, columns]: numbers of the canvas' patches that are no padding to the model."""
         rows, columns = (edge // self.tile * self._side for edge in self._canvas)
+        import torch
+        from transformers.models.llava_next.modeling_llava_next import unpad_image
+
         patches = torch.arange(rows * columns).view(1, rows, columns)
         return unpad_image(patches, (self.height, self.width))[0].numpy()
 

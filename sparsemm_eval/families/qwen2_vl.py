@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.families.base import Family, Regions, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Qwen2VLRegions(Regions):
         cls,
         config: PreTrainedConfig,
         processor: ProcessorMixin,
-        inputs: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, Tensor],
         index: int,
         size: tuple[int, int],
         image_tokens: str,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families.base import Family
 from sparsemm_eval.methods.plugins import is_ours, load_installed, source_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _registry: dict[str, type[Family]] = {}
 # The source that families from outside of this package had as they were imported.

@@ -2,20 +2,25 @@
 
 All arithmetic here is float64. Two ways of rounding: ``paper`` as published, to the token, where
 what exceeds a prompt is lost; ``exact``, where every method spends the same total.
+
+Settings are read from these classes before torch is there: only what computes imports it.
 """
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparsemm_eval.errors import UserError, check_int, check_share
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 from sparsemm_eval.methods.scoring import Ranking
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,10 @@ class LayerAllocation(ABC):
         UserError
             If the allotments have another shape or type, or cannot be shared out.
         """
+        import torch
+
         allotted = self.wants(prompt, ranking) if exact else self.paper(prompt, ranking)
-        kind = allotted.dtype if isinstance(allotted, Tensor) else type(allotted).__name__
+        kind = allotted.dtype if isinstance(allotted, torch.Tensor) else type(allotted).__name__
         form = tuple(getattr(allotted, "shape", ()))
         whole = isinstance(kind, torch.dtype) and not (
             kind.is_floating_point or kind.is_complex or kind == torch.bool
@@ -195,9 +202,11 @@ class Adaptive(LayerAllocation):
         object.__setattr__(self, "floor", float(self.floor))  # 1 and 1.0 are one cell
 
     def paper(self, prompt: Prompt, ranking: Ranking) -> Tensor:
-        return self.wants(prompt, ranking).round().to(torch.int64)
+        return self.wants(prompt, ranking).round().long()
 
     def wants(self, prompt: Prompt, ranking: Ranking) -> Tensor:
+        import torch
+
         best = ranking.best
         count = len(best) * prompt.base
         total = best.sum(-1, keepdim=True)
@@ -335,6 +344,8 @@ def _least_of_all(rising: Tensor, count: int) -> Tensor:
     Tensor
         [rows] int64. Equal numbers: those of the lower row are taken first.
     """
+    import torch
+
     # The rows are sorted already: where all of them are cut is a matter of one number.
     cut = rising.flatten().topk(count, largest=False, sorted=False).values.amax()
     cut = cut.repeat(len(rising), 1)

@@ -1,13 +1,14 @@
 """A method: which tokens of a prompt each KV head keeps."""
 
+from __future__ import annotations
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sparsemm_eval.errors import UserError, check_int
 from sparsemm_eval.methods.allocation import (
@@ -21,6 +22,9 @@ from sparsemm_eval.methods.scoring import (
     Ranking,
     Scorer,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Method:
         UserError
             If the method's scores or counts are none that tokens can be kept by.
         """
+        import torch
+
         self._check_tensors(query, key, layer)
         rows, heads, n, _ = key.shape
         lengths = [n] * rows if valid is None else row_lengths(valid, rows, n)
@@ -162,7 +168,7 @@ class Method:
             )
         low, high = scores.aminmax()
         checks.add(
-            (low >= 0) & (high < torch.inf),
+            (low >= 0) & (high < math.inf),
             f"{scorer} gives a score that is NaN, infinite or negative in layer {layer}: a score "
             f"is finite and not negative (or the model's own numbers are not finite in "
             f"{key.dtype}; take another dtype)",
@@ -251,6 +257,8 @@ def keep_rows(
     UserError
         Naming the method, if its scores or counts are none that tokens can be kept by.
     """
+    import torch
+
     left = Checks() if checks is None else checks
     heads, n, _ = key.shape
     sharing: dict[Scorer, list[int]] = {}
@@ -284,6 +292,8 @@ def keep_rows(
 
 def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
     """Tokens of each row, from a mask [rows, n] that is False on left padding only."""
+    import torch
+
     if valid.shape != (rows, n) or valid.dtype != torch.bool:
         raise ValueError(f"valid is {tuple(valid.shape)} {valid.dtype}: it must be [B, n] bool")
     holes = (valid[:, :-1] & ~valid[:, 1:]).any(1)

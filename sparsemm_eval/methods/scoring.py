@@ -3,18 +3,23 @@
 A scorer is a frozen dataclass with a ``window`` (the last tokens, always kept and no candidates)
 and a call ``(query, key) -> scores``. Equal scorers give equal scores, so that one `Ranking` serves
 every method and budget.
+
+Settings are read from these classes before torch is there: only what computes imports it.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Scorer(Protocol):
@@ -50,6 +55,8 @@ class Checks:
         UserError
             With the sentence of the first condition that does not hold.
         """
+        import torch
+
         if not self._open:
             return
         asked, self._open = self._open, []
@@ -79,6 +86,8 @@ class Ranking:
         The ``window`` last tokens are no candidates and come before all of them: -1. The integers
         are of the narrowest type that holds every rank.
         """
+        import torch
+
         heads, candidates = self.order.shape
         n = candidates + window
         narrow = torch.int16 if n <= torch.iinfo(torch.int16).max else torch.int32
@@ -89,11 +98,13 @@ class Ranking:
     @cached_property
     def best(self) -> Tensor:
         """The scores of each head from the best down, [H, candidates] float64."""
-        return self.scores.gather(1, self.order).to(torch.float64)
+        return self.scores.gather(1, self.order).double()
 
 
 def _best_first(scores: Tensor) -> Tensor:
     """Positions by score, [H, candidates] int64. Equal scores: the earlier token first."""
+    import torch
+
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.sort(dim=-1, descending=True, stable=True).indices
     # The bits of numbers that are not negative grow with them (0.0 makes a 0 of -0), so that score
@@ -157,6 +168,9 @@ class ObservationWindow:
         Tensor
             [H, n - window], float32 or better.
         """
+        import torch
+        import torch.nn.functional as F
+
         heads, n, dim = key.shape
         w = self.window
         exact = torch.promote_types(key.dtype, torch.float32)
@@ -175,6 +189,8 @@ class ObservationWindow:
 
 def _products(query: Tensor, key: Tensor, exact: torch.dtype) -> Tensor:
     """[H, m, n] in a dtype of float32 or better from query [H, m, d] and key [H, n, d]."""
+    import torch
+
     if key.device.type == "cuda" and key.dtype != exact:
         # Products of half-precision numbers are exact and summed in float32: the keys, by far the
         # most of what is read, need no copy in float32.
@@ -198,6 +214,8 @@ class Recency:
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores [H, n]: the position."""
+        import torch
+
         heads, n, _ = key.shape
         return torch.arange(n, dtype=torch.float32, device=key.device).expand(heads, n)
 
@@ -229,6 +247,8 @@ class SinksAndRecent:
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores [H, n]: the position, with the sinks above all."""
+        import torch
+
         heads, n, _ = key.shape
         scores = torch.arange(n, dtype=torch.float32, device=key.device)
         scores[: self.sinks] = n

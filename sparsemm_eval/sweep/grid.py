@@ -21,10 +21,8 @@ from pydantic import (
     model_validator,
 )
 
-from sparsemm_eval.cache import BACKENDS
+from sparsemm_eval.choices import BACKENDS, CUDA_GRAPH, DTYPES
 from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
-from sparsemm_eval.engine.checkpoint import DTYPES
-from sparsemm_eval.engine.decode import CUDA_GRAPH
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import families
 from sparsemm_eval.methods import (

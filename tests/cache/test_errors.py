@@ -10,7 +10,8 @@ from cache.sequences import draw, feed
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sparsemm_eval.cache import BACKENDS, CACHE_ARGUMENT, HeadBudgetCache, use_head_budget_attention
+from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, use_head_budget_attention
+from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import ModelShape, make_method
 

@@ -1,0 +1,8 @@
+"""Settings that are one word of a few: they are checked before what reads them is imported."""
+
+# Of a checkpoint's weights; auto takes its own.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What decodes; auto takes the first of the others that runs.
+BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
+# How the step of greedy decoding runs on one GPU.
+CUDA_GRAPH = ("auto", "compile", "eager", "off")
