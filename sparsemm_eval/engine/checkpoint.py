@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -30,9 +32,12 @@ from sparsemm_eval.choices import DTYPES
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
-from sparsemm_eval.paths import cache_folder
+from sparsemm_eval.paths import cache_folder, write_whole
 from sparsemm_eval.tiny import find_checkpoint
 
+# A file of so many bytes is not read again to know its hash, once it has been as it is for some
+# seconds.
+_LARGE, _SETTLED = 1 << 24, 2.0
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
@@ -245,13 +250,35 @@ def _indexed(index: Path, pretrained: str) -> set[str]:
 
 
 def _file_hash(path: Path) -> str:
-    # A large file in the hub's cache is a link to a blob that is named by its SHA-256; small ones
-    # have another name, and are read: a copy of the folder must have the same hash.
-    target = path.resolve()
-    if target.parent.name == "blobs" and len(target.name) == 64:
-        return target.name
+    """SHA-256 of a file's content; a large one is read once and then known by its inode."""
+    # Never by its name: a blob of the hub's cache is called after what was downloaded once.
+    found = path.resolve().stat()
+    if found.st_size < _LARGE:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    stamp = (str(path.resolve()), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    name = hashlib.sha256(repr(stamp).encode()).hexdigest()
+    record = cache_folder() / "file_hashes" / name
+    if (known := _remembered(record)) is not None:
+        return known
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+    # What was written a moment ago may be written again within one tick of the clock.
+    if time.time() - max(found.st_mtime, found.st_ctime) > _SETTLED:
+        with suppress(OSError):  # a cache that cannot be written to costs another reading
+            write_whole(record, f"{digest.hexdigest()} {_seal(name, digest.hexdigest())}")
     return digest.hexdigest()
+
+
+def _remembered(record: Path) -> str | None:
+    """The hash that a record holds; None if there is none, or it is not as it was written."""
+    try:
+        known, seal = record.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return None
+    return known if seal == _seal(record.name, known) else None
+
+
+def _seal(name: str, known: str) -> str:
+    return hashlib.sha256(f"{name} {known}".encode()).hexdigest()

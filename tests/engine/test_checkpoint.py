@@ -1,10 +1,12 @@
 """A checkpoint is known and checked before any weight is loaded."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from hashlib import sha1, sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from engine.fixtures import change_config, sentence
 from engine.llava_checkpoints import build_llava
 from safetensors.torch import load_file, save_file
 
+from sparsemm_eval.engine import checkpoint
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.methods import HeadScores, ModelShape
 
@@ -162,15 +165,93 @@ def test_a_repository_is_found_offline_once_downloaded(
     assert found.hash == Checkpoint(untrained, "qwen2_vl").hash
 
 
-def test_another_blob_is_another_hash(downloaded: Path) -> None:
-    """Blobs of weights are named by their content: they need not be read."""
+def test_a_blob_is_known_by_its_content_and_not_by_its_name(downloaded: Path) -> None:
+    """Whatever has taken its place in the hub's cache, under the same name or another."""
     before = Checkpoint("some/reader", "qwen2_vl").hash
     link = downloaded / "model.safetensors"
-    other = link.resolve().with_name("0" * 64)
-    shutil.copy(link, other)
+    blob = link.resolve()
+    shutil.copy(blob, other := blob.with_name("0" * 64))
     link.unlink()
     link.symlink_to(other)
+    assert Checkpoint("some/reader", "qwen2_vl").hash == before
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    link.unlink()
+    link.symlink_to(blob)
     assert Checkpoint("some/reader", "qwen2_vl").hash != before
+
+
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """All files count as large and settled; how many were read since the last call."""
+    reads = [0]
+    opened = Path.open
+
+    def counted(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        reads[0] += mode == "rb" and path.suffix == ".safetensors"
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "_LARGE", 1)
+    monkeypatch.setattr(checkpoint, "_SETTLED", -1)
+    monkeypatch.setattr(Path, "open", counted)
+
+    def since() -> int:
+        count, reads[0] = reads[0], 0
+        return count
+
+    return since
+
+
+def test_a_large_file_is_read_once(folder: Path, remembering: Callable[[], int]) -> None:
+    before = Checkpoint(folder, "qwen2_vl").hash
+    assert remembering() == 1
+    assert Checkpoint(folder, "qwen2_vl").hash == before
+    assert remembering() == 0
+    weights = folder / "model.safetensors"
+    found = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    # As long, and as old as it was: only the system's own time of change tells.
+    os.utime(weights, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert Checkpoint(folder, "qwen2_vl").hash != before
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert Checkpoint(folder, "qwen2_vl").hash == before
+
+
+def test_a_file_that_was_just_written_is_not_remembered(
+    folder: Path, remembering: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "_SETTLED", 60)
+    for _ in range(2):
+        assert len(Checkpoint(folder, "qwen2_vl").hash) == 64
+        assert remembering() == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"0" * 64, b"{}", "flipped", "another's"])
+def test_a_damaged_memory_is_not_believed(
+    folder: Path, remembering: Callable[[], int], user_cache: Path, content: bytes | str
+) -> None:
+    before = Checkpoint(folder, "qwen2_vl").hash
+    records = list((user_cache / "file_hashes").iterdir())
+    texts = [path.read_bytes() for path in records]
+    for number, path in enumerate(records):
+        flipped = bytes([texts[number][0] ^ 1]) + texts[number][1:]
+        known = {"flipped": flipped, "another's": texts[number - 1]}
+        path.write_bytes(known[content] if isinstance(content, str) else content)
+    remembering()
+    assert Checkpoint(folder, "qwen2_vl").hash == before
+    assert remembering() == 1
+
+
+def test_a_cache_that_cannot_be_written_costs_a_reading(
+    folder: Path, remembering: Callable[[], int], user_cache: Path
+) -> None:
+    user_cache.write_text("a file where the folder should be")
+    assert len({Checkpoint(folder, "qwen2_vl").hash for _ in range(2)}) == 1
+    assert remembering() == 2
 
 
 @pytest.mark.parametrize("revision", ["dev", "0" * 40])
