@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sparsemm_eval.engine.checkpoint import Checkpoint
 
 CHECKPOINT_SETTINGS = ("revision", "dtype", "device_map", "attn_implementation")
-RUN_SETTINGS = ("backend", "cuda_graph")
+RUN_SETTINGS = ("backend", "cuda_graph", "truncated_images", "allow_failed")
 MASK_SETTINGS = ("mask_heads", "mask_mode")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.engine.answers import AnswerStore
 from sparsemm_eval.engine.cell import (
     CHECKPOINT_SETTINGS,
+    RUN_SETTINGS,
     Cell,
     make_cell,
     make_family,
@@ -32,14 +34,15 @@ from sparsemm_eval.engine.cell import (
 )
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import check_cuda_graph
+from sparsemm_eval.engine.generation import check_generation
 from sparsemm_eval.engine.requests import Request, positive_int
 from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
 from sparsemm_eval.engine.tasks import check_tasks
-from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.provenance import OURS
+from sparsemm_eval.report.provenance import FAILED_SAMPLES, OURS
 
 DEFAULT_ANSWERS = "results/answers"
 
@@ -53,13 +56,16 @@ class CellModel(lmms):
         What answers; others may share it.
     cell : Cell
         One of the runner's.
+    left_out : collection of str
+        Documents that are known to have failed, each "split number": they are not tried again.
     """
 
     is_simple = False
 
-    def __init__(self, runner: Runner, cell: Cell) -> None:
+    def __init__(self, runner: Runner, cell: Cell, left_out: Collection[str] = ()) -> None:
         super().__init__()
-        self.runner, self.cell = runner, cell
+        self.runner, self.cell, self.left_out = runner, cell, frozenset(left_out)
+        self._was_asked = False
 
     @property
     def method(self) -> Method:
@@ -73,26 +79,41 @@ class CellModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer all requests, from disk where an answer is there already.
 
+        A sample that failed, and may, is withdrawn: its request is of no document any more, so that
+        lmms-eval scores the others alone, as where only a part of a task is run again.
+
         Raises
         ------
         UserError
-            Before the first, if the metric of one of their tasks cannot run here.
+            Before the first, if the metric of one of their tasks cannot run here, or its
+            generation_kwargs cannot be heeded.
         SampleFailures
-            After all others are answered and safe, if samples failed: no score is made of them.
+            After all others are answered and safe, if more samples of a task failed than may: no
+            score is made of it.
         """
+        self._was_asked = True
         check_tasks(request.args[4] for request in requests)
-        bar = tqdm(requests, desc=str(self.cell), disable=self.rank != 0)
-        asked = (Request.of(request, self.task_dict) for request in bar)
-        (answered,) = self.runner.answer(asked, [self.cell])
-        raise_failures([answered], self.runner.store, self.world_size)
-        self._report(answered)
-        return [
-            GenerationResult(
-                answer.text,
-                TokenCounts(answer.record["prompt_tokens"], answer.record["new_tokens"]),
-            )
-            for answer in answered.answers
-        ]
+        for request in requests:
+            check_generation(request.args[4], request.args[2])
+        asked = [Request.of(request, self.task_dict) for request in requests]
+        bar = tqdm(asked, desc=str(self.cell), disable=self.rank != 0)
+        tried = (one for one in bar if one.document not in self.left_out)
+        (answered,) = self.runner.answer(tried, [self.cell])
+        raise_failures([answered], self.runner.store, self.world_size, self.runner.allow_failed)
+        answers = iter(answered.answers)
+        results: list[GenerationResult] = []
+        failed: dict[str, set[str]] = defaultdict(set)
+        for one, request in zip(asked, requests, strict=True):
+            answer = None if one.document in self.left_out else next(answers)
+            if answer is None or answer.error is not None:
+                failed[one.task].add(one.document)
+                request.doc_id = None
+                results.append(GenerationResult(""))
+            else:
+                tokens = answer.record["prompt_tokens"], answer.record["new_tokens"]
+                results.append(GenerationResult(answer.text, TokenCounts(*tokens)))
+        self._report(answered, failed)
+        return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError(
@@ -109,10 +130,18 @@ class CellModel(lmms):
 
     def clean(self) -> None:
         """Keep the weights: others share them, and looking for memory costs as much as a cell."""
+        if not self._was_asked:
+            logger.warning(
+                "lmms-eval's --use_cache had all answers, so that nothing is known of what was "
+                "kept of the prompts, and the results do not state it; the folder of answers finds "
+                "them again as well, and knows: leave --use_cache out"
+            )
+            log_metrics(0.0, 0, 0.0, {"samples": 0, "served_by_use_cache": 1})
+        self._was_asked = False
 
-    def _report(self, answered: Answers) -> None:
-        """State what was kept, and whether anything was compressed at all."""
-        records = [answer.record for answer in answered.answers]
+    def _report(self, answered: Answers, failed: Mapping[str, set[str]]) -> None:
+        """State what was kept, how many samples failed, and whether any was compressed at all."""
+        records = [answer.record for answer in answered.answers if answer.error is None]
         if not records:
             return
         count, budget = len(records), self.method.budget
@@ -133,6 +162,7 @@ class CellModel(lmms):
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
                 "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
                 "share_uncompressed": whole / count,
+                **{f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()},
             },
         )
         if budget is not None and whole > count / 2:
@@ -164,7 +194,8 @@ class SparseMM(CellModel):
         A Python file or a module that registers methods or families of one's own.
     **settings
         All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
-        cuda_graph, answers, mask_heads, mask_mode, and what the method and the family read.
+        cuda_graph, truncated_images, allow_failed, answers, mask_heads, mask_mode, and what the
+        method and the family read.
 
     Raises
     ------
@@ -220,6 +251,7 @@ class SparseMM(CellModel):
 
     def clean(self) -> None:
         """lmms-eval is done with generating: give the memory back for its judges."""
+        super().clean()
         if self._owns_checkpoint:
             self.runner.checkpoint.release()
             super(CellModel, self).clean()
@@ -268,10 +300,13 @@ def make_runner(
     backend = shared.get("backend", "auto")
     check_choice("backend", backend, BACKENDS)
     cuda_graph = check_cuda_graph(shared.get("cuda_graph", "auto"))
+    truncated = shared.get("truncated_images", False)
+    check_choice("truncated_images", truncated, (True, False))
+    check_int("allow_failed", shared.get("allow_failed", 0), least=0)
     on_cpu = checkpoint.device_map == "cpu" or not torch.cuda.is_available()
     check_backend(backend, "cpu" if on_cpu else "cuda")
     family = make_family(checkpoint.family, shared)
-    aside = {*CHECKPOINT_SETTINGS, "backend", "cuda_graph", *family_settings()}
+    aside = {*CHECKPOINT_SETTINGS, *RUN_SETTINGS, *family_settings()}
     chosen = [
         {name: value for name, value in {**(settings or {}), **cell}.items() if name not in aside}
         for cell in cells
@@ -284,6 +319,8 @@ def make_runner(
         positive_int("batch_size", batch_size),
         backend,
         cuda_graph,
+        bool(truncated),
+        shared.get("allow_failed", 0),
     )
 
 

@@ -1,40 +1,21 @@
-"""One request, read: messages to prompt and images, a task's settings to transformers' options."""
+"""One request, read: a document's messages to prompt and images."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from lmms_eval.api.instance import Instance
 from lmms_eval.protocol import ChatMessages
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import ProcessorMixin
 
-from sparsemm_eval.errors import UserError
-
-DEFAULT_NEW_TOKENS = 1024
-# What one sample may raise while it is processed or generated, by what its data does. Everything
-# else, such as a TypeError, is an error of this program and ends the run.
-SAMPLE_ERRORS = (
-    ArithmeticError,
-    Image.DecompressionBombError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,  # PIL's word for a broken PNG
-    ValueError,
-)
-# While it is read a task's own code runs, which may stumble over what a document lacks.
-READING_ERRORS = (*SAMPLE_ERRORS, TypeError)
-_GENERATION = {
-    "do_sample", "max_new_tokens", "min_new_tokens", "num_beams", "repetition_penalty",
-    "temperature", "top_k", "top_p",
-}  # fmt: skip
+from sparsemm_eval.errors import UserError, one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +61,23 @@ class Request:
         settings = json.dumps(self.generation, sort_keys=True, default=str)
         return mark, self.document, self.task, settings
 
-    def read(self, processor: ProcessorMixin) -> tuple[str, tuple[Image.Image, ...]]:
-        """Prompt and images, as `read_chat`."""
-        return read_chat(processor, self.messages(self.documents[self.number]))
+    def read(
+        self, processor: ProcessorMixin, truncated: bool = False
+    ) -> tuple[str, tuple[Image.Image, ...]]:
+        """Prompt and images, as `read_chat`.
+
+        Code of others runs here on a document's data: the data set's, the task's, the chat
+        template's, PIL's. Whatever it raises is about this sample.
+
+        Parameters
+        ----------
+        processor : ProcessorMixin
+            Of the checkpoint.
+        truncated : bool
+            Take images whose files are cut off, what is missing of them grey.
+        """
+        with truncated_images(truncated):
+            return read_chat(processor, self.messages(self.documents[self.number]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +133,7 @@ class Memo:
 def read_chat(
     processor: ProcessorMixin, messages: list[dict]
 ) -> tuple[str, tuple[Image.Image, ...]]:
-    """Messages through the chat template, and the images they show, in order.
+    """Messages through the chat template, and the images they show, in order, decoded.
 
     Raises
     ------
@@ -152,45 +147,52 @@ def read_chat(
     images = tuple(
         url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
     )
+    for image in images:
+        image.load()  # some are decoded on first use only: a broken one is to be found here
     prompt = processor.apply_chat_template(
         chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
     )
     return prompt, images
 
 
-def generation_options(
-    gen_kwargs: Mapping[str, Any],
-) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
-    """A task's generation_kwargs as transformers' options, and the strings that end an answer.
-
-    Greedy unless the task asks for a temperature above 0; 1,024 new tokens unless it says less,
-    as lmms-eval's own models do.
+def check_template(processor: ProcessorMixin, pretrained: str) -> None:
+    """Try the chat template once, on a question about one image.
 
     Raises
     ------
-    ValueError
-        If max_new_tokens is no positive integer.
+    UserError
+        If it raises, or leaves the question out: it would for every sample.
     """
-    until = gen_kwargs.get("until") or ()
-    until = (until,) if isinstance(until, str) else tuple(until)
-    options = {name: value for name, value in gen_kwargs.items() if name in _GENERATION}
-    if options.get("max_new_tokens") is None:
-        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
-    options["max_new_tokens"] = positive_int("max_new_tokens", options["max_new_tokens"])
-    if (options.get("temperature") or 0) > 0:
-        options["do_sample"] = True
-    else:
-        # None takes a default of the checkpoint's own generation_config out of force.
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return tuple(sorted(options.items())), until
+    question = "What is it?"
+    content = [{"type": "image", "url": Image.new("RGB", (8, 8))}]
+    content.append({"type": "text", "text": question})
+    try:
+        prompt, _ = read_chat(processor, [{"role": "user", "content": content}])
+    except Exception as error:  # a template is the checkpoint's code, and raises what it likes
+        raise UserError(
+            f"pretrained={pretrained}: its chat template fails on a question about one image "
+            f"({type(error).__name__}: {one_line(error)}); mend its chat_template.jinja"
+        ) from error
+    if question not in prompt:
+        raise UserError(
+            f"pretrained={pretrained}: its chat template leaves out the question of a chat; mend "
+            "its chat_template.jinja"
+        )
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the strings that end it."""
-    for end in until:
-        if end:
-            text = text.split(end)[0]
-    return text
+@contextmanager
+def truncated_images(allowed: bool) -> Iterator[None]:
+    """Whether images whose files are cut off are read, and filled up in grey, or are an error.
+
+    It is a switch of PIL's for the whole process, which lmms-eval turns on as it is imported; it is
+    put back as it was.
+    """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = allowed
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def positive_int(name: str, value: Any) -> int:

@@ -18,28 +18,23 @@ from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import Decoded, decode
 from sparsemm_eval.engine.decoder import release
+from sparsemm_eval.engine.generation import cut, generation_options
 from sparsemm_eval.engine.memory import (
     free_memory,
     out_of_memory,
     plan_micro_batches,
     token_bytes,
 )
-from sparsemm_eval.engine.requests import (
-    READING_ERRORS,
-    SAMPLE_ERRORS,
-    Memo,
-    Request,
-    Sample,
-    cut,
-    generation_options,
-    image_hash,
-)
+from sparsemm_eval.engine.requests import Memo, Request, Sample, check_template, image_hash
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Family, family_digest
 from sparsemm_eval.methods import method_digest
 
 # So many first samples that fail alike, a whole batch at least, are no samples' fault.
 _ALIKE = 3
+# What a sample may raise while it is decoded, by what its data does. Everything else, such as a
+# TypeError, is an error of this program and ends the run.
+_SAMPLE_ERRORS = (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,10 @@ class Runner:
         Samples that are read together.
     backend, cuda_graph : str
         As `sparsemm_eval.engine.decode.decode` takes them.
+    truncated_images : bool
+        Take images whose files are cut off, what is missing of them grey, instead of failing.
+    allow_failed : int
+        So many samples of a task may fail, and its score is made without them.
     """
 
     def __init__(
@@ -96,11 +95,15 @@ class Runner:
         batch_size: int = 1,
         backend: str = "auto",
         cuda_graph: str = "auto",
+        truncated_images: bool = False,
+        allow_failed: int = 0,
     ) -> None:
         self.checkpoint, self.cells, self.store = checkpoint, tuple(cells), store
         self.family, self.batch_size = family, batch_size
         self.backend, self.cuda_graph = backend, cuda_graph
+        self.truncated_images, self.allow_failed = truncated_images, allow_failed
         self.processor = family.configure(checkpoint.processor)
+        check_template(self.processor, checkpoint.pretrained)
         self.memo = Memo()
 
     def words(self, cell: Cell, task: str) -> str:
@@ -124,6 +127,7 @@ class Runner:
                 # Only where there is one: a key without is as old as the answers.
                 **({"mask": cell.mask.settings} if cell.mask is not None else {}),
                 **({"plugin": plugin} if plugin else {}),
+                **({"truncated_images": True} if self.truncated_images else {}),
                 **parts,
             }
         )
@@ -153,8 +157,10 @@ class Runner:
         Raises
         ------
         UserError, AllFailed
-            If the first samples all fail alike, out of memory or otherwise. What no sample's data
-            can do, such as a TypeError, is raised as it is: it never becomes a failed sample.
+            If the first samples all fail alike, out of memory or otherwise, or a task's
+            generation_kwargs cannot be. What others' code raises on a document's data is that
+            sample's failure; what decoding raises and no data can do, such as a TypeError, is
+            raised as it is.
         """
         chosen = self.cells if cells is None else tuple(cells)
         # Two shares of heads may silence the same: cells that are equal are answered once.
@@ -214,25 +220,23 @@ class _Pass:
     def add(self, request: Request) -> None:
         """Take a request; a full batch is computed at once, so that few images are held."""
         self._open(request.task)
+        # The task's settings, no document's: what cannot be ends the run.
+        options, until = generation_options(request.generation)
         memo, chat = self.runner.memo, None
-        try:
-            options, until = generation_options(request.generation)
-            parts = memo.find(request)
-            if parts is None:
-                chat = request.read(self.runner.processor)
-                parts = _parts(request, chat, options, until)
-                memo.keep(request, parts)
-            parts = self._numbered(parts)
-            keys = [self.runner.key(cell, parts) for cell in self.cells]
-            lacking = tuple(
-                place
-                for place, key in enumerate(keys)
-                if key not in self.answers[place] and key not in self.queued[place]
-            )
-            if lacking and chat is None:
-                chat = request.read(self.runner.processor)
-        except READING_ERRORS as error:
-            self._fail_reading(request, error)
+        parts = memo.find(request)
+        if parts is None:
+            if (chat := self._read(request)) is None:
+                return
+            parts = _parts(request, chat, options, until)
+            memo.keep(request, parts)
+        parts = self._numbered(parts)
+        keys = [self.runner.key(cell, parts) for cell in self.cells]
+        lacking = tuple(
+            place
+            for place, key in enumerate(keys)
+            if key not in self.answers[place] and key not in self.queued[place]
+        )
+        if lacking and chat is None and (chat := self._read(request)) is None:
             return
         for place, key in enumerate(keys):
             self.order[place].append(key)
@@ -247,8 +251,8 @@ class _Pass:
 
     def finish(self) -> list[Answers]:
         """Compute what waits; each cell's answers in the order of the requests."""
-        for (_, lacking), batch in self.waiting.items():
-            self._compute(batch, lacking)
+        for options, lacking in list(self.waiting):
+            self._compute(self.waiting.pop((options, lacking)), lacking)
         self.runner.store.close()
         return [
             Answers([answers[key] for key in order], frozenset(computed))
@@ -274,6 +278,16 @@ class _Pass:
                 "those that fit are used and not computed again"
             )
 
+    def _read(self, request: Request) -> tuple[str, tuple] | None:
+        """Prompt and images of a request; None if the sample failed."""
+        try:
+            return request.read(self.runner.processor, self.runner.truncated_images)
+        # Others' code on the document's data: whatever it raises is about this sample. Were it
+        # about all of them, the first would fail alike.
+        except Exception as error:  # noqa: BLE001
+            self._fail_reading(request, _Failure.of(error))
+            return None
+
     def _numbered(self, parts: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a request is made of: one that is sampled again asks for another draw."""
         if not dict(parts["generation"])["do_sample"]:
@@ -297,7 +311,8 @@ class _Pass:
         """Answer samples under cells, in micro-batches that fit into memory."""
         try:
             inputs = self.runner.read_batch(samples)
-        except SAMPLE_ERRORS as error:
+        # The processor's code on the samples' data: whatever it raises is about them.
+        except Exception as error:  # noqa: BLE001
             failure = _Failure.of(error)
         else:
             for part in self._plan(samples, places, inputs):
@@ -330,7 +345,7 @@ class _Pass:
         cells = [self.cells[place] for place in places]
         try:
             decoded = self.runner.decode_batch(samples, inputs, cells)
-        except SAMPLE_ERRORS as error:
+        except _SAMPLE_ERRORS as error:
             failure = _Failure.of(error)
         else:
             self._store(
@@ -379,7 +394,9 @@ class _Pass:
 
     def _stop_if_all_fail(self) -> None:
         """End the run if its first samples failed alike: that is no sample's fault."""
-        if self.alike is None or len(self.alike) < max(_ALIKE, self.runner.batch_size):
+        # Those that wait have not failed yet, and so many may fail as the user says.
+        enough = max(_ALIKE, self.runner.batch_size, self.runner.allow_failed + 1)
+        if self.waiting or self.alike is None or len(self.alike) < enough:
             return
         if len({failure.words for failure in self.alike}) > 1:
             return
@@ -429,10 +446,12 @@ class _Pass:
             record,
         )
 
-    def _fail_reading(self, request: Request, error: Exception) -> None:
+    def _fail_reading(self, request: Request, failure: _Failure) -> None:
         """Note a sample that has no prompt, and so no key of its own."""
-        cause = _Failure.of(error).words
+        cause = failure.words
         logger.error(f"{request.task} {request.document} failed: {cause}")
+        if self.alike is not None:
+            self.alike.append(failure)
         failed = []
         for place, words in enumerate(self.words[request.task]):
             key = answer_key({"failed": [request.task, request.document], "cell": words})
@@ -440,6 +459,7 @@ class _Pass:
             answer = self._failed(place, request.task, request.document, key, cause)
             failed.append((place, answer))
         self._store(failed)
+        self._stop_if_all_fail()
 
     def _failed(self, place: int, task: str, document: str, key: str, cause: str) -> Answer:
         return Answer(key, self.words[task][place], task, document, None, cause)
@@ -491,26 +511,44 @@ def _parts(
     }
 
 
-def raise_failures(answered: Sequence[Answers], store: AnswerStore, world_size: int) -> None:
+def raise_failures(
+    answered: Sequence[Answers], store: AnswerStore, world_size: int, allowed: int = 0
+) -> None:
     """Raise on every rank if samples failed on any: no rank may wait for one that is gone.
+
+    Parameters
+    ----------
+    answered : sequence of Answers
+        One a cell.
+    store : AnswerStore
+        Where the others are safe.
+    world_size : int
+        Ranks that run together.
+    allowed : int
+        So many samples of each task may fail.
 
     Raises
     ------
     SampleFailures
         Naming the first of them, and how many there are.
     """
-    samples: dict[tuple[str, str], str] = {}
+    failed: dict[tuple[str, str], str] = {}
+    answered_tasks: set[str] = set()
     for answers in answered:
+        answered_tasks |= {one.task for one in answers.answers if one.error is None}
         for failure in answers.failed:
-            samples.setdefault((failure.task, failure.doc_id), str(failure.error))
-    words = [f"{task} {document}: {cause}" for (task, document), cause in samples.items()]
+            failed.setdefault((failure.task, failure.doc_id), str(failure.error))
     if world_size > 1:
         # Not accelerate's gather_object: under torchrun on CPUs it gathers nothing.
-        gathered: list[list[str]] = [[] for _ in range(world_size)]
-        torch.distributed.all_gather_object(gathered, words)
-        words = [word for of_rank in gathered for word in of_rank]
-    if words:
+        gathered: list[tuple[dict, set]] = [({}, set()) for _ in range(world_size)]
+        torch.distributed.all_gather_object(gathered, (failed, answered_tasks))
+        failed = {at: cause for of_rank, _ in gathered for at, cause in of_rank.items()}
+        answered_tasks = {task for _, of_rank in gathered for task in of_rank}
+    of_task = Counter(task for task, _ in failed)
+    if any(count > allowed or task not in answered_tasks for task, count in of_task.items()):
+        (task, document), cause = next(iter(failed.items()))
+        more = f" (allow_failed={allowed})" if allowed else ""
         raise SampleFailures(
-            f"{len(words)} samples failed, so no score is written; the others are safe in "
-            f"{store.folder} and are not computed again. First: {words[0]}"
+            f"{len(failed)} samples failed{more}, so no score is written; the others are safe in "
+            f"{store.folder} and are not computed again. First: {task} {document}: {cause}"
         )

@@ -19,6 +19,7 @@ from openai import OpenAIError
 from PIL import Image
 from tenacity import RetryError
 
+from sparsemm_eval.engine.generation import check_generation
 from sparsemm_eval.engine.requests import Request
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.paths import tasks_folder
@@ -258,6 +259,7 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
     try:
         check_tasks([task])
         config = _config(manager, task)
+        check_generation(task, config.get("generation_kwargs"))
     except UserError as error:
         return str(error)
     kind = config.get("output_type") or "generate_until"

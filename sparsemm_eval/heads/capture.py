@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.requests import generation_options
+from sparsemm_eval.engine.generation import generation_options
 
 # Rows whose logits over all keys are held at a time.
 _BLOCK = 32

@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.requests import image_hash
+from sparsemm_eval.engine.requests import image_hash, truncated_images
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Box
 from sparsemm_eval.tiny.documents import (
@@ -188,10 +188,10 @@ def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
     Raises
     ------
     UserError
-        If it cannot be read; `name` says which it is.
+        If it cannot be read, or is cut off; `name` says which it is.
     """
     try:
-        with Image.open(file) as image:
+        with truncated_images(False), Image.open(file) as image:
             return image.convert("RGB")
     except _UNREADABLE as error:
         raise UserError(f"{name} cannot be read ({one_line(error)})") from error

@@ -11,6 +11,9 @@ from typing import Any
 SCHEMA = 1
 # The one entry of our results files that is not lmms-eval's.
 OURS = "sparsemm_eval"
+# In a results file's throughput, followed by a task: how many of its samples have no answer, and
+# were left out of its score.
+FAILED_SAMPLES = "failed_samples"
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "flash-attn")
 
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.generation import cut, generation_options
 from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
-from sparsemm_eval.engine.requests import cut, generation_options
 from sparsemm_eval.methods import HeadScores
 from sparsemm_eval.tiny.documents import PAGE
 
