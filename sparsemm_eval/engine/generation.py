@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, short_repr
 
 DEFAULT_NEW_TOKENS = 1024
 # No answer is as long, and a count that is much larger would only end in an error of memory.
@@ -135,11 +135,11 @@ def generation_options(
         elif name in WITHOUT_EFFECT:
             only, why = WITHOUT_EFFECT[name]
             if value is not None and only not in (None, value):
-                raise UserError(f"{name}={_short(value)}: it can only be {only} ({why})")
+                raise UserError(f"{name}={short_repr(value)}: it can only be {only} ({why})")
         else:
             raise UserError(
-                f"{name}={_short(value)}: this setting of generation is not heeded; those that are "
-                f"are {', '.join(sorted((*_OPTIONS, *_ENDS)))}"
+                f"{name}={short_repr(value)}: no such setting of generation is heeded; leave it "
+                f"out, or give one of {', '.join(sorted((*_OPTIONS, *_ENDS)))}"
             )
     if options.get("max_new_tokens") is None:
         options["max_new_tokens"] = DEFAULT_NEW_TOKENS
@@ -160,7 +160,7 @@ def check_generation(task: str, gen_kwargs: Any) -> None:
         In one sentence.
     """
     if not isinstance(gen_kwargs, Mapping | None):
-        raise UserError(f"{task}: generation_kwargs={_short(gen_kwargs)}: it must be a mapping")
+        raise UserError(f"{task}: generation_kwargs={short_repr(gen_kwargs)}: it must be a mapping")
     try:
         generation_options(gen_kwargs or {})
     except UserError as error:
@@ -179,13 +179,4 @@ def _read(name: str, reader: Callable[[Any], Any], value: Any) -> Any:
     try:
         return reader(value)
     except ValueError as error:
-        raise UserError(f"{name}={_short(value)}: it must be {error}") from None
-
-
-def _short(value: Any) -> str:
-    """A value as Python writes it, cut off where that is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes out no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        raise UserError(f"{name}={short_repr(value)}: it must be {error}") from None

@@ -38,7 +38,7 @@ from sparsemm_eval.engine.generation import check_generation
 from sparsemm_eval.engine.requests import Request, positive_int
 from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
 from sparsemm_eval.engine.tasks import check_tasks
-from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
@@ -141,12 +141,16 @@ class CellModel(lmms):
 
     def _report(self, answered: Answers, failed: Mapping[str, set[str]]) -> None:
         """State what was kept, how many samples failed, and whether any was compressed at all."""
-        records = [answer.record for answer in answered.answers if answer.error is None]
+        finished = [answer for answer in answered.answers if answer.error is None]
+        missing = {f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()}
+        records = [answer.record for answer in finished]
         if not records:
+            if missing:
+                log_metrics(0.0, 0, 0.0, {"samples": 0, **missing})
             return
         count, budget = len(records), self.method.budget
         whole = sum(record["kept_per_head"] == record["prompt_tokens"] for record in records)
-        new = [a.record for a in answered.answers if a.key in answered.computed]
+        new = [one.record for one in finished if one.key in answered.computed]
         seconds = sum(record["seconds"] for record in new)
         tokens = sum(record["new_tokens"] for record in new)
         log_metrics(
@@ -162,7 +166,7 @@ class CellModel(lmms):
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
                 "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
                 "share_uncompressed": whole / count,
-                **{f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()},
+                **missing,
             },
         )
         if budget is not None and whole > count / 2:
@@ -301,7 +305,8 @@ def make_runner(
     check_choice("backend", backend, BACKENDS)
     cuda_graph = check_cuda_graph(shared.get("cuda_graph", "auto"))
     truncated = shared.get("truncated_images", False)
-    check_choice("truncated_images", truncated, (True, False))
+    if not isinstance(truncated, bool):
+        raise UserError(f"truncated_images={short_repr(truncated)}: it must be true or false")
     check_int("allow_failed", shared.get("allow_failed", 0), least=0)
     on_cpu = checkpoint.device_map == "cpu" or not torch.cuda.is_available()
     check_backend(backend, "cpu" if on_cpu else "cuda")
@@ -319,7 +324,7 @@ def make_runner(
         positive_int("batch_size", batch_size),
         backend,
         cuda_graph,
-        bool(truncated),
+        truncated,
         shared.get("allow_failed", 0),
     )
 
