@@ -61,23 +61,13 @@ class Request:
         settings = json.dumps(self.generation, sort_keys=True, default=str)
         return mark, self.document, self.task, settings
 
-    def read(
-        self, processor: ProcessorMixin, truncated: bool = False
-    ) -> tuple[str, tuple[Image.Image, ...]]:
+    def read(self, processor: ProcessorMixin) -> tuple[str, tuple[Image.Image, ...]]:
         """Prompt and images, as `read_chat`.
 
         Code of others runs here on a document's data: the data set's, the task's, the chat
         template's, PIL's. Whatever it raises is about this sample.
-
-        Parameters
-        ----------
-        processor : ProcessorMixin
-            Of the checkpoint.
-        truncated : bool
-            Take images whose files are cut off, what is missing of them grey.
         """
-        with truncated_images(truncated):
-            return read_chat(processor, self.messages(self.documents[self.number]))
+        return read_chat(processor, self.messages(self.documents[self.number]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +139,13 @@ def read_chat(
     )
     for image in images:
         image.load()  # some are decoded on first use only: a broken one is to be found here
-    prompt = processor.apply_chat_template(
+    return _prompt(processor, chat), images
+
+
+def _prompt(processor: ProcessorMixin, chat: ChatMessages) -> str:
+    return processor.apply_chat_template(
         chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
     )
-    return prompt, images
 
 
 def check_template(processor: ProcessorMixin, pretrained: str) -> None:
@@ -167,7 +160,8 @@ def check_template(processor: ProcessorMixin, pretrained: str) -> None:
     content = [{"type": "image", "url": Image.new("RGB", (8, 8))}]
     content.append({"type": "text", "text": question})
     try:
-        prompt, _ = read_chat(processor, [{"role": "user", "content": content}])
+        chat = ChatMessages(messages=[{"role": "user", "content": content}])
+        prompt = _prompt(processor, chat)
     except Exception as error:  # a template is the checkpoint's code, and raises what it likes
         raise UserError(
             f"pretrained={pretrained}: its chat template fails on a question about one image "

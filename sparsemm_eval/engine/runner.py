@@ -25,7 +25,14 @@ from sparsemm_eval.engine.memory import (
     plan_micro_batches,
     token_bytes,
 )
-from sparsemm_eval.engine.requests import Memo, Request, Sample, check_template, image_hash
+from sparsemm_eval.engine.requests import (
+    Memo,
+    Request,
+    Sample,
+    check_template,
+    image_hash,
+    truncated_images,
+)
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Family, family_digest
 from sparsemm_eval.methods import method_digest
@@ -281,7 +288,8 @@ class _Pass:
     def _read(self, request: Request) -> tuple[str, tuple] | None:
         """Prompt and images of a request; None if the sample failed."""
         try:
-            return request.read(self.runner.processor, self.runner.truncated_images)
+            with truncated_images(self.runner.truncated_images):
+                return request.read(self.runner.processor)
         # Others' code on the document's data: whatever it raises is about this sample. Were it
         # about all of them, the first would fail alike.
         except Exception as error:  # noqa: BLE001

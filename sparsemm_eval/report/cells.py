@@ -26,7 +26,7 @@ _NUMBERS = (
 # How a cell is computed, not what: no answer depends on these but by rounding.
 NOT_KEYED = frozenset({
     "pretrained", "answers", "batch_size", "max_batch_size", "device", "device_map", "backend",
-    "cuda_graph", "attn_implementation", "plugin",
+    "cuda_graph", "attn_implementation", "plugin", "allow_failed",
 })  # fmt: skip
 _ALWAYS = ("method", "budget")
 # A word names a cell if it is what any of these columns holds.
