@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.requests import DEFAULT_NEW_TOKENS
+from sparsemm_eval.engine.generation import DEFAULT_NEW_TOKENS
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families import IMAGE_TOKENS, Box, Regions
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, greedy_answers, read_prompts
