@@ -2,7 +2,8 @@
 
 A folder of SQLite files, one a writing process, so that no two processes ever write to one file;
 readers merge them. Rollback journals, not write-ahead logs: those are unsafe on network file
-systems. A file that is broken is set aside as ``NAME.broken``, and what it held is computed again.
+systems. A damaged file is set aside as ``NAME.broken``; what is still as it was written is saved
+into a new file, and the rest is computed again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import socket
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,30 +23,11 @@ from typing import Any
 
 from loguru import logger
 
+from sparsemm_eval.engine import answer_file
 from sparsemm_eval.errors import UserError
 
-# Cells are read one by one, from files that may hold hundreds of them.
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS answers (
-    key TEXT PRIMARY KEY,
-    cell TEXT NOT NULL,
-    task TEXT NOT NULL,
-    doc_id TEXT NOT NULL,
-    text TEXT,
-    error TEXT,
-    record TEXT NOT NULL,
-    written REAL NOT NULL
-);
-CREATE INDEX IF NOT EXISTS answers_of_cell ON answers (cell);
-"""
-# A record that is no JSON is found where it is read, and says nothing here.
-_SECONDS = "CASE WHEN json_valid(record) THEN json_extract(record, '$.seconds') END"
-_COLUMNS = ["key", "cell", "task", "doc_id", "text", "error", "record", "written"]
-_VERSION = 1
-# Seconds that a process waits for others: a reader may look through a whole large file.
-_READERS_PATIENCE, _WRITERS_PATIENCE = 60, 600
-# A network file system may show a file's old size for a moment: broken is what still is then.
-_SECOND_LOOK = 0.5
+# Files that a writer begins at most for one batch of answers: others may set its own aside.
+_FILES_A_BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -139,73 +121,93 @@ class AnswerStore:
         except OSError as error:
             raise UserError(f"answers={folder}: no folder can be made there ({error})") from error
         self._writer: sqlite3.Connection | None = None
+        self._path, self._inode = self.folder, None  # of the file it writes to
         self._checked: set[Path] = set()
 
     def read(self, cell: str) -> dict[str, Answer]:
         """Finished answers of a cell by key, from all files; failures are not finished.
 
-        Broken files are set aside first.
+        Damaged files are set aside first.
 
         Raises
         ------
         ValueError
             Naming a file of another format.
         """
-        found: dict[str, Answer] = {}
-        for path, rows in self._select(
-            "SELECT key, cell, task, doc_id, text, record FROM answers "
-            "WHERE cell = ? AND text NOTNULL",
-            (cell,),
-        ):
-            try:
-                found.update(
-                    (key, Answer(key, cell_, task, doc_id, text, None, json.loads(record)))
-                    for key, cell_, task, doc_id, text, record in rows
-                )
-            except (TypeError, ValueError) as error:
-                self._set_aside(path, error)
-                return self.read(cell)
-        return found
+        return {
+            key: Answer(key, cell, task, doc_id, text, None, json.loads(record))
+            for rows in self._from_all(lambda path: answer_file.rows_of(path, cell))
+            for key, _, task, doc_id, text, _, record, *_ in rows
+            if text is not None
+        }
 
     def count(self) -> int:
         """Finished answers in all files, each once."""
-        keys: set[str] = set()
-        for _, rows in self._select("SELECT key FROM answers WHERE text NOTNULL"):
-            keys.update(key for (key,) in rows)
-        return len(keys)
+        return len({key for keys in self._from_all(answer_file.keys_of) for key in keys})
 
     def files(self) -> list[Path]:
         """The files that hold answers, in the order they were begun."""
-        return sorted(self.folder.glob("answers-*.sqlite"))
+        return _files(self.folder)
 
-    def _select(self, statement: str, values: tuple = ()) -> Iterator[tuple[Path, list[tuple]]]:
-        """Rows of each file that is sound; the others are set aside, whole, not in part."""
-        for path in self.files():
-            try:
-                if path not in self._checked:
-                    _check(path)
-                    self._checked.add(path)
-                rows = _query(path, statement, values)
-            except _Broken as error:
-                self._set_aside(path, error)
+    def _from_all(self, read: Callable[[Path], list]) -> list[list]:
+        """What is read from each file; again from all of them once a damaged one is set aside."""
+        while True:
+            found = []
+            for path in self.files():
+                try:
+                    if path not in self._checked:
+                        answer_file.check(path)
+                        self._checked.add(path)
+                    found.append(read(path))
+                except FileNotFoundError:
+                    continue  # another process has set it aside
+                except answer_file.Broken as error:
+                    self._set_aside(path, error)
+                    break
             else:
-                yield path, rows
+                return found
 
     def _set_aside(self, path: Path, error: Exception) -> None:
-        """Rename a broken file, and its journal with it."""
+        """Save what can be saved of a damaged file into a new one, and rename it.
+
+        Others may do the same at the same time: then some answers are there twice. Whoever writes
+        to the file meanwhile finds it renamed, and writes what it wrote last once more.
+
+        Raises
+        ------
+        OSError
+            If the folder cannot be written to.
+        """
         self.close()  # it may be this very process's
         aside = path.with_name(f"{path.name}.broken")
         journal = path.with_name(f"{path.name}-journal")
         try:
+            before = path.stat()
+            saved = self._save(answer_file.sound_rows(path))
             if journal.exists():
                 os.replace(journal, aside.with_name(f"{aside.name}-journal"))
             os.replace(path, aside)
+            after = aside.stat()
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                saved = self._save(answer_file.sound_rows(aside))
         except FileNotFoundError:
             return  # another process was faster
+        except (OSError, sqlite3.OperationalError) as problem:
+            raise OSError(
+                f"{path}: damaged ({error}), and it cannot be set aside ({problem}); see to it "
+                "that its folder can be written to, and run again"
+            ) from error
         logger.warning(
-            f"{path}: not a readable answers file ({error}); it is set aside as {aside.name}, and "
-            "what it held is computed again"
+            f"{path}: damaged ({error}); it is set aside as {aside.name}, {saved} answers of it "
+            "are saved, and what is missing is computed again"
         )
+
+    def _save(self, rows: Sequence[answer_file.Row]) -> int:
+        """Put rows into a new file of their own; how many."""
+        if rows:
+            with closing(answer_file.begin(self._new_path())) as file:
+                answer_file.insert(file, rows)
+        return len(rows)
 
     def write(self, answers: Iterable[Answer]) -> None:
         """Put answers on disk, all or none; returns when they are there.
@@ -215,21 +217,20 @@ class AnswerStore:
         OSError
             If the disk is full or the folder cannot be written to. Nothing finished is lost.
         """
+        now = time.time()
         rows = [
-            (a.key, a.cell, a.task, a.doc_id, a.text, a.error, json.dumps(dict(a.record)), now)
-            for now in (time.time(),)
+            answer_file.sealed(
+                (a.key, a.cell, a.task, a.doc_id, a.text, _utf8(a.error), _record(a), now)
+            )
             for a in answers
         ]
-        try:
-            with self._connection() as connection:
-                connection.executemany(
-                    "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows
-                )
-        except sqlite3.OperationalError as error:
-            raise OSError(
-                f"answers={self.folder}: an answer could not be written ({error}); what was "
-                "finished is safe, make room and run again to go on"
-            ) from error
+        for _ in range(_FILES_A_BATCH):
+            if self._is_written(rows):
+                return
+        raise OSError(
+            f"answers={self.folder}: an answer could not be written, as its file is damaged or "
+            "set aside again and again; what was finished is safe, look at the disk and run again"
+        )
 
     def close(self) -> None:
         """Close the file this process writes to."""
@@ -237,17 +238,40 @@ class AnswerStore:
             self._writer.close()
             self._writer = None
 
+    def _is_written(self, rows: Sequence[answer_file.Row]) -> bool:
+        """Put rows into this process's file; False if it is damaged or gone, and a new one due."""
+        try:
+            answer_file.insert(self._connection(), rows)
+        except sqlite3.DatabaseError as error:
+            if self._writer is None or (answer_file.is_passing(error) and not self._is_moved()):
+                remedy = "make room" if "full" in str(error) else "see that it can be written to"
+                raise OSError(
+                    f"answers={self.folder}: an answer could not be written ({error}); what was "
+                    f"finished is safe, {remedy} and run again to go on"
+                ) from error
+            if not self._is_moved():
+                self._set_aside(self._path, error)
+        else:
+            if not self._is_moved():
+                return True
+        self.close()
+        return False
+
     def _connection(self) -> sqlite3.Connection:
         if self._writer is None:
-            name = f"answers-{time.time_ns()}-{socket.gethostname()}-{os.getpid()}.sqlite"
-            writer = sqlite3.connect(self.folder / name, _WRITERS_PATIENCE)
-            writer.execute("PRAGMA journal_mode=DELETE")
-            writer.execute("PRAGMA synchronous=FULL")
-            writer.execute(f"PRAGMA user_version={_VERSION}")
-            writer.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            path = self._new_path()
+            writer = answer_file.begin(path)
             # Only now: one that failed on the way, on a full disk, must not be written to later.
-            self._writer = writer
+            self._writer, self._path, self._inode = writer, path, _inode(path)
         return self._writer
+
+    def _is_moved(self) -> bool:
+        """Whether another process has set this one's file aside, or someone has removed it."""
+        return _inode(self._path) != self._inode
+
+    def _new_path(self) -> Path:
+        name = f"answers-{time.time_ns()}-{socket.gethostname()}-{os.getpid()}.sqlite"
+        return self.folder / name
 
 
 def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
@@ -256,30 +280,32 @@ def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
     Returns
     -------
     dict of str to Tally
-        By cell.
+        By cell; of damaged files what is still as it was written.
     dict of Path to str
-        Causes by file, of those that are broken.
+        Causes by file, of those that are damaged.
     """
     done: dict[str, set[str]] = defaultdict(set)
     failed: dict[str, dict[str, str]] = defaultdict(dict)
     times: dict[str, list[float]] = defaultdict(list)
     broken: dict[Path, str] = {}
-    for path in sorted(folder.glob("answers-*.sqlite")):
+    for path in _files(folder):
         try:
-            _check(path)
-            rows = _query(
-                path, f"SELECT cell, doc_id, text NOTNULL, error, {_SECONDS} FROM answers"
-            )
-        except _Broken as error:
-            broken[path] = str(error)
-            continue
-        for cell, doc_id, answered, error, seconds in rows:
-            if answered:
-                done[cell].add(doc_id)
-                if isinstance(seconds, int | float):
-                    times[cell].append(seconds)
-            else:
+            try:
+                answer_file.check(path)
+                rows = answer_file.rows_of(path)
+            except answer_file.Broken as error:
+                broken[path] = str(error)
+                rows = answer_file.sound_rows(path)
+        except FileNotFoundError:
+            continue  # another process has set it aside
+        for _, cell, _, doc_id, text, error, record, *_ in rows:
+            if text is None:
                 failed[cell][doc_id] = error
+                continue
+            done[cell].add(doc_id)
+            seconds = json.loads(record).get("seconds")
+            if isinstance(seconds, int | float):
+                times[cell].append(seconds)
     tallies = {}
     for cell in (*done, *failed):
         causes = {doc: cause for doc, cause in failed[cell].items() if doc not in done[cell]}
@@ -287,58 +313,22 @@ def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
     return tallies, broken
 
 
-class _Broken(Exception):
-    """A file that SQLite, or its length, shows to be no whole answers file."""
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("answers-*.sqlite"))
 
 
-def _check(path: Path) -> None:
-    """Raise `_Broken` if a file is broken anywhere, not only where one query reads."""
+def _inode(path: Path) -> tuple[int, int] | None:
     try:
-        _look(path)
-    except _Broken:
-        time.sleep(_SECOND_LOOK)
-        _look(path)
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
-def _look(path: Path) -> None:
-    for (verdict,) in _query(path, "PRAGMA quick_check(1)"):
-        if verdict != "ok":
-            raise _Broken(" ".join(verdict.split()))
+def _record(answer: Answer) -> str:
+    return json.dumps(dict(answer.record))
 
 
-def _query(path: Path, statement: str, values: tuple = ()) -> list[tuple]:
-    # Opened for writing: only so can SQLite take back what a killed process left half-written.
-    try:
-        address = f"{path.resolve().as_uri()}?mode=rw"
-        with closing(sqlite3.connect(address, _READERS_PATIENCE, uri=True)) as file:
-            return _query_open(file, path, statement, values)
-    except sqlite3.OperationalError as error:
-        # It says nothing about the file's content: locked for long, not permitted, an I/O error.
-        if not path.exists():
-            return []  # set aside by another process
-        raise OSError(f"{path}: this answers file cannot be read now ({error})") from error
-    except sqlite3.DatabaseError as error:
-        raise _Broken(str(error)) from error
-
-
-def _query_open(file: sqlite3.Connection, path: Path, statement: str, values: tuple) -> list[tuple]:
-    # Within one transaction, or another process may write between the questions.
-    file.execute("BEGIN")
-    (version,) = file.execute("PRAGMA user_version").fetchone()
-    (pages,) = file.execute("PRAGMA page_count").fetchone()
-    (page,) = file.execute("PRAGMA page_size").fetchone()
-    # SQLite itself reads the missing part of a last page as zeros, and answers vanish unseen.
-    if (size := path.stat().st_size) < pages * page:
-        raise _Broken(f"cut off after {size} of {pages * page} bytes")
-    tables = file.execute("SELECT 1 FROM sqlite_master WHERE name = 'answers'").fetchall()
-    if not tables:
-        # Its process was killed before the table was there.
-        return []
-    if version != _VERSION:
-        raise UserError(
-            f"{path}: written by another version of sparsemm-eval (format {version}, this is "
-            f"{_VERSION}); choose another answers folder"
-        )
-    if [name for _, name, *_ in file.execute("PRAGMA table_info(answers)")] != _COLUMNS:
-        raise _Broken("its table has other columns")
-    return file.execute(statement, values).fetchall()
+def _utf8(text: str | None) -> str | None:
+    """What SQLite takes: a cause may name a file whose name is no UTF-8."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()

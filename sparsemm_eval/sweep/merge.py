@@ -32,7 +32,7 @@ class Merged:
     conflicts : tuple of str
         A line a sample under one cell that two folders answer differently, in the order of cells.
     broken : tuple of str
-        A line a file that could not be read.
+        A line a damaged file, of which only what is as it was written is taken.
     plugins : tuple of str
         What the sweep's methods or families come from.
     """
@@ -49,7 +49,7 @@ class Merged:
         for folder, (count, new) in self.answers.items():
             yield f"{folder}: {count} answers, {new} of them new"
         for line in self.broken:
-            yield f"broken, left out: {line}"
+            yield f"damaged, what is whole of it is taken: {line}"
         for line in self.conflicts[:_SHOWN]:
             yield f"conflict: {line}"
         if len(self.conflicts) > _SHOWN:
@@ -64,7 +64,7 @@ class Merged:
 def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
     """Put all finished answers of several sweeps into a new folder.
 
-    The folders stay as they are, but for broken files, which are set aside. Where two answer a
+    The folders stay as they are, but for damaged files, which are set aside. Where two answer a
     sample differently, as unlike machines may in half precision, the first folder's answer is
     kept and the conflict is shown.
 

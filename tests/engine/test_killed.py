@@ -35,7 +35,7 @@ file = sqlite3.connect(store.files()[0])
 file.execute("PRAGMA cache_size=1")
 file.execute("UPDATE answers SET text = 'lost', cell = 'lost'")
 file.executemany(
-    "INSERT INTO answers VALUES (?, 'cell', 't', 'd', ?, NULL, '{}', 0)",
+    "INSERT INTO answers VALUES (?, 'cell', 't', 'd', ?, NULL, '{}', 0, '')",
     [(f"new{n}", "y" * 2000) for n in range(200)],
 )
 os.kill(os.getpid(), signal.SIGKILL)

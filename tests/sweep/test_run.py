@@ -19,7 +19,7 @@ from engine.fixtures import rows, sentence
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.engine import answers as answers_module
+from sparsemm_eval.engine import answer_file
 from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.tasks import find_tasks, runnable
@@ -61,7 +61,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
-        patch.setattr(answers_module, "_SECOND_LOOK", 0.0)
+        patch.setattr(answer_file, "_SECOND_LOOK", 0.0)
         yield
 
 
@@ -383,9 +383,16 @@ def test_results_of_other_answers_are_made_again(whole: tuple[Sweep, Path], copy
     """Finished answers were lost by hand, and come again: the results file is not theirs."""
     import sqlite3
 
+    from sparsemm_eval.engine.answer_file import digest_of
+
     for path in (copy / "answers" / "reader").glob("*.sqlite"):
         with sqlite3.connect(path) as file:
-            file.execute("UPDATE answers SET text = 'other' WHERE cell LIKE '%snapkv(budget=64%'")
+            file.create_function("digest_of", 8, lambda *values: digest_of(values))
+            file.execute(
+                "UPDATE answers SET text = 'other', "
+                "digest = digest_of(key, cell, task, doc_id, 'other', error, record, written) "
+                "WHERE cell LIKE '%snapkv(budget=64%'"
+            )
         file.close()
     done = run_sweep(grid(), copy, "x").frame
     before = whole[0].frame
@@ -494,7 +501,7 @@ def test_a_full_disk_is_one_sentence_and_goes_on_after(
     path = tmp_path / "small.yaml"
     path.write_text(GRID)
     words = ["sweep", str(path), "--out", str(tmp_path / "out")]
-    connect = answers_module.sqlite3.connect
+    connect = answer_file.sqlite3.connect
 
     def small(*args: Any, **kwargs: Any) -> Any:
         connection = connect(*args, **kwargs)
@@ -502,7 +509,7 @@ def test_a_full_disk_is_one_sentence_and_goes_on_after(
         return connection
 
     with monkeypatch.context() as patch:
-        patch.setattr(answers_module.sqlite3, "connect", small)
+        patch.setattr(answer_file.sqlite3, "connect", small)
         stopped = CliRunner().invoke(app, words)
     assert stopped.exit_code == 1
     assert "could not be written (database or disk is full)" in stopped.output
