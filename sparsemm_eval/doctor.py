@@ -129,18 +129,20 @@ def _tool(subject: str, command: str, remedy: str) -> Finding:
 
 
 def _library(kind: str) -> Finding:
-    path = library(kind).path
-    if path.exists():
-        return Finding(f"compiled op for {kind}", str(path))
+    wanted = library(kind)
+    if wanted.is_whole():
+        return Finding(f"compiled op for {kind}", str(wanted.path))
     remedy = "sparsemm-eval doctor --build, else the first run does it"
-    return Finding(f"compiled op for {kind}", "not built yet", remedy)
+    damaged = f"damaged: {wanted.folder} is no longer as it was built"
+    found = damaged if wanted.folder.exists() else "not built yet"
+    return Finding(f"compiled op for {kind}", found, remedy)
 
 
 def _backend(name: str, device: torch.device) -> Finding:
     """Try a backend in every precision it takes on a small ragged case, against float64."""
     subject = f"backend={name} on {device.type}"
-    if name == "cuda_ext" and not library(device.type).path.exists():
-        return Finding(subject, "not tried: it is not built yet")
+    if name == "cuda_ext" and not library(device.type).is_whole():
+        return Finding(subject, "not tried: it is not built yet, or damaged")
     right, wrong, refusal = [], [], ""
     for dtype, tolerance in _TOLERANCE.items():
         try:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +64,19 @@ class Library:
     def path(self) -> Path:
         """The file that is loaded."""
         return self.folder / f"sparsemm_{self.kind}.so"
+
+    @property
+    def digest_path(self) -> Path:
+        """The SHA-256 of that file as it was built, beside it."""
+        return self.path.with_suffix(".sha256")
+
+    def is_whole(self) -> bool:
+        """Whether it is there as it was built: to load one that was cut off ends the process."""
+        try:
+            built = self.digest_path.read_text(encoding="ascii", errors="replace")
+            return _digest(self.path) == built
+        except OSError:
+            return False
 
 
 def load_extension(device: torch.device | str) -> None:
@@ -133,7 +148,7 @@ def _library(kind: str, flags: tuple[str, ...], cuda_flags: tuple[str, ...] = ()
 
 
 def build(wanted: Library) -> Path:
-    """Build a library if it is not there yet; several processes may ask at once.
+    """Build a library if it is not there, whole; several processes may ask at once.
 
     Returns
     -------
@@ -147,35 +162,59 @@ def build(wanted: Library) -> Path:
     OSError
         If the cache cannot be written.
     """
-    if wanted.path.exists():
+    if wanted.is_whole():
         return wanted.path
     root = wanted.folder.parent
     root.mkdir(parents=True, exist_ok=True)
     # The system drops this lock with its process; a file that stays behind locks nobody out.
     with open(root / f"{wanted.folder.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not wanted.path.exists():
-            with tempfile.TemporaryDirectory(dir=root, prefix="building-") as folder:
-                _compile(wanted, Path(folder))
-                Path(folder).rename(wanted.folder)
-                Path(folder).mkdir()  # for TemporaryDirectory to remove
+        if not wanted.is_whole():
+            again = wanted.folder.exists()
+            print(
+                f"Building the {wanted.kind} op "
+                f"{'again, as it is no longer as it was built' if again else 'once'}, into "
+                f"{wanted.folder} "
+                f"({'a minute or two' if wanted.kind == 'cuda' else 'about 20 seconds'})",
+                file=sys.stderr,
+            )
+            with tempfile.TemporaryDirectory(dir=root, prefix="building-") as name:
+                folder = Path(name)
+                _compile(wanted, folder)
+                built = replace(wanted, folder=folder)
+                built.digest_path.write_text(_digest(built.path), encoding="ascii")
+                # On disk before it has its name: a machine that stops now leaves no half of it.
+                for path in (built.path, built.digest_path, folder):
+                    _sync(path)
+                if again:
+                    shutil.rmtree(wanted.folder)
+                folder.rename(wanted.folder)
+                folder.mkdir()  # for TemporaryDirectory to remove
+            _sync(root)
     return wanted.path
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _compile(wanted: Library, folder: Path) -> None:
-    cuda = wanted.kind == "cuda"
-    print(
-        f"Building the {wanted.kind} op once, into {wanted.folder} "
-        f"({'a minute or two' if cuda else 'about 20 seconds'})",
-        file=sys.stderr,
-    )
     arguments = {
         "name": wanted.path.stem,
         "sources": [str(_folder() / name) for name in SOURCES[wanted.kind]],
         "build_directory": str(folder),
         "extra_cflags": list(wanted.flags),
         "extra_cuda_cflags": list(wanted.cuda_flags),
-        "with_cuda": cuda,
+        "with_cuda": wanted.kind == "cuda",
     }
     done = subprocess.run(
         [sys.executable, str(_folder() / "build.py")],

@@ -197,6 +197,8 @@ def _reading(path: Path) -> Iterator[sqlite3.Connection | None]:
         if is_passing(error):
             raise OSError(f"{path}: this answers file cannot be read now ({error})") from error
         raise Broken(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise Broken("its schema is damaged") from error  # SQLite's own words quote it
 
 
 def _has_answers(file: sqlite3.Connection, path: Path) -> bool:

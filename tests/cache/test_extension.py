@@ -6,15 +6,23 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sparsemm_eval import doctor
 from sparsemm_eval.cache import backends, check_backend, extension
 from sparsemm_eval.cache.backends import resolve_backend
-from sparsemm_eval.cache.extension import ExtensionError, build, library, load_extension
+from sparsemm_eval.cache.extension import (
+    ExtensionError,
+    Library,
+    build,
+    library,
+    load_extension,
+)
 from sparsemm_eval.paths import cuda_ext_folder
 
 ASK = """
@@ -87,6 +95,75 @@ def test_what_a_killed_build_leaves_is_in_nobodys_way(sources: Path) -> None:
     (wanted.folder.parent / "building-0" / "lock").mkdir(parents=True)
     (wanted.folder.parent / f"{wanted.folder.name}.lock").touch()
     assert build(wanted).exists()
+
+
+def cut_off(wanted: Library) -> None:
+    wanted.path.write_bytes(wanted.path.read_bytes()[:5000])
+
+
+def flipped(wanted: Library) -> None:
+    content = bytearray(wanted.path.read_bytes())
+    content[len(content) // 2] ^= 1
+    wanted.path.write_bytes(content)
+
+
+DAMAGE = {
+    "cut": cut_off,
+    "flipped": flipped,
+    "empty": lambda wanted: wanted.path.write_bytes(b""),
+    "removed": lambda wanted: wanted.path.unlink(),
+    "a folder": lambda wanted: (wanted.path.unlink(), wanted.path.mkdir()),
+    "digest removed": lambda wanted: wanted.digest_path.unlink(),
+    "digest garbled": lambda wanted: wanted.digest_path.write_bytes(b"\xff\x00"),
+    "digest empty": lambda wanted: wanted.digest_path.write_bytes(b""),
+    "all removed": lambda wanted: [path.unlink() for path in (wanted.path, wanted.digest_path)],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_library_is_built_again_and_never_loaded(
+    sources: Path,
+    damage: Callable[[Library], Any],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def compile_at_once(wanted: Library, folder: Path) -> None:
+        (folder / wanted.path.name).write_bytes(b"a library " * 1000)
+
+    monkeypatch.setattr(extension, "_compile", compile_at_once)
+    wanted = library("cpu")
+    build(wanted)
+    capfd.readouterr()
+    damage(wanted)
+    assert not wanted.is_whole()
+    assert doctor._library("cpu").found.startswith("damaged: ")
+    assert "not tried" in doctor._backend("cuda_ext", torch.device("cpu")).found
+    assert build(wanted) == wanted.path
+    assert wanted.is_whole()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "again, as it is no longer as it was built" in line
+    assert str(wanted.folder) in line
+    assert build(wanted) == wanted.path
+    assert capfd.readouterr().err == ""
+
+
+def test_one_of_many_builds_a_damaged_library_again(tmp_path: Path) -> None:
+    """The others wait for it; nobody dies of a library that was cut off."""
+    environment = os.environ | {"TORCH_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", ASK, "cuda_ext"]
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    (path,) = tmp_path.rglob("sparsemm_cpu.so")
+    path.write_bytes(path.read_bytes()[:5000])
+    children = [
+        subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
+    said = [child.communicate(timeout=300) for child in children]
+    assert [child.returncode for child in children] == [0, 0, 0], said
+    assert [out.split() for out, _ in said] == [["cuda_ext"] * 2] * 3
+    assert sum("Building the cpu op again" in err for _, err in said) == 1
 
 
 def test_an_error_of_the_compiler_is_told(sources: Path) -> None:
