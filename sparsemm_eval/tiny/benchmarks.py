@@ -10,17 +10,21 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import datasets
 import numpy as np
+from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.stored import NotUnderstood, read_bytes, read_json
 
 from . import samples as drawn
 from .documents import Split, stream
@@ -30,6 +34,8 @@ DEFAULT_SAMPLES = 200
 DEFAULT_SEED = 0
 # Numbers of a stream that a benchmark has to itself.
 MOST_SAMPLES = 1_000_000
+# In each folder: SHA-256 of its other files, as they were written.
+_DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,8 @@ def build(
     Returns
     -------
     pathlib.Path
-        A dataset folder for ``datasets.load_dataset``. It appears complete or not at all.
+        A dataset folder for ``datasets.load_dataset``. It appears complete or not at all; one whose
+        files are not as they were written is drawn again.
 
     Raises
     ------
@@ -231,14 +238,43 @@ def build(
         )
     benchmark = BENCHMARKS[name]
     target = folder / f"{name}-{settings_key(benchmark, samples, seed)}"
-    if target.exists():
+    if target.exists() and _is_whole(target):
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as parent:
+        if target.exists():
+            logger.warning(f"{target}: not as it was written; it is drawn again")
+            _take_away(target, Path(parent) / "broken")
         unfinished = Path(parent) / "dataset"
         _write(benchmark, unfinished, samples, seed)
         _move(unfinished, target)
     return target
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _DIGESTS)
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(read_bytes(path)).hexdigest()
+        for path in paths
+    }
+
+
+@cache  # tasks are loaded anew for every cell
+def _is_whole(target: Path) -> bool:
+    """Whether a folder's files are as they were written."""
+    try:
+        return read_json(target / _DIGESTS) == _digests(target)
+    except NotUnderstood:
+        return False
+
+
+def _take_away(target: Path, aside: Path) -> None:
+    try:
+        os.replace(target, aside)
+    except FileNotFoundError:
+        return  # another process was first
+    _is_whole.cache_clear()
+    shutil.rmtree(aside)
 
 
 def _write(benchmark: Benchmark, folder: Path, samples: int, seed: int) -> None:
@@ -257,6 +293,7 @@ def _write(benchmark: Benchmark, folder: Path, samples: int, seed: int) -> None:
         content=content_hash(rows),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / _DIGESTS).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
 
 
 def _encoded(row: Row) -> Row:

@@ -244,3 +244,17 @@ def test_a_build_that_fails_leaves_nothing_behind(
 def test_bad_settings_are_refused(tmp_path: Path, name: str, samples: int, seed: int) -> None:
     with pytest.raises(ValueError, match=r"no benchmark|samples"):
         build(name, tmp_path, samples, seed)
+
+
+def test_what_was_damaged_is_drawn_again(tmp_path: Path) -> None:
+    built = build("vqav2", tmp_path, samples=2)
+    files = [path for path in built.rglob("*") if path.is_file()]
+    whole = {path: path.read_bytes() for path in files}
+    assert len(whole) == 3
+    for path, content in whole.items():
+        for damaged in (content[: len(content) // 2], content[:-40] + b"?" + content[-39:], None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            benchmarks._is_whole.cache_clear()  # as another process would see it
+            assert build("vqav2", tmp_path, samples=2) == built
+            assert {path: path.read_bytes() for path in files} == whole
+            assert [path.name for path in tmp_path.iterdir()] == [built.name]
