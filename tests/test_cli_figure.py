@@ -47,7 +47,7 @@ def test_the_budget_of_each_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arguments", "words"), [
     (["paper", "--kind", "scores"], "kind='scores': it must be one of budget, kept, efficiency"),
     (["--kind", "budget"], "kind=budget: give results files, folders, or the word paper"),
-    (["paper", "--kind", "budget", "--format", "pdf"], "format='pdf'"),
+    (["paper", "--kind", "budget", "--format", "bmp"], "format='bmp'"),
     (["paper", "--kind", "budget", "--models", "x"], "models=x: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "7"], "budgets=7: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "few"], "budgets='few'"),

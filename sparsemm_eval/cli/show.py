@@ -94,7 +94,7 @@ def figure(
         typer.Argument(help="Results files, folders, or the word paper; of heads none."),
     ] = None,
     kind: Annotated[str, typer.Option(help="budget, kept, efficiency or heads.")] = "budget",
-    formats: Annotated[str, typer.Option("--format", help="Of svg and png.")] = "svg,png",
+    formats: Annotated[str, typer.Option("--format", help="Of svg, png and pdf.")] = "svg,png",
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's curves behind, dashed.")
     ] = False,

@@ -93,6 +93,14 @@ def with_scale(
     )
 
 
+def evened(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells of `with_scale` with one number of decimals, the fewest, wherever the scale is one."""
+    fewest = cells.groupby("factor")["decimals"].transform("min")
+    least = cells["kept_kv_bytes"].astype(float).min() / 2**20
+    places = 1 if not least > 0 else int(np.clip(1 - np.floor(np.log10(least)), 1, 6))
+    return cells.assign(decimals=fewest, mebibyte_decimals=places)
+
+
 def budget_text(budget: float, none: str = "") -> str:
     """A budget in tables and on the page; `none` for what has none, such as full KV."""
     return none if pd.isna(budget) else f"{budget:g}"
@@ -139,6 +147,8 @@ def _bytes(row: Mapping, plain: bool) -> str:
     if pd.isna(row["kept_kv_bytes"]):
         return ""
     mebibytes = row["kept_kv_bytes"] / 2**20
+    if "mebibyte_decimals" in row:
+        return f"{mebibytes:.{row['mebibyte_decimals']}f}"
     return f"{mebibytes:.1f}" if mebibytes >= 10 else f"{mebibytes:.3g}"
 
 

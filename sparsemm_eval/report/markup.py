@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import groupby
 
@@ -22,6 +22,11 @@ _SIGNS = {
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"$<$", ">": r"$>$", "≈": r"$\approx$", "±": r"$\pm$", "✓": r"$\surd$", "·": r"$\cdot$",
 }  # fmt: skip
+# Points: the narrowest page there is, LaTeX's own article; footnotesize; between two columns.
+_ROOM, _SIZE, _BETWEEN = 345, 8, 7
+_BELOW = r" \\ "
+# Of a page, below a caption of many lines.
+_ROWS = 40
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,37 +116,180 @@ def _html(table: Table) -> str:
 
 
 def _latex(table: Table) -> str:
-    """As pandas' own, with rules between groups of rows, which that one cannot draw."""
-    frame = _marked(table, _LATEX, _escaped, sparse=True)
-    left = table.names
-    heads = [[*map(_escaped, frame.columns)]]
-    values = _heads(table.text)[left:]
-    if any(shown for _, shown in values):
-        spans = [(column, len(list(group))) for column, group in groupby(values, lambda v: v[0])]
-        top = [rf"\multicolumn{{{width}}}{{c}}{{{_escaped(column)}}}" for column, width in spans]
-        below = [*heads[0][:left], *(_escaped(shown or "score") for _, shown in values)]
-        heads = [[""] * left + top, below]
+    """Floats that fit a page, one model each; rules of booktabs between groups of rows."""
+    parts = [part for model in _models(table) for part in _pages(model)]
+    stem = re.sub(r"[^a-z0-9]+", "-", table.title.lower()).strip("-") or "table"
+    labels = [f"tab:{stem}"] + [f"tab:{stem}-{place}" for place in range(2, len(parts) + 1)]
+    explained = " ".join(_styled(_escaped_caption(line), _LATEX) for line in table.caption)
+    floats = []
+    for place, (part, label) in enumerate(zip(parts, labels, strict=True)):
+        caption = _escaped(part.title) + "."
+        if explained:
+            caption += (
+                f" {explained}" if place == 0 else rf" Marks as in Table~\ref{{{labels[0]}}}."
+            )
+        floats.append(_float(part, caption, label))
+    return "% needs \\usepackage{booktabs}\n" + "\n".join(floats)
+
+
+def _models(table: Table) -> list[Table]:
+    """A table for each model, whose name goes from the rows into the title."""
+    heads = [head for head, _ in _heads(table.text)]
+    if "model" not in heads[: table.names] or table.names == 1:
+        return [table]
+    names = table.text.iloc[:, heads.index("model")]
+    return [
+        replace(
+            _taken(table, names.eq(name).to_numpy(), [head != "model" for head in heads]),
+            names=table.names - 1,
+            sparse=max(table.sparse - 1, 0),
+            title=f"{table.title}, {name}",
+        )
+        for name in names.unique()
+    ]
+
+
+def _pages(table: Table) -> list[Table]:
+    """The columns of a table that fit beside each other, and the rows that fit below them."""
+    frame = _shown(table)
+    left = range(_grouped(table), table.names)
+    groups = [
+        [place for place, _ in columns]
+        for _, columns in groupby(enumerate(_heads(table.text)[table.names :]), lambda h: h[1][0])
+    ]
+    groups = [[place + table.names for place in group] for group in groups]
+    widths = {place: _width(frame, table, place) for place in range(frame.shape[1])}
+    room = _ROOM - sum(widths[place] for place in left)
+    if any(sum(widths[place] for place in group) > room for group in groups):
+        groups = [[place] for group in groups for place in group]
+    blocks: list[list[int]] = []
+    for group in groups:
+        taken = sum(widths[place] for place in (blocks[-1] if blocks else ()))
+        if blocks and taken + sum(widths[place] for place in group) <= room:
+            blocks[-1] += group
+        else:
+            blocks.append(list(group))
+    rows = _row_blocks(frame, table)
+    several = len(rows) * len(blocks) > 1
+    parts = []
+    for lines in rows:
+        for block in blocks:
+            columns = [place < table.names or place in block for place in widths]
+            kept = [place in lines for place in range(len(frame))]
+            part = _taken(table, kept, columns)
+            number = f" ({len(parts) + 1} of {len(rows) * len(blocks)})" if several else ""
+            parts.append(replace(part, title=table.title + number))
+    return parts
+
+
+def _row_blocks(frame: pd.DataFrame, table: Table) -> list[range]:
+    """Rows of each page, whole groups where one fits."""
+    begins = [0, *_group_begins(frame, table)]
+    ends = [*begins[1:], len(frame)]
+    blocks: list[range] = []
+    groups = 1  # of the last page, each with a line for its name and rule
+    for begin, end in zip(begins, ends, strict=True):
+        for first in range(begin, end, _ROWS):
+            last = min(first + _ROWS, end)
+            if blocks and last - blocks[-1].start + groups < _ROWS:
+                blocks[-1] = range(blocks[-1].start, last)
+                groups += 1
+            else:
+                blocks.append(range(first, last))
+                groups = 1
+    return blocks
+
+
+def _grouped(table: Table) -> bool:
+    """Whether the first of several names stands above the rows that share it."""
+    return table.names > 1 and table.sparse > 0
+
+
+def _group_begins(frame: pd.DataFrame, table: Table) -> list[int]:
+    """The rows above which a rule stands: their first name is another than the row's before."""
+    if table.names == 1:
+        return []
+    first = frame.iloc[:, 0]
+    return [
+        place
+        for place in range(1, len(frame))
+        if first.iloc[place] not in ("", first.iloc[place - 1])
+    ]
+
+
+def _taken(table: Table, rows: Sequence[bool], columns: Sequence[bool]) -> Table:
+    """A part of a table."""
+    text = table.text.loc[list(rows), list(columns)]
+    marks = None if table.marks is None else table.marks.loc[list(rows), list(columns)]
+    return replace(table, text=text, marks=marks)
+
+
+def _shown(table: Table) -> pd.DataFrame:
+    return _marked(table, _LATEX, _escaped, sparse=True)
+
+
+def _width(frame: pd.DataFrame, table: Table, place: int) -> float:
+    """Points that a column takes, as far as characters tell."""
+    head, shown = _heads(table.text)[place]
+    under = table.text.iloc[:, place]
+    longest = max((_points(text) for text in (*under, *(shown or head).split())), default=0.0)
+    over = [one for one, _ in _heads(table.text)].count(head)
+    if place >= table.names:  # what is best is bold, and bold is wider
+        longest *= 1.15
+    return max(longest, _points(head) / over) + _BETWEEN
+
+
+def _points(text: str) -> float:
+    """Of a text in Computer Modern, rather too many than too few."""
+    wide = sum(sign.isupper() or sign in "%&@—mwMW≈±✓" for sign in text)
+    narrow = sum(sign in "ijlt.,:;()[]|! " for sign in text)
+    return _SIZE * (0.52 * (len(text) - wide - narrow) + 0.8 * wide + 0.33 * narrow)
+
+
+def _float(table: Table, caption: str, label: str) -> str:
+    frame = _shown(table)
+    begins = _group_begins(frame, table)
+    heads, left = _heads(table.text), table.names
+    above = {place: [r"\midrule"] for place in begins}
+    if _grouped(table):
+        names, frame = frame.iloc[:, 0], frame.iloc[:, 1:]
+        heads, left = heads[1:], left - 1
+        for place in (0, *begins):
+            name = rf"\multicolumn{{{len(heads)}}}{{l}}{{\textit{{{names.iloc[place]}}}}} \\"
+            above[place] = [*above.get(place, ()), name]
+    over = [[_stacked(head or shown) for head, shown in heads]]
+    if any(shown for _, shown in heads[left:]):
+        spans = [(head, len([*group])) for head, group in groupby(heads[left:], lambda h: h[0])]
+        top = [rf"\multicolumn{{{width}}}{{c}}{{{_escaped(head)}}}" for head, width in spans]
+        below = [*over[0][:left], *(_stacked(shown or "score") for _, shown in heads[left:])]
+        over = [[""] * left + top, below]
     lines = []
-    for number, row in enumerate(frame.itertuples(index=False)):
-        if number and left > 1 and row[0]:
-            lines.append(r"\midrule")
-        lines.append(_row(row))
-    caption = " ".join(_styled(_escaped_caption(line), _LATEX) for line in table.caption)
+    for place, row in enumerate(frame.itertuples(index=False)):
+        lines += [*above.get(place, ()), _row(row)]
     return "\n".join([
-        r"% needs \usepackage{booktabs}",
-        r"\begin{table}",
+        r"\begin{table*}[tp]",
         r"\centering",
-        rf"\caption{{{_escaped(table.title)}. {caption}}}",
+        rf"\caption{{{caption}}}",
+        rf"\label{{{label}}}",
+        r"\smallskip",
+        r"\footnotesize",
+        rf"\setlength{{\tabcolsep}}{{{_BETWEEN / 2:g}pt}}",
         rf"\begin{{tabular}}{{{'l' * left}{'r' * (frame.shape[1] - left)}}}",
         r"\toprule",
-        *map(_row, heads),
+        *map(_row, over),
         r"\midrule",
         *lines,
         r"\bottomrule",
         r"\end{tabular}",
-        r"\end{table}",
+        r"\end{table*}",
         "",
     ])  # fmt: skip
+
+
+def _stacked(head: str) -> str:
+    """A head of several words, one below the other."""
+    words = [_escaped(word) for word in head.split()]
+    return "".join(words) if len(words) < 2 else rf"\shortstack{{{_BELOW.join(words)}}}"
 
 
 def _row(cells: Iterable[str]) -> str:

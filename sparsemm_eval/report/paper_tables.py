@@ -14,6 +14,7 @@ from sparsemm_eval.report.cell_text import (
     budget_text,
     cell_texts,
     checked_shown,
+    evened,
     with_paper,
     with_scale,
 )
@@ -100,7 +101,8 @@ def written_table(
     read = gather(results)
     cells = filters.apply(join_seeds(read.cells))
     scored = score_samples(cells)
-    table = paper_table(cells, scored.frame, like, shown, long, against, digits, percent)
+    even = form == "latex"
+    table = paper_table(cells, scored.frame, like, shown, long, against, digits, percent, even)
     return WrittenTable(write(table), (*not_read(read.unreadable), *scored.notes))
 
 
@@ -124,6 +126,7 @@ def paper_table(
     against: str = BEST,
     digits: int | None = None,
     percent: bool | None = None,
+    even: bool = False,
 ) -> Table:
     """Build a table in the shape of one of the paper's.
 
@@ -145,6 +148,8 @@ def paper_table(
         Decimals of all scores.
     percent : bool, optional
         Whether scores that end at 1 are shown in percent.
+    even : bool
+        One number of decimals in a column, the fewest of its cells: for LaTeX, which is printed.
 
     Raises
     ------
@@ -161,7 +166,8 @@ def paper_table(
     compared = ranked if against == BEST else add_statistics(chosen, scores, against)
     caption = _captions(ranked, shown, against, compared)
     valued = ranked.assign(**{name: compared[name] for name in COMPARED})
-    valued = placed(with_scale(with_paper(valued, like), like, digits, percent), layout)
+    scaled = with_scale(with_paper(valued, like), like, digits, percent)
+    valued = placed(evened(scaled) if even else scaled, layout)
     return (_long if long else _wide)(valued, layout, shown, caption)
 
 

@@ -252,6 +252,23 @@ def test_a_method_of_ones_own_looks_the_same_beside_any_other(name: str, beside:
     assert alone["color"] not in {style["color"] for style in METHOD_STYLES.values()}
 
 
+def test_settings_look_the_same_whatever_else_is_shown() -> None:
+    names = [f"SparseMM (ratio={ratio})" for ratio in (0.05, 0.1, 0.2, 0.4)] + ["SparseMM"]
+    together = line_styles(dict.fromkeys(names, "sparsemm") | {"SnapKV": "snapkv"})
+    for name in names:
+        assert together[name] == line_styles({name: "sparsemm"})[name]
+    assert together["SparseMM"]["marker"] == METHOD_STYLES["sparsemm"]["marker"]
+
+
+def test_a_pdf_has_letters_and_no_date(tmp_path: Path) -> None:
+    figure = score_curves(made())
+    (first,), (second,) = (save(figure, tmp_path / name, ["pdf"]) for name in "ab")
+    assert first.read_bytes() == second.read_bytes()
+    assert first.read_bytes().startswith(b"%PDF")
+    assert b"CreationDate" not in first.read_bytes()
+    assert b"/Type3" not in first.read_bytes()
+
+
 @pytest.mark.parametrize(("count", "width"), [(1, COLUMN), (2, PAGE), (5, PAGE), (8, PAGE)])
 def test_figures_have_a_pages_width_and_letters_that_can_be_read(count: int, width: float) -> None:
     names = ("DocVQA", "OCRBench", "TextVQA", "ChartQA", "TextCaps", "MMBench", "GQA", "VQAv2")
@@ -292,7 +309,7 @@ def test_files_are_the_same_for_the_same_numbers_and_hold_no_bitmap(tmp_path: Pa
 
 
 def test_a_format_that_is_none_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    for formats, message in ((["pdf"], "format='pdf': it must be one or more of svg, png"),
+    for formats, message in ((["bmp"], "format='bmp': it must be one or more of svg, png, pdf"),
                              ([], "it must be one or more of svg, png")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             draw_scores([str(tmp_path / "nowhere")], "budget", tmp_path, formats)

@@ -7,9 +7,9 @@ import hashlib
 import io
 import math
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import count
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from sparsemm_eval.errors import UserError
 
 # Inches: a column and the text's width of a two-column page.
 COLUMN, PAGE = 3.4, 7.0
-FORMATS = ("svg", "png")
+FORMATS = ("svg", "png", "pdf")
 FONT = 7.0  # points, the smallest that is set
 CHARACTER, LINE = 0.56 * FONT / 72, 1.5 * FONT / 72  # inches: of its characters and lines
 _DPI = 300
@@ -42,6 +42,7 @@ METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "streaming": {"color": "#E69F00", "marker": "P"},
 }
 _MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">")
+_FILLED = ("full", "none", "left")
 # Dashes are not among them: they tell the paper's curves, drawn behind one's own.
 PAPER_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": "None", "zorder": 1.5}
 _LINES: tuple[Any, ...] = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -50,8 +51,10 @@ _LINES: tuple[Any, ...] = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1,
 def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of each curve, no two of them alike.
 
-    A method of the paper has a colour of its own; what varies its settings has other markers and
-    lines. A method of one's own has those of its name.
+    They come from its name alone, so that a curve looks the same whatever else is shown: a method
+    of the paper has its own colour and marker, one of a user's has those of its name; settings
+    keep the method's colour and have a marker and a line of their own. Only where two names fall
+    on one style, the later has another.
 
     Parameters
     ----------
@@ -61,20 +64,34 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict of str to dict
-        ``color``, ``marker`` and ``linestyle`` by label.
+        ``color``, ``marker``, ``linestyle`` and ``fillstyle`` by label.
     """
     styles: dict[str, dict[str, Any]] = {}
-    for label, method in methods.items():
-        first = {"marker": None, **(METHOD_STYLES.get(method) or _own_style(method))}
-        for turn in count():
-            marker, line = _MARKERS[(turn - 1) % len(_MARKERS)], _LINES[(turn - 1) % len(_LINES)]
-            style = {**first, "linestyle": "-"}
-            if turn:
-                style |= {"marker": marker, "linestyle": line}
+    # Those without settings first: no other curve takes their style from them.
+    for label, method in sorted(methods.items(), key=lambda pair: "(" in pair[0]):
+        own = {"marker": None, **(METHOD_STYLES.get(method) or _own_style(method))}
+        first = {**own, "linestyle": "-", "fillstyle": "full"}
+        settings = label.partition(" (")[2]
+        turns = _variants(first, _number(f"{method} {settings}"))
+        for style in turns if settings else chain([first], turns):
             if style not in styles.values():
                 styles[label] = style
                 break
-    return styles
+    return {label: styles[label] for label in methods}
+
+
+def _variants(style: dict[str, Any], begin: int) -> Iterator[dict[str, Any]]:
+    """Other markers, fillings and lines of a curve's colour, begun at a number of its own."""
+    looks = [*product((mark for mark in _MARKERS if mark != "x"), _FILLED, _LINES)]
+    for place in range(len(looks)):
+        # A step that shares no divisor with their number, 180: neighbours look quite unlike.
+        marker, filled, line = looks[(begin + 97 * place) % len(looks)]
+        if marker != style["marker"]:
+            yield {**style, "marker": marker, "fillstyle": filled, "linestyle": line}
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
 def _own_style(method: str) -> dict[str, Any]:
@@ -266,7 +283,8 @@ def check_formats(formats: Sequence[str]) -> None:
 
 
 def _write(figure: Figure, target: Path | io.StringIO, form: str) -> None:
-    # No date, and no random names of what an SVG refers to.
-    metadata = {"Date": None} if form == "svg" else {}
-    with house_style(), mpl.rc_context({"svg.hashsalt": "sparsemm-eval"}):
+    # No date, and no random names of what an SVG refers to; letters stay letters in a PDF.
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    metadata = dates.get(form, {})
+    with house_style(), mpl.rc_context({"svg.hashsalt": "sparsemm-eval", "pdf.fonttype": 42}):
         figure.savefig(target, format=form, dpi=_DPI, metadata=metadata)
