@@ -24,6 +24,7 @@ from lmms_eval.utils import load_yaml_config
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.lmms import CellModel, LlavaSparseMM, Qwen2VLSparseMM
 from sparsemm_eval.engine.requests import read_chat
+from sparsemm_eval.families import Family
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.tiny import benchmarks, chance, embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
@@ -182,7 +183,7 @@ def test_the_tokens_are_those_of_training(
     page, asked = drawn_again(name, 1, image.tobytes())
     question = asked[task.doc_to_text(document)]
     messages = ConfigurableMessagesTask._build_user_turn([image], task.doc_to_text(document))
-    prompt, images = read_chat(processor, messages)
+    prompt, images = read_chat(processor, messages, Family())
     inputs = processor(
         text=[prompt], images=list(images), return_tensors="pt", add_special_tokens=False
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.families import Family, family_settings
+from sparsemm_eval.families import PLAIN, Family, family_settings
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadMask,
@@ -79,27 +79,27 @@ def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
 
 
 def make_family(family: type[Family], settings: Mapping[str, Any]) -> Family:
-    """A family with its own settings out of all that were given.
+    """A family with its settings out of all that were given, and those of ``protocol``.
 
     Raises
     ------
     UserError
-        For a setting that only other families have, or a value that cannot be.
+        For a setting or a protocol that only other families have, or a value that cannot be.
     """
     own = set(family.setting_names())
     given = {name: value for name, value in settings.items() if name in family_settings()}
     if foreign := sorted(set(given) - own):
         raise UserError(
             f"{foreign[0]}={given[foreign[0]]!r}: a {family.model_type} checkpoint has no such "
-            f"setting; it has {', '.join(sorted(own)) or 'none of its own'}"
+            f"setting; it has {', '.join(sorted(own))}"
         )
-    return family(**given)
+    return family.under(settings.get("protocol", PLAIN), **given)
 
 
 def model_settings() -> list[str]:
     """Settings of a model that no method reads: checkpoint, run, mask, families' own."""
     return [
-        *CHECKPOINT_SETTINGS, *RUN_SETTINGS, "head_scores", *MASK_SETTINGS,
+        *CHECKPOINT_SETTINGS, *RUN_SETTINGS, "head_scores", *MASK_SETTINGS, "protocol",
         *sorted(family_settings()),
     ]  # fmt: skip
 

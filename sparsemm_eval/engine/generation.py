@@ -106,12 +106,18 @@ WITHOUT_EFFECT: dict[str, tuple[Any, str]] = {
 
 
 def generation_options(
-    gen_kwargs: Mapping[str, Any],
+    gen_kwargs: Mapping[str, Any], new_tokens: int | None = None
 ) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
     """A task's generation_kwargs as transformers' options, and the texts that end an answer.
 
-    Greedy unless the task asks for a temperature above 0; 1,024 new tokens unless it says less,
-    as lmms-eval's own models do.
+    Greedy unless the task asks for a temperature above 0.
+
+    Parameters
+    ----------
+    gen_kwargs : mapping
+        The task's.
+    new_tokens : int, optional
+        The limit where the task sets none; default 1,024, as with most of lmms-eval's own models.
 
     Returns
     -------
@@ -142,7 +148,7 @@ def generation_options(
                 f"out, or give one of {', '.join(sorted((*_OPTIONS, *_ENDS)))}"
             )
     if options.get("max_new_tokens") is None:
-        options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        options["max_new_tokens"] = new_tokens or DEFAULT_NEW_TOKENS
     if (options.get("temperature") or 0) > 0:
         options["do_sample"] = True
     else:

@@ -311,7 +311,7 @@ def make_runner(
     on_cpu = checkpoint.device_map == "cpu" or not torch.cuda.is_available()
     check_backend(backend, "cpu" if on_cpu else "cuda")
     family = make_family(checkpoint.family, shared)
-    aside = {*CHECKPOINT_SETTINGS, *RUN_SETTINGS, *family_settings()}
+    aside = {*CHECKPOINT_SETTINGS, *RUN_SETTINGS, "protocol", *family_settings()}
     chosen = [
         {name: value for name, value in {**(settings or {}), **cell}.items() if name not in aside}
         for cell in cells

@@ -15,7 +15,8 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image, ImageFile
 from transformers import ProcessorMixin
 
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.errors import UserError, one_line, short_repr
+from sparsemm_eval.families import Family
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +62,15 @@ class Request:
         settings = json.dumps(self.generation, sort_keys=True, default=str)
         return mark, self.document, self.task, settings
 
-    def read(self, processor: ProcessorMixin) -> tuple[str, tuple[Image.Image, ...]]:
+    def read(
+        self, processor: ProcessorMixin, family: Family
+    ) -> tuple[str, tuple[Image.Image, ...]]:
         """Prompt and images, as `read_chat`.
 
         Code of others runs here on a document's data: the data set's, the task's, the chat
         template's, PIL's. Whatever it raises is about this sample.
         """
-        return read_chat(processor, self.messages(self.documents[self.number]))
+        return read_chat(processor, self.messages(self.documents[self.number]), family)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +124,17 @@ class Memo:
 
 
 def read_chat(
-    processor: ProcessorMixin, messages: list[dict]
+    processor: ProcessorMixin, messages: list[dict], family: Family
 ) -> tuple[str, tuple[Image.Image, ...]]:
-    """Messages through the chat template, and the images they show, in order, decoded.
+    """Messages through the chat template, and the images they show, in order, decoded; as a
+    family's settings have them.
 
     Raises
     ------
     ValueError
         If there is a video or a sound among them.
     """
-    chat = ChatMessages(messages=messages)
+    chat = ChatMessages(messages=family.read_messages(messages))
     urls, videos, sounds = chat.extract_media()
     if videos or sounds:
         raise UserError("images and text are read, no video or sound: choose tasks without them")
@@ -139,7 +143,7 @@ def read_chat(
     )
     for image in images:
         image.load()  # some are decoded on first use only: a broken one is to be found here
-    return _prompt(processor, chat), images
+    return _prompt(processor, chat), tuple(family.read_image(image, processor) for image in images)
 
 
 def _prompt(processor: ProcessorMixin, chat: ChatMessages) -> str:
@@ -148,19 +152,21 @@ def _prompt(processor: ProcessorMixin, chat: ChatMessages) -> str:
     )
 
 
-def check_template(processor: ProcessorMixin, pretrained: str) -> None:
+def check_template(processor: ProcessorMixin, pretrained: str, family: Family) -> None:
     """Try the chat template once, on a question about one image.
 
     Raises
     ------
     UserError
-        If it raises, or leaves the question out: it would for every sample.
+        If it raises, or leaves out the question or a system prompt: it would for every sample.
     """
     question = "What is it?"
     content = [{"type": "image", "url": Image.new("RGB", (8, 8))}]
     content.append({"type": "text", "text": question})
     try:
-        chat = ChatMessages(messages=[{"role": "user", "content": content}])
+        chat = ChatMessages(
+            messages=family.read_messages([{"role": "user", "content": content}])
+        )
         prompt = _prompt(processor, chat)
     except Exception as error:  # a template is the checkpoint's code, and raises what it likes
         raise UserError(
@@ -171,6 +177,11 @@ def check_template(processor: ProcessorMixin, pretrained: str) -> None:
         raise UserError(
             f"pretrained={pretrained}: its chat template leaves out the question of a chat; mend "
             "its chat_template.jinja"
+        )
+    if (family.system_prompt or "").strip() not in prompt:
+        raise UserError(
+            f"system_prompt={short_repr(family.system_prompt)}: the chat template of {pretrained} "
+            "leaves it out; mend its chat_template.jinja, or give system_prompt= without text"
         )
 
 

@@ -110,7 +110,7 @@ class Runner:
         self.backend, self.cuda_graph = backend, cuda_graph
         self.truncated_images, self.allow_failed = truncated_images, allow_failed
         self.processor = family.configure(checkpoint.processor)
-        check_template(self.processor, checkpoint.pretrained)
+        check_template(self.processor, checkpoint.pretrained, family)
         self.memo = Memo()
 
     def words(self, cell: Cell, task: str) -> str:
@@ -128,7 +128,7 @@ class Runner:
                 "model": self.family.lmms_name,
                 "checkpoint": self.checkpoint.hash,
                 "dtype": self.checkpoint.dtype,
-                "family": self.family.settings,
+                "family": self.family.keyed,
                 "method": method.name,
                 "settings": method.settings,
                 # Only where there is one: a key without is as old as the answers.
@@ -228,7 +228,7 @@ class _Pass:
         """Take a request; a full batch is computed at once, so that few images are held."""
         self._open(request.task)
         # The task's settings, no document's: what cannot be ends the run.
-        options, until = generation_options(request.generation)
+        options, until = generation_options(request.generation, self.runner.family.max_new_tokens)
         memo, chat = self.runner.memo, None
         parts = memo.find(request)
         if parts is None:
@@ -289,7 +289,7 @@ class _Pass:
         """Prompt and images of a request; None if the sample failed."""
         try:
             with truncated_images(self.runner.truncated_images):
-                return request.read(self.runner.processor)
+                return request.read(self.runner.processor, self.runner.family)
         # Others' code on the document's data: whatever it raises is about this sample. Were it
         # about all of them, the first would fail alike.
         except Exception as error:  # noqa: BLE001

@@ -5,6 +5,7 @@ from pkgutil import iter_modules
 
 from sparsemm_eval.families.base import (
     IMAGE_TOKENS,
+    PLAIN,
     Box,
     Family,
     Regions,
@@ -18,6 +19,7 @@ from sparsemm_eval.families.registry import (
     family_of,
     family_settings,
     find_family,
+    protocols,
     register_family,
 )
 
@@ -27,6 +29,7 @@ for _module in iter_modules(__path__, f"{__name__}."):
 
 __all__ = [
     "IMAGE_TOKENS",
+    "PLAIN",
     "Box",
     "Family",
     "Regions",
@@ -38,5 +41,6 @@ __all__ = [
     "family_settings",
     "find_family",
     "grid_boxes",
+    "protocols",
     "register_family",
 ]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, check_choice, check_int
 
 if TYPE_CHECKING:  # families are asked for their settings before anything heavy is there
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+# The protocol of a run that names none: the task's messages and images as they are.
+PLAIN = "plain"
 Box = tuple[float, float, float, float]
 IMAGE_TOKENS = ("all", "tiles")
 
@@ -24,8 +28,27 @@ class Family:
     """A model family; one file each, registered by `sparsemm_eval.families.register_family`.
 
     A subclass is a frozen dataclass. Its fields are settings of ``--model_args`` and of a grid's
-    models, each with a default; they decide answers, and stand in their keys.
+    models, each with a default; they decide answers, and stand in their keys. Its own
+    ``__post_init__``, if it has one, calls this one.
+
+    Parameters
+    ----------
+    system_prompt : str, optional
+        A turn before messages that have none of the system's.
+    jpeg_quality : int, optional
+        1 to 100; images go through JPEG of this quality, in RGB.
+    max_new_tokens : int, optional
+        The limit where a task sets none.
+
+    Raises
+    ------
+    UserError
+        For a value that cannot be.
     """
+
+    system_prompt: str | None = None
+    jpeg_quality: int | None = None
+    max_new_tokens: int | None = None
 
     model_type: ClassVar[str]
     """As the checkpoint's config.json has it, such as ``qwen2_vl``."""
@@ -36,14 +59,48 @@ class Family:
     regions: ClassVar[type[Regions] | None] = None
     """Where image tokens lie; without it only chasing by OCR and drawing are missing."""
 
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Settings by the name of a protocol: how another program feeds these checkpoints."""
+
+    reading: ClassVar[tuple[str, ...]] = ("system_prompt", "jpeg_quality", "max_new_tokens")
+    """Settings that change prompt, images or generation settings, which a key holds anyway."""
+
+    def __post_init__(self) -> None:
+        prompt, quality = self.system_prompt, self.jpeg_quality
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f"system_prompt={prompt!r}: it must be text")
+        if quality is not None:
+            check_int("jpeg_quality", quality, least=1)
+            if quality > 100:
+                raise UserError(f"jpeg_quality={quality}: it must be an integer from 1 to 100")
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, least=1)
+
+    @classmethod
+    def under(cls, protocol: str = PLAIN, **given: Any) -> Family:
+        """The family with the settings of a protocol; those that are given win.
+
+        Raises
+        ------
+        UserError
+            For an unknown protocol, or a value that cannot be.
+        """
+        check_choice("protocol", protocol, (PLAIN, *cls.protocols))
+        return cls(**{**cls.protocols.get(protocol, {}), **given})
+
     @property
     def settings(self) -> dict[str, Any]:
         """Settings by name, those that are not given too."""
         return asdict(self)
 
+    @property
+    def keyed(self) -> dict[str, Any]:
+        """Settings that an answer's key needs beside its prompt, images and generation settings."""
+        return {name: value for name, value in self.settings.items() if name not in self.reading}
+
     @classmethod
     def setting_names(cls) -> list[str]:
-        """Names of the family's own settings."""
+        """Names of the family's settings."""
         return [field.name for field in fields(cls)]
 
     @classmethod
@@ -59,6 +116,23 @@ class Family:
     def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
         """Apply the settings to a copy of a processor, which other cells share; or return it."""
         return processor
+
+    def read_messages(self, messages: list[dict]) -> list[dict]:
+        """A task's chat messages as the model is to get them."""
+        if not self.system_prompt or any(message["role"] == "system" for message in messages):
+            return messages
+        content = [{"type": "text", "text": self.system_prompt}]
+        return [{"role": "system", "content": content}, *messages]
+
+    def read_image(self, image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+        """An image as the processor, by `configure`, is to get it."""
+        if self.jpeg_quality is None:
+            return image
+        file = BytesIO()
+        image.convert("RGB").save(file, "JPEG", quality=self.jpeg_quality)
+        read = Image.open(file)
+        read.load()
+        return read
 
     @classmethod
     def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:

@@ -121,6 +121,11 @@ class LlavaNext(Family):
     model_type: ClassVar[str] = "llava_next"
     lmms_name: ClassVar[str] = "llava_sparsemm"
     regions: ClassVar[type[Regions]] = LlavaNextRegions
+    # llava_hf of lmms-eval, and llava of the published fork.
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "lmms-eval": {"max_new_tokens": 1024},
+        "paper": {"max_new_tokens": 1024},
+    }
 
     @classmethod
     def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:

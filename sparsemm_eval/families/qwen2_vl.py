@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass
@@ -9,14 +10,20 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+from PIL import Image
 
-from sparsemm_eval.errors import UserError, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families.base import Family, Regions, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+# qwen_vl_utils takes every model's patches to be of 14 pixels, two by two of them a token.
+_CELL = 28
+_RATIO = 200  # of an image's sides; it reads none that is longer
+ROUNDING = ("limits", "loose")
 
 
 @dataclass(frozen=True)
@@ -65,21 +72,50 @@ class Qwen2VL(Family):
     Parameters
     ----------
     min_pixels, max_pixels : int, optional
-        The area an image is scaled into, in pixels; without them the checkpoint's own hold. The
-        paper's runs had max_pixels=12845056.
+        The area an image is scaled into, in pixels; without them the checkpoint's own hold.
+    rounding : {"limits", "loose"}, optional
+        Images are scaled before the processor scales them, to sides of whole times 28 pixels, as
+        qwen_vl_utils does. Their area is then within min_pixels and max_pixels, or within its own
+        limits, 4 and 16,384 times 28 x 28.
     """
 
     model_type: ClassVar[str] = "qwen2_vl"
     lmms_name: ClassVar[str] = "qwen2vl_sparsemm"
     regions: ClassVar[type[Regions]] = Qwen2VLRegions
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # The defaults of its model qwen2_vl.
+        "lmms-eval": {
+            "system_prompt": "You are a helpful assistant.",
+            "jpeg_quality": 85,
+            "rounding": "limits",
+            "min_pixels": 4 * 28 * 28,
+            "max_pixels": 602_112,
+            "max_new_tokens": 128,
+        },
+        # qwen2_vl of the published fork: it tells its limits to the processor alone, and saves
+        # JPEG with PIL's default quality.
+        "paper": {
+            "system_prompt": "You are a helpful assistant.",
+            "jpeg_quality": 75,
+            "rounding": "loose",
+            "min_pixels": 32 * 28 * 28,
+            "max_pixels": 16_384 * 28 * 28,
+            "max_new_tokens": 128,
+        },
+    }
+    reading: ClassVar[tuple[str, ...]] = (*Family.reading, "rounding")
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    rounding: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value in self.settings.items():
-            if value is not None:
+        super().__post_init__()
+        for name in ("min_pixels", "max_pixels"):
+            if (value := getattr(self, name)) is not None:
                 check_int(name, value, least=1)
+        if self.rounding is not None:
+            check_choice("rounding", self.rounding, ROUNDING)
 
     def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
         """Set the area that images are scaled into."""
@@ -98,6 +134,18 @@ class Qwen2VL(Family):
         processor.image_processor.size = type(processor.image_processor.size)(**size)
         return processor
 
+    def read_image(self, image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+        """An image through JPEG and rounding, where they are set."""
+        image = super().read_image(image, processor)
+        if self.rounding is None:
+            return image
+        least, most = 4 * _CELL**2, 16_384 * _CELL**2
+        if self.rounding == "limits":
+            size = processor.image_processor.size
+            least, most = size["shortest_edge"], size["longest_edge"]
+        # PIL's default filter, bicubic.
+        return _opaque(image).resize(rounded(image.size, least, most))
+
     @classmethod
     def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
         """What the whole model makes of text."""
@@ -111,3 +159,57 @@ class Qwen25VL(Qwen2VL):
 
     model_type: ClassVar[str] = "qwen2_5_vl"
     lmms_name: ClassVar[str] = "qwen2_5_vl_sparsemm"
+    protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # The defaults of its model qwen2_5_vl for chats.
+        "lmms-eval": {
+            "rounding": "loose",
+            "min_pixels": 256 * 28 * 28,
+            "max_pixels": 1_605_632,
+            "max_new_tokens": 128,
+        },
+    }
+
+
+def rounded(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
+    """The size that qwen_vl_utils scales an image to.
+
+    Parameters
+    ----------
+    size : (int, int)
+        Two sides in pixels.
+    least, most : int
+        Limits of their product.
+
+    Returns
+    -------
+    (int, int)
+        The nearest whole times 28 pixels, at least one; where their product is beyond a limit,
+        the sides scaled alike to the limit, then to whole times 28 within it.
+
+    Raises
+    ------
+    ValueError
+        If one side is more than 200 times the other.
+    """
+    if max(size) > _RATIO * min(size):
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} pixels: one side is 200 times the other"
+        )
+    near = tuple(max(1, round(side / _CELL)) * _CELL for side in size)
+    area = math.prod(near)
+    if area > most:
+        scale = math.sqrt(math.prod(size) / most)
+        return tuple(math.floor(side / scale / _CELL) * _CELL for side in size)
+    if area < least:
+        scale = math.sqrt(least / math.prod(size))
+        return tuple(math.ceil(side * scale / _CELL) * _CELL for side in size)
+    return near
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """In RGB; what is transparent lies on white."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page

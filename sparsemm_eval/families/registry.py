@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.families.base import Family
+from sparsemm_eval.families.base import PLAIN, Family
 from sparsemm_eval.methods.plugins import is_ours, load_installed, source_digest
 
 if TYPE_CHECKING:
@@ -84,6 +84,12 @@ def family_of(config: PreTrainedConfig) -> type[Family]:
 def family_settings() -> set[str]:
     """Settings of any family."""
     return {name for family in families().values() for name in family.setting_names()}
+
+
+def protocols() -> list[str]:
+    """Protocols of any family, plain first."""
+    named = (name for family in families().values() for name in family.protocols)
+    return list(dict.fromkeys((PLAIN, *named)))
 
 
 def family_digest(family: type[Family]) -> str | None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from sparsemm_eval.bench.machine import BANDWIDTHS
 from sparsemm_eval.bench.models import DTYPES, shape_config
 from sparsemm_eval.engine.tasks import find_tasks, obstacle
+from sparsemm_eval.families import find_family
 from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.sweep.checks import free_space, readable_size
 from sparsemm_eval.sweep.grid import Grid, ModelSpec
@@ -192,7 +193,10 @@ def prompt_tokens(model: ModelSpec, task: str) -> int | None:
     if task not in _PUBLISHED or model.pretrained in embedded or config is None:
         return None
     vision = _VISION.get(config.model_type)
-    return vision and _TEXT + vision.tokens(*_PUBLISHED[task].image, model.settings)
+    if vision is None:
+        return None
+    preset = find_family(config.model_type).protocols.get(model.settings.get("protocol"), {})
+    return _TEXT + vision.tokens(*_PUBLISHED[task].image, {**preset, **model.settings})
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pydantic import (
 from sparsemm_eval.choices import BACKENDS, CUDA_GRAPH, DTYPES
 from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
-from sparsemm_eval.families import families
+from sparsemm_eval.families import families, protocols
 from sparsemm_eval.methods import (
     MASK_MODES,
     HeadScores,
@@ -110,7 +110,8 @@ class ModelSpec(BaseModel):
             if not isinstance(value, str | int | float):
                 raise _Misplaced(f"{short_repr(value)}: it must be text or a number", name)
         choices = {
-            "dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES, "cuda_graph": CUDA_GRAPH
+            "dtype": DTYPES, "backend": BACKENDS, "mask_mode": MASK_MODES, "cuda_graph": CUDA_GRAPH,
+            "protocol": protocols(),
         }  # fmt: skip
         for name, value in settings.items():
             if name in choices:

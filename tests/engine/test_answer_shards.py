@@ -185,8 +185,8 @@ def test_a_sample_that_fails_leaves_the_others_theirs(
     """Every cell has all but it, and says so; once it can be read, it alone is computed."""
     read = Request.read
 
-    def broken(request: Request, processor: Any) -> Any:
-        prompt, images = read(request, processor)
+    def broken(request: Request, *given: Any) -> Any:
+        prompt, images = read(request, *given)
         if image_hash(images[0]) == lost:
             raise OSError("image file is truncated")
         return prompt, images
