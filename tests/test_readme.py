@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tasks/README.md")),
-    *(ROOT / name for name in ("results/README.md", "cuda_ext/README.md")),
+    *(ROOT / name for name in ("tasks/PROTOCOLS.md", "results/README.md", "cuda_ext/README.md")),
     *sorted((ROOT / "sparsemm_eval").glob("*/README.md")),
 ]
 
@@ -55,7 +55,7 @@ def test_the_family_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_registry, "_registry", dict(family_registry._registry))
     exec(compile(block("@register_family"), "README.md", "exec"), {"__name__": __name__})
     family = find_family("llava_onevision")
-    assert (family.lmms_name, family().settings) == ("onevision_sparsemm", {})
+    assert (family.lmms_name, family().keyed) == ("onevision_sparsemm", {})
 
 
 def test_the_demos_tables_are_those_of_the_committed_run() -> None:

@@ -373,10 +373,13 @@ def score(
     """
     name = path.name.removesuffix("_results.json")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # As text where that can be read back: a system prompt may have commas.
+    text = all("," not in str(value) for value in stated.values())
+    model_args = ",".join(f"{name}={value}" for name, value in stated.items())
     # Tasks are loaded anew for each model: what a metric counts in its module starts from zero.
     results = simple_evaluate(
         model=model,
-        model_args=",".join(f"{name}={value}" for name, value in stated.items()),
+        model_args=model_args if text else dict(stated),
         tasks=[task],
         limit=samples,
         task_manager=manager,

@@ -164,9 +164,7 @@ def check_template(processor: ProcessorMixin, pretrained: str, family: Family) -
     content = [{"type": "image", "url": Image.new("RGB", (8, 8))}]
     content.append({"type": "text", "text": question})
     try:
-        chat = ChatMessages(
-            messages=family.read_messages([{"role": "user", "content": content}])
-        )
+        chat = ChatMessages(messages=family.read_messages([{"role": "user", "content": content}]))
         prompt = _prompt(processor, chat)
     except Exception as error:  # a template is the checkpoint's code, and raises what it likes
         raise UserError(

@@ -8,7 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from engine.fixtures import SHORT, TASK, ask, pages, photo, refused, requests, rows, to_messages
+from engine.fixtures import (
+    SHORT,
+    TASK,
+    ask,
+    pages,
+    photo,
+    refused,
+    requests,
+    rows,
+    score_all,
+    to_messages,
+)
 from engine.stock_wrappers import (
     STOCK,
     TASKS,
@@ -27,13 +38,14 @@ from qwen_vl_utils import smart_resize
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.lmms import Qwen2VLSparseMM, SparseMM
 from sparsemm_eval.engine.generation import generation_options
+from sparsemm_eval.engine.lmms import Qwen2VLSparseMM, SparseMM, make_runner
 from sparsemm_eval.engine.requests import read_chat
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family, find_family
 from sparsemm_eval.families.llava_next import LlavaNext
 from sparsemm_eval.families.qwen2_vl import Qwen2VL, Qwen25VL, rounded
+from sparsemm_eval.report.results import load
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.training.qwen2_vl import build_config, build_processor
 
@@ -353,3 +365,12 @@ def test_the_limit_where_a_task_sets_none(qwen: MakeQwen, answers: Path) -> None
     for limit in (2, 3):
         ask(qwen(max_new_tokens=limit), pages(1), {})
     assert [row.record["new_tokens"] for row in rows(answers)] == [2, 3]
+
+
+def test_results_state_a_prompt_with_commas(reader: Checkpoint, answers: Path) -> None:
+    """A text of settings could not be read back."""
+    stated = {"method": "fullkv", "protocol": "paper", "system_prompt": "Be brief, please."}
+    runner = make_runner(reader, [stated], answers)
+    (path,) = score_all(runner, [stated], "gqa_mini", 1, answers / "out")
+    (settings,) = load([path]).cells["settings"]
+    assert settings == stated

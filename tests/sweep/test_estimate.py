@@ -99,6 +99,8 @@ def test_image_limits_change_the_prompt() -> None:
     assert sizes == sorted(sizes)
     assert free is not None
     assert free > 4 * sizes[0]
+    named = QWEN.model_copy(update={"settings": {"protocol": "lmms-eval"}})
+    assert prompt_tokens(named, "docvqa_val") == sizes[0]
 
 
 def test_where_nothing_is_known_nothing_is_made_up() -> None:

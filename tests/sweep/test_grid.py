@@ -255,6 +255,10 @@ def test_broken_files_are_refused_by_line(text: str, words: str) -> None:
      "models[0].settings.dtype='half': it must be one of auto, float32"),
     ({"models": [{**MODELS[0], "settings": {"max_pixels": "many"}}]},
      "models[0].settings.max_pixels='many': it must be an integer"),
+    ({"models": [{**MODELS[0], "settings": {"protocol": "papers"}}]},
+     "models[0].settings.protocol='papers': it must be one of plain, lmms-eval, paper"),
+    ({"models": [{**MODELS[0], "settings": {"jpeg_quality": 200}}]},
+     "models[0].settings.jpeg_quality=200: it must be an integer from 1 to 100"),
     ({"models": [{**MODELS[0], "settings": {"revision": [1]}}]},
      "models[0].settings.revision: [1]: it must be text or a number"),
     ({"models": [*MODELS, *MODELS]}, "models[1]: tiny stands there twice"),
@@ -334,9 +338,12 @@ def test_a_grid_is_named_after_its_file(tmp_path: Path) -> None:
 
 
 def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
+    values = {
+        "dtype": "float32", "backend": "torch", "mask_mode": "output", "protocol": "paper",
+        "rounding": "loose", "jpeg_quality": 85, "max_new_tokens": 128,
+    }  # fmt: skip
     for name in model_settings():
-        value = {"dtype": "float32", "backend": "torch", "mask_mode": "output"}.get(name, "auto")
-        value = 100_000 if name.endswith("pixels") else value
+        value = 100_000 if name.endswith("pixels") else values.get(name, "auto")
         (model,) = grid_of(models=[{**MODELS[0], "settings": {name: value}}]).models
         assert model.settings == {name: value}
     own = set(inspect.signature(SparseMM.__init__).parameters)
@@ -414,5 +421,6 @@ def test_the_papers_grids_have_its_cells(
     # The paper's window, kernel and pooling are the defaults, so no cell has to say them.
     assert all(cell.keys() <= {"method", "budget", "ratio"} for cell in grid.cells())
     for model in grid.models:
-        wanted = 16384 * 28 * 28 if "Qwen" in model.name else None
-        assert model.settings.get("max_pixels") == wanted
+        assert model.settings["protocol"] == "paper"
+        # LLaVA's template for Vicuna begins with one.
+        assert ("system_prompt" in model.settings) == ("Vicuna" in model.name)
