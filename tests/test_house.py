@@ -21,7 +21,7 @@ TENSORS = {"torch", "transformers", "numpy", "pandas", "matplotlib", "flash_attn
 ALLOWED = {
     "methods": {"torch", "numpy"},
     "cache": TENSORS,
-    "families": TENSORS,
+    "families": TENSORS | {"PIL"},
     **{f"engine/{name}.py": TENSORS for name in ("decode", "decoder", "step")},
     "bench": TENSORS | {"flashinfer"},
     "report": {

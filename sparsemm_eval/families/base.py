@@ -9,11 +9,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
 
 if TYPE_CHECKING:  # families are asked for their settings before anything heavy is there
+    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -124,13 +124,15 @@ class Family:
         content = [{"type": "text", "text": self.system_prompt}]
         return [{"role": "system", "content": content}, *messages]
 
-    def read_image(self, image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+    def read_image(self, image: Image, processor: ProcessorMixin) -> Image:
         """An image as the processor, by `configure`, is to get it."""
         if self.jpeg_quality is None:
             return image
+        from PIL.Image import open as open_image
+
         file = BytesIO()
         image.convert("RGB").save(file, "JPEG", quality=self.jpeg_quality)
-        read = Image.open(file)
+        read = open_image(file)
         read.load()
         return read
 

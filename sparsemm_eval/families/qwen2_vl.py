@@ -10,13 +10,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families.base import Family, Regions, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
@@ -134,7 +134,7 @@ class Qwen2VL(Family):
         processor.image_processor.size = type(processor.image_processor.size)(**size)
         return processor
 
-    def read_image(self, image: Image.Image, processor: ProcessorMixin) -> Image.Image:
+    def read_image(self, image: Image, processor: ProcessorMixin) -> Image:
         """An image through JPEG and rounding, where they are set."""
         image = super().read_image(image, processor)
         if self.rounding is None:
@@ -206,10 +206,12 @@ def rounded(size: tuple[int, int], least: int, most: int) -> tuple[int, int]:
     return near
 
 
-def _opaque(image: Image.Image) -> Image.Image:
+def _opaque(image: Image) -> Image:
     """In RGB; what is transparent lies on white."""
     if image.mode != "RGBA":
         return image.convert("RGB")
-    page = Image.new("RGB", image.size, "white")
+    from PIL.Image import new
+
+    page = new("RGB", image.size, "white")
     page.paste(image, mask=image.getchannel("A"))
     return page
