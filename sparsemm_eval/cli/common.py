@@ -29,6 +29,13 @@ IncludePath = Annotated[
         "--include_path", "--include-path", help="A folder of one's own task files; repeatable."
     ),
 ]
+AllowFailed = Annotated[
+    int,
+    typer.Option(
+        "--allow-failed",
+        help="Score cells without up to so many samples that failed; tables mark them.",
+    ),
+]
 
 
 def load_plugins(names: list[str] | None) -> tuple[Plugin, ...]:

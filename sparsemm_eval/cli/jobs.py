@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_eval.cli.common import (
+    AllowFailed,
     IncludePath,
     PluginNames,
     folders,
@@ -58,6 +59,7 @@ def submit(
         list[str] | None,
         typer.Option(help="Slurm: any other parameter, such as mem=64G; repeatable."),
     ] = None,
+    allow_failed: AllowFailed = 0,
     plugin: PluginNames = None,
     include_path: IncludePath = None,
 ) -> None:
@@ -89,6 +91,7 @@ def submit(
             typer.echo,
             folders(include_path),
             plugins,
+            allow_failed,
         )
         for line in done.lines(folder):
             typer.echo(line)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_eval.cli.common import (
+    AllowFailed,
     IncludePath,
     PluginNames,
     demo_command,
@@ -98,6 +99,7 @@ def sweep(
     world_size: Annotated[
         int | None, typer.Option(help="Refuse unless so many processes run together (torchrun).")
     ] = None,
+    allow_failed: AllowFailed = 0,
     plugin: PluginNames = None,
     include_path: IncludePath = None,
 ) -> None:
@@ -131,7 +133,7 @@ def sweep(
         with leaving():
             done = run_sweep(
                 chosen, folder, command, job, wait, skip_missing, only_scores, world_size,
-                own_tasks, plugins,
+                own_tasks, plugins, allow_failed=allow_failed,
             )  # fmt: skip
         leave_ranks()
         typer.echo(done.markdown)

@@ -56,15 +56,16 @@ class CellModel(lmms):
         What answers; others may share it.
     cell : Cell
         One of the runner's.
-    left_out : collection of str
-        Documents that are known to have failed, each "split number": they are not tried again.
+    answered : collection of str, optional
+        Documents that have an answer, each "split number"; the others are known to have failed,
+        and are not tried again. Default: none is known yet.
     """
 
     is_simple = False
 
-    def __init__(self, runner: Runner, cell: Cell, left_out: Collection[str] = ()) -> None:
+    def __init__(self, runner: Runner, cell: Cell, answered: Collection[str] | None = None) -> None:
         super().__init__()
-        self.runner, self.cell, self.left_out = runner, cell, frozenset(left_out)
+        self.runner, self.cell, self.answered = runner, cell, answered
         self._was_asked = False
 
     @property
@@ -96,15 +97,16 @@ class CellModel(lmms):
         for request in requests:
             check_generation(request.args[4], request.args[2])
         asked = [Request.of(request, self.task_dict) for request in requests]
+        known = {one.document for one in asked} if self.answered is None else self.answered
         bar = tqdm(asked, desc=str(self.cell), disable=self.rank != 0)
-        tried = (one for one in bar if one.document not in self.left_out)
+        tried = (one for one in bar if one.document in known)
         (answered,) = self.runner.answer(tried, [self.cell])
         raise_failures([answered], self.runner.store, self.world_size, self.runner.allow_failed)
         answers = iter(answered.answers)
         results: list[GenerationResult] = []
         failed: dict[str, set[str]] = defaultdict(set)
         for one, request in zip(asked, requests, strict=True):
-            answer = None if one.document in self.left_out else next(answers)
+            answer = next(answers) if one.document in known else None
             if answer is None or answer.error is not None:
                 failed[one.task].add(one.document)
                 request.doc_id = None

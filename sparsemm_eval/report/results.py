@@ -17,7 +17,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.provenance import OURS, SCHEMA
+from sparsemm_eval.report.provenance import FAILED_SAMPLES, OURS, SCHEMA
 
 PAPER = "paper"
 FILE_COLUMNS = (
@@ -360,7 +360,9 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     first = [*([] if benchmark is None else [benchmark.metric]), *named, *scores]
     rising = _dict(_dict(content, "higher_is_better"), task)
     counts = _dict(_dict(content, "n-samples"), task)
+    failed = number(_dict(content, "throughput").get(f"avg_{FAILED_SAMPLES}/{task}")) or 0
     samples = number(counts.get("effective"))
+    samples = None if samples is None else samples - failed
     rows = []
     for metric in dict.fromkeys(metric for metric in first if metric in scores):
         known = benchmark is not None and benchmark.metric == metric
@@ -379,6 +381,7 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
                 "stderr": None if stderr is None else stderr / top,
                 "samples": samples,
                 "expected": number(counts.get("original")),
+                "failed": failed,
             }
         )
     return rows

@@ -18,6 +18,8 @@ __all__ = [
 ]  # fmt: skip
 
 Chance = Mapping[str, tuple[str, float]]
+# Behind a score that is without samples that failed.
+MISSING = "†"
 
 
 def side_by_side(
@@ -124,6 +126,7 @@ def overview_table(frame: pd.DataFrame, budget: int, chance: Chance) -> Table:
 
 def _scores(cells: pd.DataFrame, name: str, column: str, heads: Mapping[Hashable, str]) -> Table:
     texts = cell_texts(with_scale(cells, None, None, None), ("score",), plain=True)
+    texts["score"] += cells["failed"].gt(0).map({True: MISSING, False: ""})
     return Table(side_by_side(cells, [name], "row", column, heads, texts))
 
 
@@ -137,6 +140,28 @@ def kept_table(frame: pd.DataFrame) -> Table:
         "n": ("samples", ".0f"),
     }
     return _listed(kibibytes, columns)
+
+
+def missing_line(frame: pd.DataFrame) -> str:
+    """What a table's mark means: which of its cells lack how many samples; "" if none does.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One model's cells on one task.
+    """
+    short = in_order(frame[frame["failed"].gt(0)], ("method", "label", "budget"))
+    if short.empty:
+        return ""
+    if frame["failed"].nunique() == 1:
+        count = f"{short['failed'].iloc[0]:.0f} samples"
+    else:
+        cells = zip(short["failed"], short["label"], short["budget"], strict=True)
+        named = (
+            f"{n:.0f} ({label} {budget_text(budget)}".strip() + ")" for n, label, budget in cells
+        )
+        count = f"samples, {', '.join(named)},"
+    return f"{MISSING} Without {count} that failed and have no answer."
 
 
 def fidelity_table(frame: pd.DataFrame) -> Table:

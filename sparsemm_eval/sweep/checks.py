@@ -112,9 +112,10 @@ def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | N
     for task in tasks:
         try:
             count = len(get_task_dict([task], manager)[task].eval_docs)
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise UserError(f"{task}: its data cannot be loaded ({one_line(cause)})") from error
+        except Exception as error:  # whatever the task's code or its data set raises
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            words = f"{type(cause).__name__}: {one_line(cause)}"
+            raise UserError(f"{task}: its data cannot be loaded ({words})") from error
         counts[task] = count if samples is None else min(count, samples)
     return counts
 

@@ -106,7 +106,9 @@ class ModelSpec(BaseModel):
     @classmethod
     def _known(cls, settings: dict[str, Any]) -> dict[str, Any]:
         for name, value in settings.items():
-            _at((name,), check_choice, "setting", name, model_settings())
+            # How many samples may fail is asked of a run (--allow-failed), not of a model.
+            known = [one for one in model_settings() if one != "allow_failed"]
+            _at((name,), check_choice, "setting", name, known)
             if not isinstance(value, str | int | float):
                 raise _Misplaced(f"{short_repr(value)}: it must be text or a number", name)
         choices = {

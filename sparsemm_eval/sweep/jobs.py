@@ -88,6 +88,7 @@ def submit(
     tell: Callable[[str], None],
     include_path: Sequence[Path] = (),
     plugins: Sequence[Plugin] = (),
+    allow_failed: int = 0,
 ) -> Submitted:
     """Plan a sweep and submit those of its jobs that are not done.
 
@@ -109,6 +110,8 @@ def submit(
         Folders of the user's own task files, absolute; jobs get them with their command.
     plugins : sequence of Plugin
         Those that were loaded for methods of this grid; jobs get them with their command.
+    allow_failed : int
+        So many samples of a cell may fail; it is scored without them.
 
     Raises
     ------
@@ -124,12 +127,13 @@ def submit(
     slots = () if resources.executor == SLURM else resources.slots()
     _refuse_running(out)
     ids = read_ids(out)
-    before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins)
+    before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins, allow_failed)
     for lost in left_out:
         tell(f"left out: {lost.cause}")
     doors = (
         *(word for plugin in plugins for word in ("--plugin", plugin.name)),
         *(word for folder in include_path for word in ("--include_path", str(folder))),
+        *(("--allow-failed", str(allow_failed)) if allow_failed else ()),
     )
     gpus = len(slots[0].gpus) if slots else resources.gpus_of_job
     done, todo, under_way = _sort(before)
@@ -358,7 +362,7 @@ def job_command(out: Path, name: str, gpus: int, doors: Sequence[str] = ()) -> C
     gpus : int
         Its ranks; 0 is one, on the CPU.
     doors : sequence of str
-        Words that name plugins and folders of tasks, such as ``--plugin FILE``.
+        Words that it shares with all jobs, such as ``--plugin FILE``.
     """
     begin: tuple[str, ...] = (sys.executable, "-m")
     if gpus > 1:

@@ -70,11 +70,15 @@ def number_of(document: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """All jobs and cells of a sweep, and the plugins that its methods come from, by digest."""
+    """All jobs and cells of a sweep, and the plugins that its methods come from, by digest.
+
+    Of each cell ``allow_failed`` samples may fail; it is scored without them.
+    """
 
     jobs: tuple[PlannedJob, ...]
     cells: tuple[PlannedCell, ...]
     plugins: Mapping[str, str] = field(default_factory=dict)
+    allow_failed: int = 0
 
     @classmethod
     def read(cls, out: Path) -> Plan | None:
@@ -94,6 +98,7 @@ class Plan:
                 tuple(PlannedJob(**job) for job in stored["jobs"]),
                 tuple(PlannedCell(**cell) for cell in stored["cells"]),
                 dict(stored.get("plugins", {})),
+                int(stored.get("allow_failed", 0)),
             )
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
@@ -111,11 +116,11 @@ class Plan:
         return None
 
     def joined(self, other: Plan) -> Plan:
-        """This plan with the jobs, cells and plugins of another."""
+        """This plan with the jobs, cells and plugins of another; as many may fail as there."""
         jobs = {job.name: job for job in (*self.jobs, *other.jobs)}
         cells = {(cell.model, cell.words): cell for cell in (*self.cells, *other.cells)}
         plugins = {**self.plugins, **other.plugins}
-        return Plan(tuple(jobs.values()), tuple(cells.values()), plugins)
+        return Plan(tuple(jobs.values()), tuple(cells.values()), plugins, other.allow_failed)
 
     def write(self, out: Path) -> None:
         """Put it into a sweep's folder, whole or not at all."""

@@ -31,29 +31,29 @@ TABLE = "table.md"
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job: answers done, failed and expected, over all its cells; its state of `States`."""
+    """A job: answers done, failed and expected, over all its cells; its state of `States`.
+
+    It is complete where each of its cells has an answer to every sample but those that may fail.
+    """
 
     job: PlannedJob
     done: int
     failed: int
     expected: int
+    complete: bool
     state: str = OPEN
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class CellStatus:
-    """A cell on one task: answers done, failed and expected; whether it is scored."""
+    """A cell on one task: answers done, failed and expected; whether it is scored, and can be."""
 
     cell: PlannedCell
     done: int
     failed: int
     scored: bool
-
-    @property
-    def complete(self) -> bool:
-        """Whether every answer is there."""
-        return self.done == self.cell.samples
+    complete: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,9 @@ class Status:
     jobs : tuple of JobStatus
     cells : tuple of CellStatus
     failures : tuple of str
-        A line a task and model of which samples failed, with the first cause.
+        A line a task and model of which more samples failed than may, with the first cause.
+    left_out : tuple of str
+        A line a task and model of which samples failed that may: scores are without them.
     broken : tuple of str
         A line a file that is broken; the next run sets it aside.
     scoring_state : (str, str)
@@ -79,6 +81,7 @@ class Status:
     cells: tuple[CellStatus, ...]
     failures: tuple[str, ...]
     broken: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
     scoring_state: tuple[str, str] = (OPEN, "")
     time_left: str = ""
 
@@ -100,7 +103,7 @@ class Status:
             f"{name}: {job.expected - job.done} of {job.expected} answers are missing, "
             f"{job.failed} failed" + "".join(f"; {line}" for line in self.failures)
             for job in self.jobs
-            if job.job.name == name and job.done < job.expected
+            if job.job.name == name and not job.complete
         )
 
     @property
@@ -124,7 +127,8 @@ class Status:
             "",
             _cells_table(self.cells),
         ]
-        for title, said in (("failed", self.failures), ("broken", self.broken)):
+        titles = ("failed", "left out, failed", "broken")
+        for title, said in zip(titles, (self.failures, self.left_out, self.broken), strict=True):
             if said:
                 lines += ["", *(f"{title}: {line}" for line in said)]
         return "\n".join(lines)
@@ -156,14 +160,16 @@ def status(out: Path) -> Status:
         broken += [f"{path}: {cause}" for path, cause in files.items()]
     states = States(out)
     jobs = tuple(_job(job, plan, tallies[job.model], out, states) for job in plan.jobs)
-    cells = tuple(_cell(cell, tallies[cell.model], out, broken) for cell in plan.cells)
+    cells = tuple(_cell(cell, plan, tallies[cell.model], out, broken) for cell in plan.cells)
+    failures = _failures(plan, tallies)
     tables = (out / TABLE).is_file()
     scored = tables and all(cell.complete and cell.scored for cell in cells)
     return Status(
         jobs,
         cells,
-        tuple(_failures(plan.cells, tallies)),
+        tuple(line for line, may in failures if not may),
         tuple(broken),
+        tuple(line for line, may in failures if may),
         states.of(SCORING, scored),
         _time_left(cells, tallies, sum(job.state == RUNNING for job in jobs)),
     )
@@ -216,19 +222,27 @@ def _job(
     of_cells = [_asked(cell, tallies.get(cell.words, Tally()), job) for cell in cells]
     done = sum(len(of_cell.done) for of_cell in of_cells)
     expected = job.samples * len(cells)
-    state, reason = states.of(job.name, done == expected)
+    complete = all(_complete(of_cell, job.samples, plan.allow_failed) for of_cell in of_cells)
+    state, reason = states.of(job.name, complete)
     return JobStatus(
         job,
         done=done,
         failed=sum(len(of_cell.failed) for of_cell in of_cells),
         expected=expected,
+        complete=complete,
         state=state,
         reason=reason,
     )
 
 
+def _complete(tally: Tally, samples: int, allow_failed: int) -> bool:
+    """Whether every answer is there but those that failed and may."""
+    failed = len(tally.failed)
+    return len(tally.done) + failed == samples and failed <= allow_failed
+
+
 def _cell(
-    cell: PlannedCell, tallies: Mapping[str, Tally], out: Path, broken: list[str]
+    cell: PlannedCell, plan: Plan, tallies: Mapping[str, Tally], out: Path, broken: list[str]
 ) -> CellStatus:
     of_cell = _asked(cell, tallies.get(cell.words, Tally()))
     results = out / cell.results
@@ -237,7 +251,8 @@ def _cell(
     except Broken as error:
         broken.append(str(error))
         scored = False
-    return CellStatus(cell, len(of_cell.done), len(of_cell.failed), scored)
+    complete = _complete(of_cell, cell.samples, plan.allow_failed) and bool(of_cell.done)
+    return CellStatus(cell, len(of_cell.done), len(of_cell.failed), scored, complete)
 
 
 def _time_left(
@@ -278,17 +293,23 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
-def _failures(
-    cells: Iterable[PlannedCell], tallies: Mapping[str, Mapping[str, Tally]]
-) -> Iterable[str]:
-    causes: dict[tuple[str, str], dict[str, str]] = {}
-    for cell in cells:
-        of_cell = _asked(cell, tallies[cell.model].get(cell.words, Tally()))
-        causes.setdefault((cell.model, cell.task), {}).update(of_cell.failed)
-    for (model, task), failed in causes.items():
-        if failed:
-            first = min(failed)
-            yield f"{model} {task}: {len(failed)} samples, first {first}: {failed[first]}"
+def _failures(plan: Plan, tallies: Mapping[str, Mapping[str, Tally]]) -> list[tuple[str, bool]]:
+    """A line a model and task of which samples failed, and whether so many may in each cell."""
+    causes: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    most: Counter[tuple[str, str]] = Counter()
+    for cell in plan.cells:
+        at = cell.model, cell.task
+        failed = _asked(cell, tallies[cell.model].get(cell.words, Tally())).failed
+        causes[at].update(failed)
+        most[at] = max(most[at], len(failed))
+    return [
+        (
+            f"{model} {task}: {len(failed)} samples, first {min(failed)}: {failed[min(failed)]}",
+            most[model, task] <= plan.allow_failed,
+        )
+        for (model, task), failed in causes.items()
+        if failed
+    ]
 
 
 def _jobs_table(jobs: Iterable[JobStatus], scoring: tuple[str, str]) -> str:

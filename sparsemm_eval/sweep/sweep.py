@@ -18,6 +18,7 @@ import yaml
 from accelerate import PartialState
 from lmms_eval.tasks import TaskManager
 from loguru import logger
+from tenacity import RetryError
 from tqdm import tqdm
 
 from sparsemm_eval.bench.machine import find_device, provenance_on
@@ -26,7 +27,7 @@ from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.lmms import CellModel, make_runner, results_path, score
 from sparsemm_eval.engine.runner import Runner, raise_failures
 from sparsemm_eval.engine.tasks import LeftOut, find_tasks, requests_of, runnable
-from sparsemm_eval.errors import UserError, check_choice, one_line
+from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
 from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import method_label
@@ -52,12 +53,6 @@ from sparsemm_eval.sweep.plan import (
 )
 from sparsemm_eval.sweep.status import SCORING, Status, samples_file, status
 from sparsemm_eval.sweep.tables import sweep_tables, write_tables
-
-# What one task's metric may raise; another task's scores are not lost to it.
-_SCORING_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError,
-    RuntimeError, TypeError, ValueError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,6 +95,7 @@ def run_sweep(
     include_path: Sequence[Path] = (),
     plugins: Sequence[Plugin] = (),
     replace: bool = False,
+    allow_failed: int = 0,
 ) -> Sweep:
     """Answer all jobs of a grid, score all cells, write tables; goes on where one was stopped.
 
@@ -131,6 +127,8 @@ def run_sweep(
     replace : bool
         Let this grid take the place of another of its name in its folder, whose answers are used
         where they fit, instead of refusing.
+    allow_failed : int
+        So many samples of a cell may fail; it is scored without them.
 
     Raises
     ------
@@ -141,6 +139,7 @@ def run_sweep(
         If another sweep is on the folder, or the disk is full.
     """
     start = time.perf_counter()
+    check_int("allow-failed", allow_failed, least=0)
     jobs = grid.jobs()
     if only_job is not None:
         check_choice("job", only_job, [job.name for job in jobs])
@@ -159,7 +158,7 @@ def run_sweep(
     tasks, left_out = runnable(manager, list(dict.fromkeys(job.task for job in jobs)), skip_missing)
     jobs = [job for job in jobs if job.task in tasks]
     with _disk(out):
-        process = _Process(grid, out, jobs, manager, wait, command, plugins, replace)
+        process = _Process(grid, out, jobs, manager, wait, command, plugins, replace, allow_failed)
         with _log(out):
             if not only_scores:
                 process.answer()
@@ -176,12 +175,13 @@ def plan_sweep(
     skip_missing: bool = False,
     include_path: Sequence[Path] = (),
     plugins: Sequence[Plugin] = (),
+    allow_failed: int = 0,
 ) -> tuple[Status, tuple[LeftOut, ...]]:
     """Check all that a sweep needs and write down what its folder is to hold; answer nothing.
 
     Parameters
     ----------
-    grid, out, skip_missing, include_path, plugins
+    grid, out, skip_missing, include_path, plugins, allow_failed
         As for `run_sweep`.
 
     Returns
@@ -194,13 +194,14 @@ def plan_sweep(
     ValueError, FileNotFoundError
         As `run_sweep`.
     """
+    check_int("allow-failed", allow_failed, least=0)
     _refuse_other_grid(grid, out)
     manager = find_tasks(grid.tasks, include_path)
     tasks, left_out = runnable(manager, grid.tasks, skip_missing)
     jobs = [job for job in grid.jobs() if job.task in tasks]
     PartialState(cpu=not torch.cuda.is_available())
     with _disk(out), _log(out):
-        _Process(grid, out, jobs, manager, wait=False, command="", plugins=plugins)
+        _Process(grid, out, jobs, manager, False, "", plugins, allow_failed=allow_failed)
     return status(out), tuple(left_out)
 
 
@@ -243,9 +244,10 @@ class _Process:
         command: str,
         plugins: Sequence[Plugin] = (),
         replace: bool = False,
+        allow_failed: int = 0,
     ) -> None:
         self.grid, self.out, self.jobs, self.wait = grid, out, jobs, wait
-        self.manager = manager
+        self.manager, self.allow_failed = manager, allow_failed
         self.plugins = {plugin.name: plugin.digest for plugin in plugins}
         provenance = provenance_on(find_device(), command)
         self.about = {spec.name: {**provenance, "model": spec.name} for spec in grid.models}
@@ -268,7 +270,7 @@ class _Process:
                 self.cells,
                 answers_folder(out, spec.name),
                 grid.batch_size,
-                spec.settings,
+                {**spec.settings, "allow_failed": allow_failed},
             )
             for spec in specs
         }
@@ -319,7 +321,9 @@ class _Process:
                 answers = {key: one for key, one in stored.items() if planned.asks(one.doc_id)}
                 if cell.method.budget is None and cell.mask is None:
                     full[at] = answers
-                if (path := self._score(planned, CellModel(runner, cell), answers)) is not None:
+                documents = {one.doc_id for one in answers.values()}
+                model = CellModel(runner, cell, documents)
+                if (path := self._score(planned, model, answers)) is not None:
                     try:
                         row = load([path]).cells
                     except UserError as error:  # it holds no score that can be shown
@@ -344,7 +348,7 @@ class _Process:
                     requests, progress=lambda count: bar.update(count * ranks.num_processes)
                 )
                 try:
-                    raise_failures(answered, runner.store, ranks.num_processes)
+                    raise_failures(answered, runner.store, ranks.num_processes, self.allow_failed)
                 except SampleFailures as error:
                     logger.error(f"{job.name}: {error}")
         rest = self.jobs[self.jobs.index(job) + 1 :]
@@ -382,10 +386,13 @@ class _Process:
                 path,
                 self.about[planned.model],
             )
-        except _SCORING_ERRORS as error:
+        # A metric is the task's own code: whatever it raises takes this score alone, not others'.
+        except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise
-            self._fail(planned, f"{type(error).__name__}: {one_line(error)}")
+            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+            logger.opt(exception=cause).error(f"{planned.words} cannot be scored")
+            self._fail(planned, f"{type(cause).__name__}: {one_line(cause)}")
             return None
         write_checksums(path, samples, made_of)
         return path
@@ -422,7 +429,8 @@ class _Process:
             for task in counts
             for cell, settings in zip(runner.cells, self.cells, strict=True)
         )
-        return Plan(planned_jobs(self.jobs, counts), cells, self.plugins)
+        jobs = planned_jobs(self.jobs, counts)
+        return Plan(jobs, cells, self.plugins, self.allow_failed)
 
     def _replace(self) -> None:
         """Let go of another grid's results: answers are what is dear, scores come from them."""

@@ -11,7 +11,13 @@ import pandas as pd
 
 from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.report.tables import fidelity_table, kept_table, score_tables, to_markdown
+from sparsemm_eval.report.tables import (
+    fidelity_table,
+    kept_table,
+    missing_line,
+    score_tables,
+    to_markdown,
+)
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
 
@@ -117,7 +123,8 @@ def sweep_tables(frame: pd.DataFrame, name: str) -> str:
                 continue
             ((title, table),) = score_tables(cells, chance)
             count = f"{cells['samples'].max():.0f} samples."
-            parts += [f"### {title}", count, to_markdown(table)]
+            missing = missing_line(cells)
+            parts += [f"### {title}", count, to_markdown(table), *filter(None, [missing])]
             if cells["compared"].sum() > 0:
                 parts.append(to_markdown(fidelity_table(cells)))
     return "\n\n".join(parts) + "\n"

@@ -13,6 +13,7 @@ from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load, parse_model_args
 from sparsemm_eval.report.tables import (
     kept_table,
+    missing_line,
     overview_table,
     score_tables,
     silenced_table,
@@ -60,6 +61,31 @@ def test_one_row_a_metric_with_its_settings(frame: pd.DataFrame) -> None:
     row = frame[frame["method"] == "sparsemm"].iloc[0]
     assert (row.task, row.metric, row.score, row.stderr) == ("docvqa_mini", "anls", 0.9, 0.01)
     assert (row.budget, row.ratio, row.samples, row.kept_tokens_per_head) == (64, 0.1, 50, 63.5)
+
+
+def test_scores_without_samples_that_failed_are_marked(tmp_path: Path) -> None:
+    paths = []
+    for cell, failed in (
+        (("method=fullkv", 0.99, 359.0), 1),
+        (("method=snapkv,budget=64", 0.7, 64.0), 3),
+        (("method=snapkv,budget=32", 0.5, 32.0), 0),
+    ):
+        path = results_file(tmp_path, *cell)
+        content = json.loads(path.read_text())
+        content["throughput"] |= {"avg_failed_samples/docvqa_mini": failed} if failed else {}
+        path.write_text(json.dumps(content))
+        paths.append(path)
+    frame = load(paths).cells
+    assert frame["samples"].tolist() == [49, 47, 50]
+    ((_, table),) = score_tables(frame, {})
+    shown = by_name(table)
+    assert shown.loc["FullKV"].tolist() == ["0.990†", "0.990†"]
+    assert shown.loc["SnapKV"].tolist() == ["0.700†", "0.500"]
+    assert missing_line(frame) == (
+        "† Without samples (1 of FullKV, 3 of SnapKV 64) that failed and have no answer."
+    )
+    assert missing_line(frame.iloc[:1]) == "† Without 1 samples that failed and have no answer."
+    assert missing_line(frame.iloc[2:]) == ""
 
 
 def test_the_table_has_the_papers_order_and_leaves_out_what_was_not_run(

@@ -337,6 +337,82 @@ def test_samples_that_fail_are_named_and_the_others_safe(
     assert again.status.failures == ()
 
 
+def test_cells_are_scored_without_the_samples_that_may_fail(
+    whole: tuple[Sweep, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if they were not among the documents; tables and results say how many are missing."""
+    import lmms_eval.tasks.docvqa.utils as docvqa
+
+    visual = docvqa.docvqa_doc_to_visual
+
+    def broken(document: Any) -> Any:
+        if document["questionId"] in ("1", "4"):
+            return visual({**document, "image": None})
+        return visual(document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(docvqa, "docvqa_doc_to_visual", broken)
+        few = run_sweep(grid(), tmp_path, "x", allow_failed=1)
+        assert "reader docvqa_mini: 2 samples, first validation 1: " in few.status.failures[0]
+        assert set(few.frame["task"]) == {"vqav2_mini"}
+        done = run_sweep(grid(), tmp_path, "x", allow_failed=2)
+    assert (done.failures, done.status.failures) == ((), ())
+    assert done.status.finished
+    assert len(done.status.left_out) == 1
+    assert "left out, failed: reader docvqa_mini: 2 samples" in str(status(tmp_path))
+    scored = done.frame[done.frame["task"] == "docvqa_mini"]
+    assert scored["samples"].tolist() == [4] * CELLS
+    assert scored["failed"].tolist() == [2] * CELLS
+    for path in (tmp_path / "cells/reader").glob("docvqa_mini-*_samples_docvqa_mini.jsonl"):
+        name = path.relative_to(tmp_path)
+        ours, theirs = (read_samples(folder / name) for folder in (tmp_path, whole[1]))
+        assert ours == {doc: line for doc, line in theirs.items() if doc not in (1, 4)}
+    assert "† Without 2 samples that failed and have no answer." in done.markdown
+    assert "†" not in whole[0].markdown
+    # Without the option nothing is scored that lacks an answer.
+    with monkeypatch.context() as patch:
+        patch.setattr(docvqa, "docvqa_doc_to_visual", broken)
+        none = run_sweep(grid(), tmp_path, "x")
+    assert none.status.failures
+    assert set(none.frame["task"]) == {"vqav2_mini"}
+    assert run_sweep(grid(), tmp_path, "x").markdown == whole[0].markdown
+
+
+def read_samples(path: Path) -> dict[int, Any]:
+    """Lines of a samples file by document."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line["doc_id"]: (line["filtered_resps"], line["target"]) for line in lines}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), StopIteration(), SystemError("odd")])
+def test_whatever_a_metric_raises_takes_its_own_score_alone(
+    whole: tuple[Sweep, Path], copy: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    shutil.rmtree(copy / "cells")
+    score = runner.score
+
+    def failing(model: Any, cell: Any, task: str, *rest: Any, **more: Any) -> Path:
+        if task == "docvqa_mini":
+            raise error
+        return score(model, cell, task, *rest, **more)
+
+    monkeypatch.setattr(runner, "score", failing)
+    done = run_sweep(grid(), copy, "x")
+    assert type(error).__name__ in done.failures[0]
+    assert set(done.frame["task"]) == {"vqav2_mini"}
+    assert "in failing" in (copy / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("words", [["sweep"], ["submit"]])
+def test_how_many_may_fail_is_a_number(tmp_path: Path, words: list[str]) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(GRID)
+    more = [str(path), "--out", str(tmp_path / "out"), "--allow-failed", "-1"]
+    done = CliRunner().invoke(app, [*words, *more])
+    assert done.exit_code == 1
+    assert "allow-failed=-1: it must be an integer of at least 0" in done.output
+
+
 # --- broken files -------------------------------------------------------------------------------
 
 
