@@ -26,6 +26,8 @@ SHOWN = {
     "spread": "spread",
 }
 _DIGITS = 3
+# Behind a score that is without samples that failed.
+MISSING = "†"
 
 
 def checked_shown(names: Sequence[str]) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ def cell_texts(cells: pd.DataFrame, shown: Sequence[str], plain: bool = False) -
     shown : sequence of str
         Names in `SHOWN`.
     plain : bool
-        Without signs around numbers: no ≈, no n of a partial score.
+        Without signs around numbers: no ≈, no †, no n of a partial score.
     """
     # Where all are of the same samples the caption says of how many.
     alike = len(cells[["samples", "expected"]].drop_duplicates()) == 1
@@ -130,7 +132,8 @@ def _score(row: Mapping, plain: bool) -> str:
     if plain or not text:
         return text
     partial = f" (n={row['samples']:.0f})" if row["partial"] else ""
-    return _digitised(row["source"]) + text + partial
+    missing = MISSING if row["failed"] > 0 else ""
+    return _digitised(row["source"]) + text + missing + partial
 
 
 def _interval(row: Mapping, plain: bool) -> str:

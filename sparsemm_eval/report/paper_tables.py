@@ -10,6 +10,7 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cell_text import (
+    MISSING,
     SHOWN,
     budget_text,
     cell_texts,
@@ -210,6 +211,8 @@ def _marks_explained(cells: pd.DataFrame) -> str:
         parts.append(_UNKNOWN)
     if cells["source"].str.endswith("_digitised").any():
         parts.append("≈: read off a figure of the paper, to about 0.002.")
+    if cells["failed"].gt(0).any():
+        parts.append(f"{MISSING}: without samples that failed and have no answer.")
     return " ".join(parts)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.cell_text import SHOWN, budget_text, cell_texts, with_scale
+from sparsemm_eval.report.cell_text import MISSING, SHOWN, budget_text, cell_texts, with_scale
 from sparsemm_eval.report.markup import Table, to_markdown
 from sparsemm_eval.report.names import distinct, in_order, labels_in_order, top_score
 
@@ -18,8 +18,6 @@ __all__ = [
 ]  # fmt: skip
 
 Chance = Mapping[str, tuple[str, float]]
-# Behind a score that is without samples that failed.
-MISSING = "†"
 
 
 def side_by_side(
@@ -157,10 +155,8 @@ def missing_line(frame: pd.DataFrame) -> str:
         count = f"{short['failed'].iloc[0]:.0f} samples"
     else:
         cells = zip(short["failed"], short["label"], short["budget"], strict=True)
-        named = (
-            f"{n:.0f} ({label} {budget_text(budget)}".strip() + ")" for n, label, budget in cells
-        )
-        count = f"samples, {', '.join(named)},"
+        named = (f"{n:.0f} of {label} {budget_text(budget)}".rstrip() for n, label, budget in cells)
+        count = f"samples ({', '.join(named)})"
     return f"{MISSING} Without {count} that failed and have no answer."
 
 
