@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.choices import CUDA_GRAPH
-from sparsemm_eval.engine.decoder import decoder_of, ends_of
+from sparsemm_eval.engine.decoder import NO_TOKEN, decoder_of, ends_of
 from sparsemm_eval.engine.step import Prompts, Start
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.families import family_of
@@ -54,6 +54,9 @@ class Decoded:
     cache_bytes : list of int
         Bytes of the row's cache at the end: new tokens, slack and metadata included. Of many
         rows, when the row was taken out of the batch, which may be steps after its own last.
+    not_finite : list of int or None
+        At which new token, from 1, the logits were not finite: then the tokens are no answer.
+        None where all were.
     kl_full : list of float or None
         KL(full KV's next token || this row's) in nats, where both have read the prompt and its
         first new token; None where the answer ended there, or full KV was not in the batch.
@@ -68,6 +71,7 @@ class Decoded:
     kept: Tensor
     kept_bytes: list[int]
     cache_bytes: list[int]
+    not_finite: list[int | None]
     kl_full: list[float | None]
     backend: str
     seconds: float
@@ -120,7 +124,12 @@ def decode(
     rows = decoder.decode(model, cache, prompts, options, mask, cuda_graph)
     count = len(methods)
     seconds = (time.perf_counter() - start) / count
-    tokens = [_cut(row, ends_of(model)) for row in rows.tokens]
+    ends = ends_of(model)
+    tokens = [_cut(row, (*ends, NO_TOKEN)) for row in rows.tokens]
+    not_finite = [
+        len(cut) + 1 if len(cut) < len(row) and row[len(cut)] == NO_TOKEN else None
+        for cut, row in zip(tokens, rows.tokens, strict=True)
+    ]
     return [
         Decoded(
             tokens=tokens[m::count],
@@ -128,6 +137,7 @@ def decode(
             kept=prompts.kept[m::count],
             kept_bytes=prompts.kept_bytes[m::count],
             cache_bytes=rows.cache_bytes[m::count],
+            not_finite=not_finite[m::count],
             kl_full=rows.kl_full[m::count],
             backend=cache.backend(),
             seconds=seconds,
@@ -173,7 +183,10 @@ def prefill(
 ) -> Prompts:
     """Read prompts into a cache and choose each one's first token; parameters as of `decode`."""
     first_alone = {**options, "max_new_tokens": 1}
-    ids = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **first_alone)
+    look = _Look()
+    ids = model.generate(
+        **inputs, **{CACHE_ARGUMENT: cache}, **first_alone, logits_processor=[look]
+    )
     count = len(cache.methods)
     padding = inputs["attention_mask"]
     positions = padding.sum(1)
@@ -184,7 +197,9 @@ def prefill(
     read = functional.pad(padding, (0, 1), value=1).bool()
     ids = torch.where(read, ids, first[:, None])
     ended = torch.isin(first, torch.tensor(ends_of(model), dtype=first.dtype, device=first.device))
-    start = Start(*(x.repeat_interleave(count, 0) for x in (ids, positions, ended)))
+    not_finite = look.first > 0
+    of_samples = (ids, positions, ended | not_finite, not_finite)
+    start = Start(*(x.repeat_interleave(count, 0) for x in of_samples))
     kept = cache.kept()
     return Prompts(start, cache.prompt_lengths(), kept, _kept_bytes(cache, kept), padding.shape[1])
 
@@ -201,20 +216,49 @@ def _generate(
     start = time.perf_counter()
     cache = HeadBudgetCache(method, backend, mask)
     length = inputs["input_ids"].shape[1]
-    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **options)[:, length:]
+    look = _Look()
+    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **options, logits_processor=[look])[
+        :, length:
+    ].cpu()
     # A beam search holds every beam as a row of its own; they share the prompt.
     beams = cache.kept().shape[0] // out.shape[0]
     kept = cache.kept()[::beams]
+    tokens = [_cut(row, ends_of(model)) for row in out]
+    # Of a row that has ended other tokens follow, which are none of the answer.
+    not_finite = [
+        min((n for n in of_row if 0 < n <= len(cut) + 1), default=None)
+        for cut, of_row in zip(tokens, look.first.view(len(out), -1).tolist(), strict=True)
+    ]
     return Decoded(
-        tokens=[_cut(row, ends_of(model)) for row in out.cpu()],
+        tokens=tokens,
         prompt_tokens=cache.prompt_lengths()[::beams],
         kept=kept,
         kept_bytes=_kept_bytes(cache, kept),
         cache_bytes=cache.row_bytes().view(-1, beams).sum(1).tolist(),
+        not_finite=not_finite,
         kl_full=[None] * len(out),
         backend=cache.backend(),
         seconds=time.perf_counter() - start,
     )
+
+
+class _Look(LogitsProcessor):
+    """Notes by row at which new token logits were first not finite; nothing is drawn from these.
+
+    Others may set logits to -inf: a token that must not be. Not all of them, and never to NaN.
+    """
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None  # [rows], from 1; 0 where all were finite
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        not_finite = ~scores.amax(-1).isfinite()
+        if self.first is None:
+            self.first = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
+        self.first += self.calls * (not_finite & (self.first == 0))
+        return scores.masked_fill(not_finite[:, None], 0)
 
 
 def _cut(row: Tensor, ends: Sequence[int]) -> Tensor:

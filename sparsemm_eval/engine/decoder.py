@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +22,8 @@ from sparsemm_eval.methods import HeadMask
 
 # The backend whose step can be captured: its calls depend on no length.
 _CAPTURED = "cuda_ext"
+# Stands for a token whose logits were not finite; the row has ended with it.
+NO_TOKEN = -1
 # Steps between looks at whether all rows have ended. A look is at the last look's time, so that the
 # device always has steps to go on with: up to twice as many are decoded for nothing at the end.
 _LOOK_EVERY = 2
@@ -29,7 +32,10 @@ _MOST_STEPS = 8
 
 @dataclass(frozen=True)
 class Rows:
-    """What became of the rows of a batch, an entry each; as in `Decoded`, tokens uncut."""
+    """What became of the rows of a batch, an entry each; as in `Decoded`, tokens uncut.
+
+    `NO_TOKEN` ends a row whose logits were not finite.
+    """
 
     tokens: list[Tensor]
     cache_bytes: list[int]
@@ -134,7 +140,7 @@ class _Loop:
         # Of the rows of the whole batch; `going` are those that are still in it.
         self.going = torch.arange(rows, device=model.device)
         self.new_tokens = torch.zeros(self.most + 1, rows, dtype=torch.long, device=model.device)
-        self.new_tokens[0] = self.start.ids[:, -1]
+        self.new_tokens[0] = self.start.ids[:, -1].masked_fill(self.start.not_finite, NO_TOKEN)
         self.cache_bytes = [0] * rows
         self.kl_full: list[float | None] = [None] * rows
         self.done = 0
@@ -175,7 +181,8 @@ class _Loop:
                 )
             step.run(self.model)
             self.done += 1
-            self.new_tokens[self.done, self.going] = step.ids[:rows, 0]
+            chosen = step.ids[:rows, 0].masked_fill(step.not_finite[:rows], NO_TOKEN)
+            self.new_tokens[self.done, self.going] = chosen
             if self.done == 1 and self.full is not None and self.count > 1:
                 self._compare(step.logits[:rows])
             if after_step is not None:
@@ -218,7 +225,7 @@ class _Loop:
         ended = self.start.ended.tolist()
         divergences = _kl_from(logits, self.full, self.count)
         for row, kl in zip(self.going.tolist(), divergences, strict=True):
-            if not ended[row] and row % self.count != self.full:
+            if not ended[row] and row % self.count != self.full and math.isfinite(kl):
                 self.kl_full[row] = kl
 
 

@@ -356,6 +356,7 @@ class _Pass:
         except _SAMPLE_ERRORS as error:
             failure = _Failure.of(error)
         else:
+            self._note_not_finite(samples, places, decoded)
             self._store(
                 [
                     (place, self._one_answer(place, sample, of_method, row))
@@ -400,6 +401,31 @@ class _Pass:
             ]
         )
 
+    def _note_not_finite(
+        self, samples: list[Sample], places: list[int], decoded: Sequence[Decoded]
+    ) -> None:
+        """Say which samples have no answer because the model's numbers are none."""
+        for row, sample in enumerate(samples):
+            at = {
+                place: of_method.not_finite[row]
+                for place, of_method in zip(places, decoded, strict=True)
+                if of_method.not_finite[row] is not None
+            }
+            if not at:
+                continue
+            words = self._not_finite(min(at.values()))
+            if self.alike is not None:
+                self.alike.append(_Failure(words, of_memory=False, of_user=True, trace=""))
+            whose = "" if len(at) == len(self.cells) else self._whose([*at])
+            logger.error(f"{sample.task} {sample.doc_id} failed{whose}: {words}")
+
+    def _not_finite(self, token: int) -> str:
+        """The cause of a sample whose logits were none at a new token, from 1."""
+        dtype = str(self.runner.checkpoint.model.dtype).removeprefix("torch.")
+        larger = {"float16": "take dtype=bfloat16 or float32", "bfloat16": "take dtype=float32"}
+        remedy = larger.get(dtype, "look at the checkpoint's weights")
+        return f"logits are not finite at new token {token} in {dtype}: {remedy}"
+
     def _stop_if_all_fail(self) -> None:
         """End the run if its first samples failed alike: that is no sample's fault."""
         # Those that wait have not failed yet, and so many may fail as the user says.
@@ -426,6 +452,9 @@ class _Pass:
 
     def _one_answer(self, place: int, sample: Sample, decoded: Decoded, row: int) -> Answer:
         cell = self.cells[place]
+        key = self.runner.key(cell, sample.parts)
+        if (token := decoded.not_finite[row]) is not None:
+            return self._failed(place, sample.task, sample.doc_id, key, self._not_finite(token))
         tokens = decoded.tokens[row].tolist()
         text = self.runner.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = len(decoded.tokens)
@@ -445,7 +474,7 @@ class _Pass:
         if cell.mask is not None:
             record["masked_heads"] = cell.mask.settings
         return Answer(
-            self.runner.key(cell, sample.parts),
+            key,
             self.words[sample.task][place],
             sample.task,
             sample.doc_id,

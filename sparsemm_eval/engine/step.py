@@ -54,12 +54,15 @@ class Start:
     positions : Tensor
         [R] of the new token, as the model counts them for text.
     ended : Tensor
-        [R] bool: the new token ends the row.
+        [R] bool: the new token ends the row, or its logits were not finite.
+    not_finite : Tensor
+        [R] bool: the logits that it was chosen by were not finite.
     """
 
     ids: Tensor
     positions: Tensor
     ended: Tensor
+    not_finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Step:
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
+        self.not_finite = torch.zeros(rows, dtype=torch.bool, device=device)
         self.ends = torch.tensor(key.ends or (-1,), device=device)
         # A mask that says nothing: 4-D ones are taken as they are, and none is made.
         self.unmasked = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
@@ -199,7 +203,9 @@ def _forward(step: Step, model: PreTrainedModel) -> Tensor:
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(step.seen, penalised, scores)
     step.ids.copy_(scores.argmax(-1, keepdim=True))
+    # NaN is the greatest of all, and -inf only where nothing else is: one number tells of all.
+    step.not_finite.copy_(~scores.gather(-1, step.ids).isfinite()[:, 0])
     step.positions.add_(1)
-    step.ended.logical_or_((step.ids == step.ends).any(1))
+    step.ended.logical_or_((step.ids == step.ends).any(1) | step.not_finite)
     step.cache.finish(step.ended)
     return logits
