@@ -89,7 +89,8 @@ _MODELS = {
     **{name.lower(): name for name in MODEL_NAMES},
 }
 
-# What a setting is where a results file does not state it, as `sparsemm_eval.methods` has it.
+# What a setting is where a results file does not state it, as `sparsemm_eval.methods` and
+# `sparsemm_eval.families` have it.
 DEFAULTS: Mapping[str, Any] = {
     "window": 32,
     "kernel_size": 5,
@@ -100,6 +101,7 @@ DEFAULTS: Mapping[str, Any] = {
     "allocation": "paper",
     "seed": 0,
     "sinks": 4,
+    "protocol": "plain",
 }
 
 

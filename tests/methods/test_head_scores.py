@@ -132,6 +132,14 @@ def test_a_list_counts_by_its_mean(file: Path) -> None:
     assert HeadScores.read(write(file, content)).values.tolist() == [[3, 0.5], [0, 0]]
 
 
+def test_a_file_of_the_size_that_was_published(file: Path) -> None:
+    """Qwen2-VL's: a value an image of each of 28 x 28 heads, 4.7 MB."""
+    values = [0.0] * 990 + [0.1 / number for number in range(1, 11)]
+    heads = {f"{layer}-{head}": values for layer in range(28) for head in range(28)}
+    scores = HeadScores.read(write(file, heads), ModelShape(28, 28, 4))
+    assert scores.values == pytest.approx(np.full((28, 28), np.mean(values)))
+
+
 def test_a_path_may_be_a_string(file: Path) -> None:
     HeadScores(np.ones((2, 2))).write(str(file))
     assert HeadScores.read(str(file)).values.shape == (2, 2)
