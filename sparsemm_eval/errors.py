@@ -19,10 +19,12 @@ class UserError(ValueError):
     """
 
 
-def check_int(name: str, value: object, least: int) -> None:
-    """Raise UserError unless ``value`` is an integer of at least ``least``."""
+def check_int(name: str, value: object, least: int, most: int | None = None) -> None:
+    """Raise UserError unless ``value`` is an integer of at least ``least`` and at most ``most``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{name}={short_repr(value)}: it must be an integer of at least {least}")
+    if most is not None and value > most:
+        raise UserError(f"{name}={short_repr(value)}: it must be at most {most}")
 
 
 def check_share(name: str, value: object) -> None:

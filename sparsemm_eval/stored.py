@@ -166,9 +166,13 @@ def _opened(path: Path, most: int) -> IO[bytes]:
 
 
 def _read(file: IO[bytes], most: int, line: int | None = None) -> bytes:
-    """The rest of a file, or its next line; a file may grow while it is read."""
+    """All of a file, or its next line; a file may grow while it is read."""
     try:
-        content = file.read(most + 1) if line is None else file.readline(most + 1)
+        if line is None:
+            # Python sets memory aside for all that is asked for.
+            content = file.read(os.fstat(file.fileno()).st_size + 1)
+        else:
+            content = file.readline(most + 1)
     except OSError as error:
         raise NotUnderstood(f"it cannot be read ({error.strerror})") from error
     if len(content) > most:

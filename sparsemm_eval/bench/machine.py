@@ -17,6 +17,7 @@ import torch
 from sparsemm_eval.errors import check_choice
 from sparsemm_eval.paths import cuda_ext_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.stored import NotUnderstood, read_json
 
 # Datasheets' memory bandwidth in GB/s; a large copy reaches about 0.9 of it.
 BANDWIDTHS = {"a100-40gb": 1555, "a100-80gb": 2039, "h100": 3350, "h200": 4800, "b200": 8000}
@@ -90,8 +91,10 @@ def read_earlier(path: Path, now: Mapping[str, Any], *alike: str) -> dict[str, A
         Entries that must be equal, beside schema, code and versions.
     """
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        whole = read_json(path)
+    except NotUnderstood:
+        return None
+    if not isinstance(whole, dict):
         return None
     differ = any(whole.get(key) != now[key] for key in ("schema", "code", "versions", *alike))
     return None if differ else whole

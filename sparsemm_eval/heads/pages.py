@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.requests import image_hash, truncated_images
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.errors import UserError, one_line, short_repr
 from sparsemm_eval.families import Box
+from sparsemm_eval.stored import NotUnderstood, read_json_as, read_json_lines
 from sparsemm_eval.tiny.documents import (
     PAGE,
     Document,
@@ -42,6 +43,7 @@ SYNTHDOG = "nnethercott/synthdog-en-detection"
 COCO = "detection-datasets/coco"
 # What PIL raises for a file that is no image, or a broken or an enormous one.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_MOST_OF_COCO = 1 << 30  # bytes; train2017 has 450 million
 # Shorter tokens, such as "a" or "in", stand in some category's name by chance.
 SHORTEST_OF_NAME = 3
 
@@ -230,23 +232,52 @@ def _coco_files(folder: Path) -> Iterator[Page]:
             "one of them and its images"
         )
     try:
-        table = json.loads(files[0].read_text(encoding="utf-8"))
-        names = {one["id"]: one["name"] for one in table["categories"]}
-        boxes: dict[int, list[tuple[str, list[float]]]] = {one["id"]: [] for one in table["images"]}
-        for one in table["annotations"]:
-            if not one.get("iscrowd"):
-                x, y, width, height = one["bbox"]
+        table = read_json_as(files[0], _Coco, _MOST_OF_COCO)
+        names = {one.id: one.name for one in table.categories}
+        boxes: dict[int, list[tuple[str, list[float]]]] = {one.id: [] for one in table.images}
+        for one in table.annotations:
+            if not one.iscrowd:
+                x, y, width, height = one.bbox
                 corners = [x, y, x + width, y + height]
-                boxes[one["image_id"]].append((names[one["category_id"]], corners))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+                boxes[one.image_id].append((names[one.category_id], corners))
+    except (NotUnderstood, LookupError) as error:
         raise UserError(f"{files[0]}: not a COCO instances file ({one_line(error)})") from error
     places = {path.name: path for path in sorted(folder.rglob("*")) if path.is_file()}
-    for one in table["images"]:
-        name = Path(one["file_name"]).name
+    for one in table.images:
+        name = Path(one.file_name).name
         if name not in places:
-            raise UserError(f"{files[0]}: image {one['file_name']} is not in {folder}")
+            raise UserError(f"{files[0]}: image {short_repr(one.file_name)} is not in {folder}")
         image = read_image(places[name], f"{files[0]}: the image")
-        yield _page(image, NAME_PROMPT, boxes[one["id"]], SHORTEST_OF_NAME)
+        yield _page(image, NAME_PROMPT, boxes[one.id], SHORTEST_OF_NAME)
+
+
+@dataclass(frozen=True)
+class _CocoCategory:
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _CocoImage:
+    id: int
+    file_name: str
+
+
+@dataclass(frozen=True)
+class _CocoBox:
+    """``bbox``: left, top, width and height in pixels."""
+
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    iscrowd: int = 0
+
+
+@dataclass(frozen=True)
+class _Coco:
+    categories: tuple[_CocoCategory, ...]
+    images: tuple[_CocoImage, ...]
+    annotations: tuple[_CocoBox, ...]
 
 
 class _Strict(BaseModel):
@@ -273,14 +304,10 @@ def _jsonl(path: Path, count: int) -> Iterator[Page]:
 
 
 def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], str]]:
-    try:
-        texts = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"data={path}: not a JSONL file ({one_line(error)})") from error
-    for number, text in islice(((n, text) for n, text in texts if text.strip()), count):
+    for number, value in islice(_values(path), count):
         where = f"{path}:{number}"
         try:
-            line = _Line.model_validate_json(text)
+            line = _Line.model_validate(value)
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"]))
@@ -292,6 +319,13 @@ def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], s
         except _UNREADABLE as error:
             raise UserError(f"{where}: {one_line(error)}") from error
         yield line, chunks, where
+
+
+def _values(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from read_json_lines(path)
+    except NotUnderstood as error:
+        raise UserError(f"data={path}: not a JSONL file ({one_line(error)})") from error
 
 
 def _rows(data: str, source: str, split: str) -> datasets.IterableDataset:

@@ -15,16 +15,18 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.methods import HeadScores
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.stored import NotUnderstood, parse_json, read_bytes
 
 # Below this share of the annotated characters, what was scored is not reading.
 _READS = 0.5
 # Two halves of the images whose scores rank the heads so much alike have settled.
 ENOUGH = 0.9
 _SPLITS = 20
+_MOST_BYTES = 1 << 30  # of records: some 50,000 pages of a 7B model
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,17 +95,21 @@ class PageRecords:
         self.done.extend(pages)
 
     def _read(self, path: Path) -> None:
-        text = path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        lines = whole.decode("utf-8", errors="replace").splitlines()
         try:
-            rows = [json.loads(line) for line in lines]
+            text = read_bytes(path, _MOST_BYTES)
+            whole = text[: text.rfind(b"\n") + 1]
+            lines = enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], 1)
+            rows = [_row(number, line) for number, line in lines]
             settings, pages = (rows[0], rows[1:]) if rows else (self.settings, [])
             done = [PageScore(**page | {"scores": _array(page["scores"])}) for page in pages]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
-                f"{path}: not the pages of a chase ({error}); move it away to begin anew"
+                f"{path}: not the pages of a chase ({one_line(error)}); move it away to begin anew"
             ) from error
+        if len({page.scores.shape for page in done if page.scores is not None}) > 1:
+            raise UserError(
+                f"{path}: its pages have scores of unlike models; move it away to begin anew"
+            )
         if settings != self.settings:
             other = [name for name in self.settings if settings.get(name) != self.settings[name]]
             raise UserError(
@@ -116,8 +122,18 @@ class PageRecords:
         self.done = done
 
 
+def _row(number: int, line: str) -> dict[str, Any]:
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise NotUnderstood(f"line {number} is no object")
+    return row
+
+
 def _array(values: list[list[float]] | None) -> np.ndarray | None:
-    return None if values is None else np.array(values, dtype=float)
+    array = None if values is None else np.array(values, dtype=float)
+    if array is not None and (array.ndim != 2 or not np.isfinite(array).all() or array.min() < 0):
+        raise NotUnderstood("a page's scores are not a finite number of hits a head")
+    return array
 
 
 @dataclass(frozen=True, eq=False)

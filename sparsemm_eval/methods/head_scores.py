@@ -6,7 +6,7 @@ A score file has the published format: JSON ``{"layer-head": [value per image, o
 import hashlib
 import json
 import math
-import sys
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, short_repr
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json
 
+# As files name a head. No model has a million layers.
+_KEY = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
+# So large that no mean of as many as a file can hold overflows.
+_LARGEST = 1e300
 FILE_NAME = "head_scores.json"
 
 
@@ -170,13 +175,13 @@ class HeadScores:
             Naming file, key and value, if the file is no score file or does not fit.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"head_scores={path}: there is no such file")
         try:
-            pairs = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=list)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a JSON file ({error})") from error
-        scores = cls(_pairs_to_array(pairs, path))
+            table = read_json(path)
+        except NoFile:
+            raise FileNotFoundError(f"head_scores={path}: there is no such file") from None
+        except NotUnderstood as error:
+            raise UserError(f"{path}: not a score file ({error})") from error
+        scores = cls(_table_to_array(table, path))
         if shape is not None:
             scores.check_shape(shape, str(path))
         return scores
@@ -217,27 +222,23 @@ def find_head_scores(checkpoint: Path, cached: Path, chase_command: str) -> Path
     )
 
 
-def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
-    """Pairs and not a dict: a head that is named twice must not count by its place in the file."""
-    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
-    if not is_object or not pairs:
+def _table_to_array(table: object, path: Path) -> np.ndarray:
+    if not isinstance(table, dict) or not table:
         raise UserError(f'{path}: it must be a JSON object {{"layer-head": score}}')
     entries: dict[tuple[int, int], float] = {}
-    for key, value in pairs:
+    for key, value in table.items():
         head = _parse_key(key, path)
-        if head in entries:
+        if head in entries:  # as 0-1 and 00-1
             raise UserError(f"{path}: {key} is there twice")
         entries[head] = _mean(key, value, path)
     layers = 1 + max(layer for layer, _ in entries)
     heads = 1 + max(head for _, head in entries)
-    missing = [
-        f"{layer}-{head}"
-        for layer in range(layers)
-        for head in range(heads)
-        if (layer, head) not in entries
-    ]
+    missing = layers * heads - len(entries)
     if missing:
-        raise UserError(f"{path}: no score for head {missing[0]} ({len(missing)} are missing)")
+        # Not made before they are counted: two keys can name two far corners.
+        every = ((layer, head) for layer in range(layers) for head in range(heads))
+        layer, head = next(one for one in every if one not in entries)
+        raise UserError(f"{path}: no score for head {layer}-{head} ({missing} are missing)")
     array = np.zeros((layers, heads))
     for (layer, head), value in entries.items():
         array[layer, head] = value
@@ -246,10 +247,10 @@ def _pairs_to_array(pairs: object, path: Path) -> np.ndarray:
 
 
 def _parse_key(key: str, path: Path) -> tuple[int, int]:
-    layer, dash, head = key.partition("-")
-    if not (dash and layer.isdecimal() and head.isdecimal()):
-        raise UserError(f'{path}: key {key!r} is not "layer-head", such as "12-3"')
-    return int(layer), int(head)
+    head = _KEY.fullmatch(key)
+    if head is None:
+        raise UserError(f'{path}: key {short_repr(key)} is not "layer-head", such as "12-3"')
+    return int(head[1]), int(head[2])
 
 
 def _mean(key: str, value: object, path: Path) -> float:
@@ -258,10 +259,9 @@ def _mean(key: str, value: object, path: Path) -> float:
         raise UserError(f"{path}: {key} has no value")
     for number in values:
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        # Compared and not converted: an integer may be too large for a float.
-        if not is_number or not 0 <= number <= sys.float_info.max:
+        if not is_number or not 0 <= number <= _LARGEST:
             raise UserError(
-                f"{path}: {key} is {str(number)[:40]}; a score is finite and not negative"
+                f"{path}: {key} is {short_repr(number)}; a score is finite and not negative"
             )
     return math.fsum(values) / len(values)
 

@@ -219,7 +219,10 @@ def _joined(group: list[dict[str, Any]]) -> dict[str, Any]:
     means = (
         "score", "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
     )  # fmt: skip
-    seeds = sorted({_of(row["settings"], "seed") for row in group})
+    seeds = sorted(
+        {_of(row["settings"], "seed") for row in group},
+        key=lambda seed: (isinstance(seed, str), seed),
+    )
     return group[0] | {
         **{name: frame[name].mean() for name in means},
         "spread": frame["score"].std(ddof=1),

@@ -16,7 +16,6 @@ and ``cache_bytes``, numbers or null, and any other entry, which is not read her
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -26,13 +25,15 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, short_repr
 from sparsemm_eval.report.names import METHOD_NAMES, paper_model
 from sparsemm_eval.report.paper import paper_efficiency
 from sparsemm_eval.report.provenance import SCHEMA
 from sparsemm_eval.report.results import PAPER, Unreadable, find_files
+from sparsemm_eval.stored import NotUnderstood, read_bytes, read_json
 
 KIND = "efficiency"
+_LARGEST = 1e15  # of milliseconds, tokens and bytes
 MEASURES = ("decode_ms_per_token", "peak_memory_gb")
 _OPTIONAL = ("bound_ms_per_token", "prefill_seconds", "cache_bytes")
 COLUMNS = ("model", "method", "engine", "label", "budget", "input_tokens", *MEASURES, *_OPTIONAL,
@@ -118,14 +119,14 @@ def read_efficiency(path: Path) -> pd.DataFrame:
         In one sentence that names the file, if it is none or a row has a wrong entry.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = read_json(path)
+    except NotUnderstood as error:
         raise UserError(f"{path}: it cannot be read as JSON ({error})") from error
     if not isinstance(data, dict) or data.get("kind") != KIND:
         raise UserError(f'{path}: it is no efficiency file; its "kind" must be "{KIND}"')
     schema = data.get("schema")
     if schema != SCHEMA:
-        raise UserError(f"{path}: its schema is {schema!r}; this version reads {SCHEMA}")
+        raise UserError(f"{path}: its schema is {short_repr(schema)}; this version reads {SCHEMA}")
     rows = data.get("rows")
     if not isinstance(rows, list) or not rows:
         raise UserError(f'{path}: "rows" must be a list of measurements, one or more')
@@ -134,16 +135,18 @@ def read_efficiency(path: Path) -> pd.DataFrame:
 
 def _row(row: Any, place: str, path: Path) -> dict[str, Any]:
     if not isinstance(row, Mapping):
-        raise UserError(f"{place} is {row!r}: it must be an object")
+        raise UserError(f"{place} is {short_repr(row)}: it must be an object")
     for name in ("model", "method"):
         if not isinstance(row.get(name), str) or not row[name]:
-            raise UserError(f"{place}.{name}={row.get(name)!r}: it must be a name")
+            raise UserError(f"{place}.{name}={short_repr(row.get(name))}: it must be a name")
     engine = row.get("engine")
     if not isinstance(engine, str | None):
-        raise UserError(f"{place}.engine={engine!r}: it must be a name or null")
+        raise UserError(f"{place}.engine={short_repr(engine)}: it must be a name or null")
     tokens = row.get("input_tokens")
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-        raise UserError(f"{place}.input_tokens={tokens!r}: it must be an integer of at least 1")
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= _LARGEST:
+        raise UserError(
+            f"{place}.input_tokens={short_repr(tokens)}: it must be an integer of at least 1"
+        )
     numbers = {name: _number(row, name, place) for name in ("budget", *MEASURES, *_OPTIONAL)}
     return {
         "model": paper_model(row["model"]) or row["model"],
@@ -162,8 +165,8 @@ def _number(row: Mapping[str, Any], name: str, place: str) -> float | None:
     if value is None:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise UserError(f"{place}.{name}={value!r}: it must be a number above 0, or null")
+    if not number or not 0 < value <= _LARGEST:
+        raise UserError(f"{place}.{name}={short_repr(value)}: it must be a number above 0, or null")
     return float(value)
 
 
@@ -175,5 +178,8 @@ def _label(method: str, budget: float | None, engine: str | None = None) -> str:
 
 def _states_kind(path: Path) -> bool:
     """Whether a file claims to be one: in folders, JSON of other kinds is no one's fault."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return re.search(rf'"kind"\s*:\s*"{KIND}"', text) is not None
+    try:
+        text = read_bytes(path)
+    except NotUnderstood:
+        return False
+    return re.search(rf'"kind"\s*:\s*"{KIND}"'.encode(), text) is not None

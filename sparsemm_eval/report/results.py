@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, short_repr
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.provenance import FAILED_SAMPLES, OURS, SCHEMA
+from sparsemm_eval.stored import NotUnderstood, read_json
 
 PAPER = "paper"
 FILE_COLUMNS = (
@@ -45,6 +46,8 @@ _ENTRY = {
     "hardware": dict, "model": str, "answers": str, "samples": str, "results": str,
 }  # fmt: skip
 _STDERR = ("_stderr", "_stderr_clt", "_stderr_clustered")
+# No metric's value, and no number of tokens or bytes, is larger.
+_LARGEST = 1e15
 
 
 class NotResults(ValueError):
@@ -180,7 +183,7 @@ def find_files(
     UserError
         If a path does not exist.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     closed: list[Unreadable] = []
 
     def note(error: OSError) -> None:
@@ -199,7 +202,7 @@ def find_files(
                 f"some, or the word {PAPER}"
             )
         for file in sorted(search(path)) if path.is_dir() else [path]:
-            files.setdefault(file.resolve(), file)
+            files.setdefault(os.path.realpath(file), file)
     return list(files.values()), closed
 
 
@@ -253,13 +256,9 @@ def _read(path: Path, all_metrics: bool) -> tuple[dict[str, Any], list[dict[str,
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotResults(f"it cannot be opened ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise NotResults("it is no UTF-8 text") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise NotResults(f"it is no JSON, or was cut off ({error})") from error
+        content = read_json(path)
+    except NotUnderstood as error:
+        raise NotResults(str(error)) from error
     if not isinstance(content, dict) or "results" not in content:
         raise NotResults("it is JSON, but no lmms-eval results file: it has no entry results")
     return content
@@ -272,7 +271,9 @@ def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
     for name, kind in _ENTRY.items():
         value = entry.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-            raise NotResults(f"its entry {OURS} has {name}={value!r}: it must be {kind.__name__}")
+            raise NotResults(
+                f"its entry {OURS} has {name}={short_repr(value)}: it must be {kind.__name__}"
+            )
         # First of all: what follows may look otherwise in a newer one.
         if name == "schema" and (value or 0) > SCHEMA:
             raise NotResults(
@@ -295,7 +296,8 @@ def parse_model_args(text: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    for kind in (int, float):
+    # Python neither reads nor writes integers of thousands of digits.
+    for kind in (int, float) if len(text) <= 20 else (float,):
         try:
             return kind(text)
         except ValueError:
@@ -304,11 +306,16 @@ def _value(text: str) -> Any:
 
 
 def _settings(model_args: Any) -> dict[str, Any]:
-    if isinstance(model_args, dict):
-        return dict(model_args)
     if model_args is None or isinstance(model_args, str):
         return parse_model_args(model_args or "")
-    raise NotResults(f"its config.model_args is {model_args!r}: it must be text or a mapping")
+    if not isinstance(model_args, dict):
+        words = f"its config.model_args is {short_repr(model_args)}"
+        raise NotResults(f"{words}: it must be text or a mapping")
+    return {
+        name: value if isinstance(value, str | int | float) else short_repr(value)
+        for name, value in model_args.items()
+        if value is not None
+    }
 
 
 def _method(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,11 +323,13 @@ def _method(settings: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
 
     Whether another program's model compresses its cache, its results file does not say.
     """
-    method = settings.get("method", config.get("model") or "unknown")
+    method = settings.get("method", _name(config.get("model")) or "unknown")
     numbers = ("budget", "ratio", "seed", "window")
     stated = {name: number(settings.get(name)) for name in numbers}
     if method == "fullkv":
         stated["budget"] = None
+    if stated["budget"] is not None and not 0 < stated["budget"] <= _LARGEST:
+        raise NotResults(f"its budget is {stated['budget']:g}: it must be above 0")
     stated["allocation"] = settings.get("allocation")
     return {"method": str(method), "settings": dict(settings), **stated}
 
@@ -343,7 +352,13 @@ def _model(
     if folder.name == "cells":  # the demo's: MODEL/cells/…, MODEL/mask/cells/…
         parent = folder.parent
         return (parent.parent if parent.name == "mask" else parent).name
-    return last_part(str(content.get("model_name") or _dict(content, "config").get("model")))
+    config = _dict(content, "config")
+    return last_part(_name(content.get("model_name")) or _name(config.get("model")) or "unknown")
+
+
+def _name(value: Any) -> str:
+    """A name that a file states; "" where it states none."""
+    return value if isinstance(value, str) else "" if value is None else short_repr(value)
 
 
 def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
@@ -356,18 +371,22 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
         scores.setdefault(metric, pair)
     benchmark = find_benchmark(task)
     listed = _dict(_dict(content, "configs"), task).get("metric_list")
-    named = [one.get("metric") for one in listed or () if isinstance(one, Mapping)]
+    listed = listed if isinstance(listed, list) else ()
+    named = [_name(one.get("metric")) for one in listed if isinstance(one, Mapping)]
     first = [*([] if benchmark is None else [benchmark.metric]), *named, *scores]
     rising = _dict(_dict(content, "higher_is_better"), task)
     counts = _dict(_dict(content, "n-samples"), task)
-    failed = number(_dict(content, "throughput").get(f"avg_{FAILED_SAMPLES}/{task}")) or 0
-    samples = number(counts.get("effective"))
-    samples = None if samples is None else samples - failed
+    samples, expected = (_count(task, counts, name) for name in ("effective", "original"))
+    throughput = _dict(content, "throughput")
+    failed = _count(task, throughput, f"avg_{FAILED_SAMPLES}/{task}") or 0
+    samples = None if samples is None else max(samples - failed, 0)
     rows = []
     for metric in dict.fromkeys(metric for metric in first if metric in scores):
         known = benchmark is not None and benchmark.metric == metric
         top = top_score(task, metric, samples)
         score, stderr = scores[metric]
+        if abs(score) > _LARGEST:
+            raise NotResults(f"its task {task} has {metric}={score:g}: that is no score")
         rows.append(
             {
                 "task": task,
@@ -380,11 +399,18 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
                 "score": score / top,
                 "stderr": None if stderr is None else stderr / top,
                 "samples": samples,
-                "expected": number(counts.get("original")),
+                "expected": expected,
                 "failed": failed,
             }
         )
     return rows
+
+
+def _count(task: str, counts: Mapping[str, Any], name: str) -> float | None:
+    count = number(counts.get(name))
+    if count is not None and not 0 <= count <= _LARGEST:
+        raise NotResults(f"its task {task} has {name} samples {count:g}: it must be 0 or more")
+    return count
 
 
 def scores_of(values: Mapping[str, Any]) -> Iterator[tuple[str, tuple[float, float | None]]]:
@@ -401,18 +427,25 @@ def number(value: Any) -> float | None:
     """A number that is one; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    # Compared and not asked: an integer may be too large for a float.
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def _measured(content: Mapping[str, Any], tasks: int) -> dict[str, float | None]:
     """What was kept; unknown where a file holds several tasks, as lmms-eval adds them up."""
     throughput = _dict(content, "throughput") if tasks == 1 else {}
-    return {name: number(throughput.get(key)) for key, name in MEASURED.items()}
+    measured = {name: number(throughput.get(key)) for key, name in MEASURED.items()}
+    return {
+        name: value if value is not None and 0 <= value <= _LARGEST else None
+        for name, value in measured.items()
+    }
 
 
 def _samples_files(path: Path, task: str) -> tuple[str, ...]:
-    file = path.with_name(f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl")
-    return (str(file),) if file.is_file() else ()
+    file = f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl"
+    if "/" in task or not os.path.lexists(path.parent / file):
+        return ()
+    return (str(path.parent / file),)
 
 
 def _about(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,9 @@ import pandas as pd
 from sparsemm_eval.report.cider import cider, plain_words, treebank_words
 from sparsemm_eval.report.names import find_benchmark
 from sparsemm_eval.report.results import number
+from sparsemm_eval.stored import NotUnderstood, read_json_lines
 
+_DOCUMENTS = range(2**53)  # beyond, a page's script knows no numbers one by one
 # Relative; lmms-eval's own means are rounded in their last bits.
 _CLOSE = 1e-6
 Scores = dict[Any, float]  # by doc_id
@@ -67,16 +68,13 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
-            for place, text in enumerate(file, 1):
-                line = json.loads(text)
-                if not isinstance(line, dict) or "doc_id" not in line:
-                    raise NoScores(f"{path}, line {place}: it is no answer with a doc_id")
-                yield line
-    except json.JSONDecodeError as error:
-        raise NoScores(f"{path}, line {place}: it is no JSON, or was cut off") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise NoScores(f"{path}: it cannot be read ({error})") from error
+        for place, line in read_json_lines(path):
+            doc_id = line.get("doc_id") if isinstance(line, dict) else None
+            if not isinstance(doc_id, int) or doc_id not in _DOCUMENTS:
+                raise NoScores(f"{path}, line {place}: it is no answer with a doc_id, a number")
+            yield line
+    except NotUnderstood as error:
+        raise NoScores(f"{path}: {error}") from error
 
 
 def score_samples(cells: pd.DataFrame) -> SampleScores:
@@ -175,6 +173,20 @@ def _stated(metric: str, paths: list[Path]) -> list[Scores | NoScores]:
 _CIRCLE = 1_000_000
 
 
+_NO_OPTIONS = dict.fromkeys("ABCD")
+
+
+def _is_choice(item: Any) -> bool:
+    """Whether it is what the rule reads: text where it looks for text."""
+    return (
+        isinstance(item, Mapping)
+        and isinstance(item.get("index"), int)
+        and isinstance(item.get("answer"), str)
+        and "prediction" in item
+        and all(isinstance(item.get(option), str | int | float | None) for option in _NO_OPTIONS)
+    )
+
+
 class _Rows(list):
     """As much of a DataFrame as lmms-eval's rule reads; a real one takes a second for 1,000."""
 
@@ -193,9 +205,11 @@ def _mmbench(metric: str, paths: list[Path]) -> list[Scores | NoScores]:
     known: dict[tuple, float] = {}
 
     def judge(group: list[Mapping[str, Any]]) -> float:
-        key = tuple((one["index"], one["prediction"], one["answer"]) for one in group)
+        key = tuple((one["index"], str(one["prediction"]), one["answer"]) for one in group)
         if key not in known:
-            rows = _Rows({**one, "prediction": str(one["prediction"])} for one in group)
+            rows = _Rows(
+                {**_NO_OPTIONS, **one, "prediction": str(one["prediction"])} for one in group
+            )
             answers = {one["index"]: one["answer"] for one in group}
             known[key] = float(evaluator.eval_sub_data(rows, answers, static_only=True))
         return known[key]
@@ -205,7 +219,7 @@ def _mmbench(metric: str, paths: list[Path]) -> list[Scores | NoScores]:
         documents: dict[int, Any] = {}
         for line in _lines(path):
             item = line.get(metric)
-            if not isinstance(item, Mapping) or not {"index", "prediction", "answer"} <= {*item}:
+            if not _is_choice(item):
                 raise NoScores(f"document {line['doc_id']} has no index, answer and prediction")
             question = item["index"] % _CIRCLE
             groups.setdefault(question, []).append(item)
@@ -218,6 +232,17 @@ def _mmbench(metric: str, paths: list[Path]) -> list[Scores | NoScores]:
 
 
 # --- TextCaps: CIDEr ----------------------------------------------------------------------------
+
+
+def _is_caption(item: Any) -> bool:
+    captions = item.get("answer") if isinstance(item, Mapping) else None
+    return (
+        isinstance(captions, list)
+        and bool(captions)
+        and all(isinstance(text, str) for text in captions)
+        and isinstance(item.get("image_id"), int | str)
+        and isinstance(item.get("pred"), str)
+    )
 
 
 @dataclass(frozen=True)
@@ -246,7 +271,7 @@ def _captions(
         answered = []
         for line in _lines(path):
             item = line.get(metric)
-            if not isinstance(item, Mapping) or not {"image_id", "pred", "answer"} <= {*item}:
+            if not _is_caption(item):
                 raise NoScores(f"document {line['doc_id']} has no image, captions and answer")
             image = item["image_id"]
             if references.setdefault(image, item["answer"]) != item["answer"]:

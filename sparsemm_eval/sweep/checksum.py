@@ -11,9 +11,11 @@ from pathlib import Path
 from loguru import logger
 
 from sparsemm_eval.engine.answers import Answer
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import OURS
 from sparsemm_eval.report.results import content_hash
+from sparsemm_eval.stored import NotUnderstood, read_json
 
 _HASHES = ("answers", "samples", "results")
 
@@ -38,7 +40,10 @@ def write_checksums(results: Path, samples: Path, answers: str) -> None:
     answers : str
         The hash of the answers that were scored, by `answers_hash`.
     """
-    content = json.loads(results.read_text(encoding="utf-8"))
+    try:
+        content = read_json(results)
+    except NotUnderstood as error:
+        raise UserError(f"{results}: what lmms-eval wrote here cannot be used: {error}") from error
     content[OURS] = {
         **content.get(OURS, {}),
         "answers": answers,
@@ -59,8 +64,8 @@ def scored_answers(results: Path, samples: Path) -> str | None:
     if not results.is_file():
         return None
     try:
-        content = json.loads(results.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = read_json(results)
+    except NotUnderstood as error:
         raise Broken(f"{results}: not a readable results file ({error})") from error
     if not isinstance(content, dict):
         raise Broken(f"{results}: not a results file")

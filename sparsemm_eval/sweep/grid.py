@@ -43,7 +43,9 @@ from sparsemm_eval.tiny import find_checkpoint
 _KEYS = {"budget": "budgets", "seed": "seeds"}
 _SETTINGS = {key: setting for setting, key in _KEYS.items()}
 _NO_MASK = "none"
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
+# Cells and jobs of a grid, entries of a list in it, and jobs of a task. More are a slip.
+_MOST, _MOST_ENTRIES, MOST_SHARDS = 100_000, 1000, 1000
 
 
 class _Misplaced(ValueError):
@@ -56,7 +58,10 @@ class _Misplaced(ValueError):
 
 def _check_name(value: Any) -> Any:
     if isinstance(value, str) and not _NAME.fullmatch(value):
-        raise UserError(f"{value!r} names files: it must be letters, digits and any of . _ + -")
+        raise UserError(
+            f"{short_repr(value)} names files: it must be letters, digits and any of . _ + -, at "
+            "most 100"
+        )
     return value
 
 
@@ -64,9 +69,9 @@ def _check_each(shards: Any) -> Any:
     """A number for all tasks, or one a task."""
     if isinstance(shards, Mapping):
         for task, number in shards.items():
-            _at((task,), check_int, f"shards of {task}", number, 1)
+            _at((task,), check_int, f"shards of {task}", number, 1, MOST_SHARDS)
     else:
-        check_int("shards", shards, least=1)
+        check_int("shards", shards, least=1, most=MOST_SHARDS)
     return shards
 
 
@@ -183,12 +188,12 @@ class Grid(BaseModel):
     model_config = _STRICT
 
     name: _Name
-    models: list[ModelSpec] = Field(min_length=1)
-    tasks: list[_Name] = Field(min_length=1)
-    methods: list[str] = Field(min_length=1)
+    models: list[ModelSpec] = Field(min_length=1, max_length=_MOST_ENTRIES)
+    tasks: list[_Name] = Field(min_length=1, max_length=_MOST_ENTRIES)
+    methods: list[str] = Field(min_length=1, max_length=_MOST_ENTRIES)
     axes: dict[str, list[Any]] = {}
-    samples: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=1, ge=1)
+    samples: int | None = Field(default=None, ge=1, le=10**9)
+    batch_size: int = Field(default=1, ge=1, le=10**6)
     shards: Annotated[int | dict, BeforeValidator(_check_each)] = 1
     notes: list[str] = []
 
@@ -273,6 +278,7 @@ class Grid(BaseModel):
     def _check(self) -> Grid:
         for name in self.methods:
             _at(("methods", self.methods.index(name)), check_method, name)
+        self._check_count()
         self._check_twice("models", [model.name for model in self.models])
         for key in ("tasks", "methods"):
             self._check_twice(key, getattr(self, key))
@@ -283,6 +289,22 @@ class Grid(BaseModel):
                 _at(("shards", task), check_choice, "shards of task", task, self.tasks)
         self._check_cells()
         return self
+
+    def _check_count(self) -> None:
+        """Count cells and jobs before any is made."""
+        cells = sum(
+            math.prod(len(self.axes.get(one.name, [None])) for one in settings_of(name))
+            for name in self.methods
+        )
+        cells *= math.prod(len(self.axes.get(name, [None])) for name in MASK_SETTINGS)
+        cells *= len(self.models) * len(self.tasks)
+        jobs = len(self.models) * sum(map(self.shards_of, self.tasks))
+        for name, count in (("cells", cells), ("jobs", jobs)):
+            if count > _MOST:
+                raise _Misplaced(
+                    f"its models, tasks and values make {count:,} {name}: a sweep has at most "
+                    f"{_MOST:,}; leave some out"
+                )
 
     def _check_axes(self) -> None:
         """Read every axis, and fill in those that are not given."""

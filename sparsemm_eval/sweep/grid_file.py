@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,13 @@ from pydantic import ValidationError
 
 from sparsemm_eval.errors import UserError, one_line, short_repr
 from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.stored import NotUnderstood, read_text
 from sparsemm_eval.sweep.grid import Grid, ModelSpec
+
+_MOST_BYTES = 1 << 20
+# Characters of one value of a grid, and values in it.
+_LONGEST = 10_000
+_MOST_VALUES = 500_000
 
 
 def read_grid(name_or_path: str | Path) -> Grid:
@@ -32,9 +39,9 @@ def read_grid(name_or_path: str | Path) -> Grid:
             f"of a YAML file, or one of {known}"
         )
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: it is no UTF-8 text ({error.reason})") from error
+        text = read_text(path, _MOST_BYTES)
+    except NotUnderstood as error:
+        raise UserError(f"{path}: {error}") from error
     return parse_grid(text, path)
 
 
@@ -49,11 +56,15 @@ def parse_grid(text: str, path: Path) -> Grid:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         twice = _repeated_key(root)
-        values = yaml.safe_load(text)
+        if twice is None:
+            _check_bounds(root, path)
+        values = None if twice else yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{line}: it is no YAML ({one_line(error.problem)})") from error
+    except UserError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: it is no YAML ({one_line(error)})") from error
     if twice is not None:
@@ -87,6 +98,35 @@ def grids_folder() -> Path:
     return tasks_folder() / "grids"
 
 
+def _check_bounds(root: yaml.Node | None, path: Path) -> None:
+    """Refuse what a few bytes of YAML can make endless, before any value is made of them."""
+    if root is not None and (size := _size(root, path, {})) > _MOST_VALUES:
+        count = "without end" if size == math.inf else f"{size:,} values"
+        raise UserError(
+            f"{path}: its anchors and aliases, written out, are {count}; a grid has at most "
+            f"{_MOST_VALUES:,}"
+        )
+
+
+def _size(node: yaml.Node, path: Path, known: dict[int, float]) -> float:
+    """How many values a node holds where what is named twice counts twice."""
+    if isinstance(node, yaml.ScalarNode):
+        if len(node.value) > _LONGEST:
+            raise UserError(
+                f"{path}, line {node.start_mark.line + 1}: {short_repr(node.value)} has "
+                f"{len(node.value):,} characters; a value of a grid has at most {_LONGEST:,}"
+            )
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # as long as it is not known: it may hold itself
+        parts = node.value
+        inner = (
+            [one for pair in parts for one in pair] if isinstance(node, yaml.MappingNode) else parts
+        )
+        known[id(node)] = 1 + sum(_size(one, path, known) for one in inner)
+    return known[id(node)]
+
+
 def _repeated_key(root: yaml.Node | None) -> yaml.Node | None:
     """The first key that stands twice in one mapping: YAML would take the last without a word."""
     todo, seen = [root], set()
@@ -98,7 +138,7 @@ def _repeated_key(root: yaml.Node | None) -> yaml.Node | None:
         if isinstance(node, yaml.MappingNode):
             names = set()
             for key, value in node.value:
-                if key.value in names and isinstance(key, yaml.ScalarNode):
+                if isinstance(key, yaml.ScalarNode) and key.value in names:
                     return key
                 names |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
                 todo += [key, value]
@@ -138,8 +178,12 @@ def _sentence(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     else:
         if kind == "too_short":
             needed = "it is empty; give at least one"
+        elif kind == "too_long":
+            needed = f"it must have at most {first['ctx']['max_length']:,} entries"
         elif kind == "greater_than_equal":
             needed = f"it must be at least {first['ctx']['ge']}"
+        elif kind == "less_than_equal":
+            needed = f"it must be at most {first['ctx']['le']:,}"
         elif kind in _KINDS:
             needed = f"it must be {_KINDS[kind]}"
         else:

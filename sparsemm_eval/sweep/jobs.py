@@ -168,15 +168,16 @@ def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
     UserError
         If there cannot be so many.
     """
+    from sparsemm_eval.sweep.grid import MOST_SHARDS
+    from sparsemm_eval.sweep.grid_file import read_grid
+
     if shards is not None:
-        check_int("shards", shards, least=1)
+        check_int("shards", shards, least=1, most=MOST_SHARDS)
         return grid.model_copy(update={"shards": shards})
     path = out / "grid.yaml"
     if not path.is_file():
         return grid
-    from sparsemm_eval.sweep.grid_file import parse_grid
-
-    before = parse_grid(path.read_text(encoding="utf-8"), path)
+    before = read_grid(path)
     same = grid.model_copy(update={"shards": before.shards})
     return same if same.resolved() == before.resolved() else grid
 

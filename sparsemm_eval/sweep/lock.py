@@ -8,11 +8,14 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from loguru import logger
+
+from sparsemm_eval.errors import printable
+from sparsemm_eval.stored import NotUnderstood, read_text
 
 # `status` holds a lock for an instant when it looks whether it is free.
 PATIENCE = 0.5
@@ -57,7 +60,7 @@ def holder(path: Path) -> str | None:
     """Who holds a lock file, in words; None if nobody does."""
     if not held(path):
         return None
-    return path.read_text(encoding="utf-8") or _UNKNOWN
+    return _named(path)
 
 
 def held(path: Path) -> bool:
@@ -106,13 +109,20 @@ def _acquire(file: IO, path: Path, wait: bool) -> None:
     # Not LOCK_EX without LOCK_NB: on some network file systems that never returns.
     told = False
     while not seize(file):
-        name = path.read_text(encoding="utf-8") or _UNKNOWN
+        name = _named(path)
         if not wait:
             raise busy(path.parent.parent, path.stem, name)
         if not told:
             logger.warning(f"waiting for {name}, which is on {path.stem} of {path.parent.parent}")
             told = True
         time.sleep(1)
+
+
+def _named(path: Path) -> str:
+    """Who wrote its name into a lock file last."""
+    with suppress(NotUnderstood):
+        return printable(read_text(path, most=1000)) or _UNKNOWN
+    return _UNKNOWN
 
 
 def _try(file: IO, kind: int) -> bool:

@@ -11,7 +11,7 @@ from sparsemm_eval.engine.answers import Answer, AnswerStore, tally
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.sweep.grid import Grid
-from sparsemm_eval.sweep.grid_file import parse_grid
+from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.plan import Plan, answers_folder, continuing, planned_jobs
 
 _SHOWN = 20
@@ -156,8 +156,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read(folder: Path) -> tuple[Grid, Plan]:
-    path = folder / "grid.yaml"
-    return parse_grid(path.read_text(encoding="utf-8"), path), Plan.read(folder)
+    return read_grid(folder / "grid.yaml"), Plan.read(folder)
 
 
 def _without_shards(grid: Grid) -> str:

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, short_repr
 from sparsemm_eval.paths import write_whole
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as
 
 if TYPE_CHECKING:  # a grid knows methods and models, and a plan is read without them
     from sparsemm_eval.sweep.grid import Job
@@ -28,6 +29,14 @@ class PlannedJob:
     shard: int
     shards: int
     samples: int
+
+    def __post_init__(self) -> None:
+        _check_file_names(self.name, self.model)
+        if not 0 <= self.shard < self.shards or self.samples < 0:
+            raise UserError(
+                f"{self.name}: shard {self.shard} of {self.shards} with {self.samples} samples: "
+                "there is no such job"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,11 @@ class PlannedCell:
     samples: int
     results: str
 
+    def __post_init__(self) -> None:
+        _check_file_names(self.model, *self.results.split("/"))
+        if self.samples < 0:
+            raise UserError(f"{self.words}: it cannot have {self.samples} samples")
+
     def asks(self, document: str) -> bool:
         """Whether a document, named "split number", is one of the first so many of its task."""
         return number_of(document) < self.samples
@@ -66,6 +80,13 @@ class PlannedCell:
 def number_of(document: str) -> int:
     """A document's number in its data set, out of "split number"."""
     return int(document.split()[-1])
+
+
+def _check_file_names(*names: str) -> None:
+    """A plan names files of its own folder, whoever wrote it."""
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise UserError(f"{short_repr(name)}: it names a file and must be its name alone")
 
 
 @dataclass(frozen=True)
@@ -90,19 +111,13 @@ class Plan:
             If the file is broken.
         """
         path = out / "plan.json"
-        if not path.is_file():
-            return None
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                tuple(PlannedJob(**job) for job in stored["jobs"]),
-                tuple(PlannedCell(**cell) for cell in stored["cells"]),
-                dict(stored.get("plugins", {})),
-                int(stored.get("allow_failed", 0)),
-            )
-        except (ValueError, LookupError, TypeError) as error:
+            return read_json_as(path, cls)
+        except NoFile:
+            return None
+        except NotUnderstood as error:
             raise UserError(
-                f"{path}: not a readable plan of a sweep ({error!r}); move it away and run the "
+                f"{path}: not a readable plan of a sweep ({error}); move it away and run the "
                 "sweep again, its answers stay"
             ) from error
 
@@ -128,7 +143,7 @@ class Plan:
 
 
 def planned_jobs(jobs: Iterable[Job], counts: Mapping[str, int]) -> tuple[PlannedJob, ...]:
-    """A grid's jobs on tasks of so many documents.
+    """A grid's jobs on tasks of so many documents; what would have none is left out.
 
     Parameters
     ----------
@@ -147,6 +162,7 @@ def planned_jobs(jobs: Iterable[Job], counts: Mapping[str, int]) -> tuple[Planne
             len(range(job.shard, counts[job.task], job.shards)),
         )
         for job in jobs
+        if job.shard < counts[job.task]
     )
 
 

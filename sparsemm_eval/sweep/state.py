@@ -6,13 +6,14 @@ import json
 import shutil
 import socket
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as
 from sparsemm_eval.sweep.lock import held, holder, killed
 from sparsemm_eval.sweep.plan import lock_file
 
@@ -61,6 +62,13 @@ class Record:
     host: str = ""
     pid: int = 0
 
+    def __post_init__(self) -> None:
+        # A number below 1 would stand for groups of processes where a signal is sent.
+        if self.pid < 0 or self.attempts < 0:
+            raise UserError(
+                f"{self.name}: process {self.pid}, attempt {self.attempts}: neither can be negative"
+            )
+
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
@@ -95,12 +103,15 @@ def read_record(out: Path, name: str) -> Record | None:
     UserError
         If the file is broken.
     """
-    return _stored(_record_file(out, name), lambda fields: Record(**fields))
+    return _stored(_record_file(out, name), Record)
 
 
 def take_record(out: Path, name: str) -> Record | None:
-    """Read the record of a job and remove it, as the job is submitted anew."""
-    record = read_record(out, name)
+    """Read the record of a job and remove it, as the job is submitted anew; so is a broken one."""
+    try:
+        record = read_record(out, name)
+    except UserError:
+        record = None
     _record_file(out, name).unlink(missing_ok=True)
     return record
 
@@ -133,11 +144,21 @@ class States:
     ----------
     out : Path
         The sweep's folder.
+
+    Attributes
+    ----------
+    broken : list of str
+        A sentence if Slurm's numbers cannot be read; jobs are then as if they were not Slurm's.
     """
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self.ids = read_ids(out)
+        self.broken: list[str] = []
+        self.ids: dict[str, str] = {}
+        try:
+            self.ids = read_ids(out)
+        except UserError as error:
+            self.broken.append(str(error))
         queue = lock_file(out, QUEUE)
         self._queue, self._killed = holder(queue), killed(queue)
         self._slurm: Mapping[str, tuple[str, str]] | None = _ask_slurm(self.ids.values())
@@ -160,7 +181,11 @@ class States:
         on_it = holder(lock_file(self.out, name))
         if on_it is not None:
             return RUNNING, on_it
-        record = read_record(self.out, name)
+        try:
+            record = read_record(self.out, name)
+        except UserError as error:
+            state = RUNNING if held(log_file(self.out, name)) else DONE if complete else FAILED
+            return state, str(error)
         number = self.ids.get(name)
         if record is not None and held(log_file(self.out, name)):
             return RUNNING, f"{record}, Slurm's {number}" if number else str(record)
@@ -206,7 +231,7 @@ class States:
 
 def read_ids(out: Path) -> dict[str, str]:
     """Slurm's own numbers, such as 12_3, by job; of jobs that were last given to Slurm."""
-    return _stored(_ids_file(out), dict) or {}
+    return _stored(_ids_file(out), dict[str, str]) or {}
 
 
 def write_ids(out: Path, ids: Mapping[str, str]) -> None:
@@ -214,13 +239,13 @@ def write_ids(out: Path, ids: Mapping[str, str]) -> None:
     write_whole(_ids_file(out), json.dumps(dict(ids), indent=1))
 
 
-def _stored(path: Path, build: Callable[[dict[str, Any]], T]) -> T | None:
-    """What is built of a JSON file; None if there is no such file."""
+def _stored(path: Path, kind: type[T]) -> T | None:
+    """What a JSON file holds; None if there is no such file."""
     try:
-        return build(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return read_json_as(path, kind)
+    except NoFile:
         return None
-    except (ValueError, TypeError) as error:
+    except NotUnderstood as error:
         raise UserError(
             f"{path}: not a readable record of a job ({error}); remove it, answers are elsewhere"
         ) from error

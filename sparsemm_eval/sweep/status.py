@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from sparsemm_eval.engine.answers import Tally, tally
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, printable, short_repr
 from sparsemm_eval.sweep.checksum import Broken, scored_answers
 from sparsemm_eval.sweep.plan import (
     Plan,
@@ -120,7 +120,7 @@ class Status:
         )
         lines = [
             f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
-            + (f"running, {'; '.join(running)}" if running else "not running"),
+            + (f"running, {printable('; '.join(running))}" if running else "not running"),
             *filter(None, [self.time_left]),
             "",
             _jobs_table(self.jobs, self.scoring_state),
@@ -130,7 +130,7 @@ class Status:
         titles = ("failed", "left out, failed", "broken")
         for title, said in zip(titles, (self.failures, self.left_out, self.broken), strict=True):
             if said:
-                lines += ["", *(f"{title}: {line}" for line in said)]
+                lines += ["", *(f"{title}: {printable(line)}" for line in said)]
         return "\n".join(lines)
 
 
@@ -159,6 +159,7 @@ def status(out: Path) -> Status:
         tallies[model], files = tally(answers_folder(out, model))
         broken += [f"{path}: {cause}" for path, cause in files.items()]
     states = States(out)
+    broken += states.broken
     jobs = tuple(_job(job, plan, tallies[job.model], out, states) for job in plan.jobs)
     cells = tuple(_cell(cell, plan, tallies[cell.model], out, broken) for cell in plan.cells)
     failures = _failures(plan, tallies)
@@ -315,27 +316,27 @@ def _failures(plan: Plan, tallies: Mapping[str, Mapping[str, Tally]]) -> list[tu
 def _jobs_table(jobs: Iterable[JobStatus], scoring: tuple[str, str]) -> str:
     rows = [
         {
-            "job": job.job.name,
-            "state": job.state,
+            "job": printable(job.job.name),
+            "state": printable(job.state),
             "done": job.done,
             "expected": job.expected,
             "failed": job.failed,
-            "": job.reason,
+            "": printable(job.reason),
         }
         for job in jobs
     ]
     if scoring[0] != OPEN:
         none = dict.fromkeys(("done", "expected", "failed"), "")
-        rows.append({"job": SCORING, "state": scoring[0], **none, "": scoring[1]})
+        rows.append({"job": SCORING, "state": scoring[0], **none, "": printable(scoring[1])})
     return pd.DataFrame(rows).to_string(index=False)
 
 
 def _cells_table(cells: Iterable[CellStatus]) -> str:
     return pd.DataFrame(
         {
-            "model": cell.cell.model,
-            "task": cell.cell.task,
-            "cell": " ".join(map(_setting, cell.cell.settings.items())),
+            "model": printable(cell.cell.model),
+            "task": printable(cell.cell.task),
+            "cell": printable(" ".join(map(_setting, cell.cell.settings.items()))),
             "done": cell.done,
             "expected": cell.cell.samples,
             "failed": cell.failed,
@@ -347,4 +348,5 @@ def _cells_table(cells: Iterable[CellStatus]) -> str:
 
 def _setting(item: tuple[str, Any]) -> str:
     name, value = item
-    return str(value) if name == "method" else f"{name}={value}"
+    text = value if isinstance(value, str) else short_repr(value)
+    return text if name == "method" else f"{name}={text}"

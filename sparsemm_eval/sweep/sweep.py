@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import yaml
 from accelerate import PartialState
 from lmms_eval.tasks import TaskManager
 from loguru import logger
@@ -32,6 +31,7 @@ from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import method_label
 from sparsemm_eval.report.results import load
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_text
 from sparsemm_eval.sweep.checks import check_data, check_models, check_space, count_documents
 from sparsemm_eval.sweep.checksum import (
     Broken,
@@ -246,7 +246,7 @@ class _Process:
         replace: bool = False,
         allow_failed: int = 0,
     ) -> None:
-        self.grid, self.out, self.jobs, self.wait = grid, out, jobs, wait
+        self.grid, self.out, self.wait = grid, out, wait
         self.manager, self.allow_failed = manager, allow_failed
         self.plugins = {plugin.name: plugin.digest for plugin in plugins}
         provenance = provenance_on(find_device(), command)
@@ -263,6 +263,7 @@ class _Process:
         check_data(manager, tasks)
         checkpoints = check_models(specs)
         counts = count_documents(manager, tasks, grid.samples)
+        self.jobs = [job for job in jobs if job.shard < counts[job.task]]
         check_space(out, sum(counts.values()) * len(self.cells) * len(specs) - _answers(out))
         self.runners = {
             spec.name: make_runner(
@@ -502,19 +503,25 @@ def _refuse_other_grid(grid: Grid, out: Path) -> None:
 
 def _name_there(out: Path) -> str | None:
     """The name of the grid whose sweep a folder holds; None if it holds none."""
-    path = out / "grid.yaml"
-    if not path.is_file():
-        return None
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["name"]
+    lines = _grid_there(out)
+    return lines[0].removeprefix("name: ").strip("'") if lines else None
 
 
 def _other_grid(grid: Grid, out: Path) -> bool:
     """Whether a folder holds the sweep of a grid that differs in more than its name."""
+    lines = _grid_there(out)
+    return bool(lines) and lines[1:] != grid.resolved().splitlines()[1:]
+
+
+def _grid_there(out: Path) -> list[str]:
+    """Lines of the grid whose sweep a folder holds, its name first; none if it holds none."""
     path = out / "grid.yaml"
-    if not path.is_file():
-        return False
-    mine = grid.resolved().splitlines()
-    return path.read_text(encoding="utf-8").splitlines()[1:] != mine[1:]
+    try:
+        return read_text(path).splitlines()
+    except NoFile:
+        return []
+    except NotUnderstood as error:
+        raise UserError(f"{path}: {error}; choose another folder, or move it away") from error
 
 
 def _refuse_other_sweep(jobs: Sequence[Job], out: Path) -> None:

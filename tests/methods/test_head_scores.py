@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores, ModelShape
 
 
@@ -246,17 +248,40 @@ def test_another_models_scores_are_refused(
 def test_a_head_named_twice_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "twice.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"twice\.json: 0+-\d is there twice"):
+    with pytest.raises(ValueError, match=r"twice\.json: .*0+-\d'? is there twice"):
         HeadScores.read(path)
 
 
 def test_a_number_beyond_float_is_named_with_its_key(tmp_path: Path) -> None:
     path = tmp_path / "huge.json"
     path.write_text('{"0-0": 1, "0-1": 1' + 400 * "0" + "}")
-    with pytest.raises(ValueError, match=r"huge\.json: 0-1 is 1000"):
+    with pytest.raises(ValueError, match=r"huge\.json: .*1000.* 401 digits"):
         HeadScores.read(path)
 
 
 def test_scores_whose_sum_overflows_are_refused() -> None:
     with pytest.raises(ValueError, match="too large"):
         HeadScores([[1e308, 1e308, 1e308, 0]])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"0-0": 1, "99999-99999": 1}', "no score for head 0-1 (9999999998 are missing)"),
+        ('{"0-0": 1, "999999-0": 1}', "no score for head 1-0 (999998 are missing)"),
+        (f'{{"{"9" * 5000}-0": 1}}', 'is not "layer-head"'),
+        (f'{{"0-0": {"[" * 5000}', "not a score file"),
+        ('{"0-0": [1.7e308, 1.7e308, 1.7e308]}', "0-0 is 1.7e+308"),
+        ('{"0-0": [[[[[[]]]]]]}', "0-0 is ["),
+        ('{"\u0661-0": 1}', 'is not "layer-head"'),
+    ],
+)
+def test_a_small_file_never_takes_much_memory(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "small.json"
+    path.write_text(text)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        HeadScores.read(path)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    assert len(str(caught.value)) < 300

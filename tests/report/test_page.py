@@ -141,7 +141,7 @@ def test_a_samples_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     path = write_cell(tmp_path, "snapkv", 64, WRONG)
     samples = next(tmp_path.glob(f"{path.name.removesuffix('_results.json')}_samples_*"))
     samples.write_text(samples.read_text()[:-9])
-    assert f"Not compared: {samples}, line 4" in page(tmp_path)
+    assert f"Not compared: {samples}: line 4" in page(tmp_path)
 
 
 def test_the_papers_numbers_alone_make_a_page(tmp_path: Path) -> None:

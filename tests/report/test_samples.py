@@ -143,7 +143,7 @@ LINES = {
     '{"doc_id": 4}': "document 4 has no number for anls",
     '{"doc_id": 4, "anls": "N/A"}': "document 4 has no number for anls",
     "": "their mean is nan",
-    "\udcff": "it cannot be read",
+    "\udcff": "it is no UTF-8 text",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import string
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from lmms_eval.tasks import TaskManager
 
 from sparsemm_eval.engine.cell import model_settings
 from sparsemm_eval.engine.lmms import SparseMM
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep import demo
 from sparsemm_eval.sweep.estimate import shape_of
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.grid_file import grids_folder, parse_grid, read_grid
+from sparsemm_eval.sweep.plan import planned_jobs
 from sparsemm_eval.tiny import embedded_checkpoints
 
 SHIPPED = sorted(path.stem for path in grids_folder().glob("*.yaml"))
@@ -309,6 +312,59 @@ def test_what_cannot_be_is_one_sentence_with_its_place(changed: dict, words: str
     assert words in message
     assert message.startswith("some.yaml, line ")
     assert "\n" not in message
+
+
+_BOMB = "a: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30)
+)
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    (f"{_BOMB}name: *a29\ntasks: *a28", "its anchors and aliases, written out, are "),
+    ("name: &x [*x]", "its anchors and aliases, written out, are without end"),
+    (f"name: {'1:' * 6000}1", "line 1: '1:1:1:1:1"),
+    ("? [a]\n: b", "it is no YAML"),
+    ("? [a]\n: b\n? [a]\n: b", "it is no YAML"),
+    (f"tasks: {'[' * 20_000}", "it is no YAML"),
+])  # fmt: skip
+def test_a_few_bytes_never_take_long_or_much_memory(text: str, words: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"^some\.yaml") as caught:
+        parse_grid(text, PATH)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    ({"shards": 2_000_000}, "shards=2000000: it must be at most 1000"),
+    ({"shards": {"gqa": 10**9}}, "shards of gqa=1000000000: it must be at most 1000"),
+    ({"budgets": [*range(32, 400)], "kernel_size": [*range(1, 601, 2)]}, "make 110,400 cells"),
+    ({"tasks": [f"t{n}" for n in range(500)], "shards": 900}, "make 450,000 jobs"),
+    ({"tasks": [f"t{n}" for n in range(1500)]}, "it must have at most 1,000 entries"),
+    ({"notes": {"a": [["x" * 5000] * 50] * 50}}, "notes={'a': [['xxx"),
+    ({"samples": 10**30}, "samples=1000000000000000000000000000000: it must be at most"),
+    ({"name": "n" * 101}, "names files"),
+])  # fmt: skip
+def test_bounds_are_looked_at_before_anything_is_made(changed: dict, words: str) -> None:
+    with pytest.raises(UserError, match=r"^some\.yaml, line ") as caught:
+        grid_of(**changed)
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_anchors_that_stay_small_are_read() -> None:
+    """As PyYAML itself writes a value that stands in two places."""
+    settings = {"dtype": "float32"}
+    models = [{**MODELS[0], "name": name, "settings": settings} for name in ("a", "b")]
+    models[1]["pretrained"] = "embedded:llava_next"
+    assert "&id001" in yaml.safe_dump(models)
+    assert grid_of(models=models).models[1].settings == settings
+
+
+def test_jobs_without_a_sample_are_not_planned() -> None:
+    jobs = planned_jobs(grid_of(shards=1000, tasks=["gqa"]).jobs(), {"gqa": 4})
+    assert [(job.shard, job.samples) for job in jobs] == [(n, 1) for n in range(4)]
 
 
 def test_the_line_is_that_of_the_value() -> None:

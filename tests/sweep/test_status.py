@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.engine.answers import Answer, AnswerStore, answer_key
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.checksum import answers_hash, write_checksums
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
+from sparsemm_eval.sweep.state import Record
 from sparsemm_eval.sweep.status import samples_file, status
 
 SAMPLES = 7
@@ -188,3 +190,61 @@ def test_nothing_heavy_is_imported(out: Path) -> None:
         [sys.executable, "-c", script, str(out)], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"pid": "5"}', '{"name": 3}', '{"name": "x", "pid": -1}', "[" * 9999]
+)
+def test_a_record_that_is_not_understood_is_shown_beside_the_rest(out: Path, text: str) -> None:
+    write(out, "small", CELLS[0], *range(SAMPLES))
+    (out / "jobs" / "slurm").mkdir(parents=True)
+    (out / "jobs" / "small@t@1of2.json").write_text(text)
+    (out / "jobs" / "slurm" / "ids.json").write_text('{"small@t@1of2": 12}')
+    (out / "cells" / "large").mkdir(parents=True)
+    (out / "cells" / "large" / "t-0_results.json").write_text(text)
+    said = status(out)
+    state, reason = said.states["small@t@1of2"]
+    assert state == "failed"
+    assert "not a readable record of a job" in reason
+    assert said.states["small@t@2of2"][0] == "open"
+    assert sum("ids.json" in line for line in said.broken) == 1
+    assert "answers 7 of 28" in str(said)
+
+
+def test_a_record_of_a_newer_version_is_read(out: Path) -> None:
+    Record("small@t@1of2", "failed", "out of \x1b[31mmemory").write(out)
+    path = out / "jobs" / "small@t@1of2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ticks": 5}))
+    assert status(out).states["small@t@1of2"] == ("failed", "out of \x1b[31mmemory")
+    assert "\x1b" not in str(status(out))
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"shards": 0}, "there is no such job"),
+        ({"shard": -1}, "there is no such job"),
+        ({"samples": "7"}, "jobs.0.samples='7'"),
+        ({"name": "../../x"}, "must be its name alone"),
+        ({"model": ""}, "must be its name alone"),
+        ({"task": None}, "jobs.0.task=None"),
+    ],
+)
+def test_a_plan_of_other_types_is_one_sentence(out: Path, changed: dict, reason: str) -> None:
+    path = out / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["jobs"][0] |= changed
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="not a readable plan of a sweep") as caught:
+        status(out)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("results", ["/etc/passwd", "../x_results.json", "cells//x", "a\0b"])
+def test_a_plan_names_files_of_its_own_folder(out: Path, results: str) -> None:
+    path = out / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["cells"][0]["results"] = results
+    path.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="must be its name alone"):
+        status(out)

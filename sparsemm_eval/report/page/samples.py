@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from ast import literal_eval
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,10 @@ from sparsemm_eval.report.samples import NoScores, read_samples
 
 LONGEST_SIDE = 384  # pixels of an image
 _QUALITY = 60  # text stays legible
+# A list of texts and numbers as Python writes it. Only its texts are evaluated, one by one: an
+# expression that a file made up can exhaust Python's own parser.
+_ENTRY = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[\w.+-]+""")
+_LIST = re.compile(rf"\[(?:(?:{_ENTRY.pattern})(?:, (?:{_ENTRY.pattern}))*)?\]")
 Visuals = Callable[[str, Sequence[int]], Mapping[int, Sequence[Image.Image]]]
 Lines = Mapping[int, Mapping[str, Any]]
 Scores = Mapping[tuple[int, int], float]
@@ -227,13 +232,14 @@ def _images(
 def target(line: Mapping[str, Any]) -> str:
     """What was to be answered; of a list, which lmms-eval writes as text, each entry once."""
     text = str(line.get("target", ""))
-    if not text.startswith("["):
+    if not _LIST.fullmatch(text):
         return text
+    entries = _ENTRY.findall(text)
     try:
-        entries = literal_eval(text)
+        texts = [literal_eval(entry) if entry[0] in "'\"" else entry for entry in entries]
     except (ValueError, SyntaxError):
         return text
-    return "\n".join(dict.fromkeys(map(str, entries)))
+    return "\n".join(dict.fromkeys(texts))
 
 
 class Images:
