@@ -239,7 +239,8 @@ def budget_maps(panels: Sequence[HeadBudgets], title: str) -> Figure:
             axes.set_ylim(layers - 0.5, -0.5)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.set_title(f"{panel.label}\nbudget {panel.budget:g}, kept {panel.kept.mean():.1f}")
+            words = f"{panel.label}\nbudget {panel.budget:g}, kept {panel.kept.mean():.1f}"
+            axes.set_title(words, parse_math=False)
             axes.set_xlabel("KV head")
             if column == 0:
                 axes.set_ylabel("layer")

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.requests import image_hash, truncated_images
-from sparsemm_eval.errors import UserError, one_line, short_repr
+from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Box
 from sparsemm_eval.stored import NotUnderstood, read_json_as, read_json_lines
 from sparsemm_eval.tiny.documents import (
@@ -246,7 +246,7 @@ def _coco_files(folder: Path) -> Iterator[Page]:
     for one in table.images:
         name = Path(one.file_name).name
         if name not in places:
-            raise UserError(f"{files[0]}: image {short_repr(one.file_name)} is not in {folder}")
+            raise UserError(f"{files[0]}: image {one.file_name[:100]} is not in {folder}")
         image = read_image(places[name], f"{files[0]}: the image")
         yield _page(image, NAME_PROMPT, boxes[one.id], SHORTEST_OF_NAME)
 
@@ -325,7 +325,9 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         yield from read_json_lines(path)
     except NotUnderstood as error:
-        raise UserError(f"data={path}: not a JSONL file ({one_line(error)})") from error
+        words = str(error)  # "line 3: …", as all errors here name a line, or one of the whole file
+        place = f"{path}:" if words.startswith("line ") else f"data={path}: "
+        raise UserError(place + words.removeprefix("line ")) from error
 
 
 def _rows(data: str, source: str, split: str) -> datasets.IterableDataset:

@@ -25,7 +25,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.errors import UserError, short_repr
+from sparsemm_eval.errors import UserError, printable, short_repr
 from sparsemm_eval.report.names import METHOD_NAMES, paper_model
 from sparsemm_eval.report.paper import paper_efficiency
 from sparsemm_eval.report.provenance import SCHEMA
@@ -34,6 +34,7 @@ from sparsemm_eval.stored import NotUnderstood, read_bytes, read_json
 
 KIND = "efficiency"
 _LARGEST = 1e15  # of milliseconds, tokens and bytes
+_LONGEST = 300  # characters of a name
 MEASURES = ("decode_ms_per_token", "peak_memory_gb")
 _OPTIONAL = ("bound_ms_per_token", "prefill_seconds", "cache_bytes")
 COLUMNS = ("model", "method", "engine", "label", "budget", "input_tokens", *MEASURES, *_OPTIONAL,
@@ -137,10 +138,10 @@ def _row(row: Any, place: str, path: Path) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise UserError(f"{place} is {short_repr(row)}: it must be an object")
     for name in ("model", "method"):
-        if not isinstance(row.get(name), str) or not row[name]:
+        if not isinstance(row.get(name), str) or not 0 < len(row[name]) <= _LONGEST:
             raise UserError(f"{place}.{name}={short_repr(row.get(name))}: it must be a name")
     engine = row.get("engine")
-    if not isinstance(engine, str | None):
+    if not isinstance(engine, str | None) or len(engine or "") > _LONGEST:
         raise UserError(f"{place}.engine={short_repr(engine)}: it must be a name or null")
     tokens = row.get("input_tokens")
     if not isinstance(tokens, int) or isinstance(tokens, bool) or not 1 <= tokens <= _LARGEST:
@@ -149,10 +150,10 @@ def _row(row: Any, place: str, path: Path) -> dict[str, Any]:
         )
     numbers = {name: _number(row, name, place) for name in ("budget", *MEASURES, *_OPTIONAL)}
     return {
-        "model": paper_model(row["model"]) or row["model"],
-        "method": row["method"],
+        "model": paper_model(row["model"]) or printable(row["model"]),
+        "method": printable(row["method"]),
         "engine": engine,
-        "label": _label(row["method"], numbers["budget"], engine),
+        "label": printable(_label(row["method"], numbers["budget"], engine)),
         "input_tokens": tokens,
         **numbers,
         "source": "measured",

@@ -11,17 +11,26 @@ from itertools import groupby
 
 import pandas as pd
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, printable
 
 BOLD, ITALIC, UNDERLINE = "bold", "italic", "underline"
 _MARKDOWN = {BOLD: "**{}**", ITALIC: "*{}*", UNDERLINE: "<u>{}</u>"}
 _HTML = {BOLD: "<b>{}</b>", ITALIC: "<i>{}</i>", UNDERLINE: "<u>{}</u>"}
 _LATEX = {BOLD: r"\textbf{{{}}}", ITALIC: r"\textit{{{}}}", UNDERLINE: r"\underline{{{}}}"}
-_SIGNS = {
+_LATEX_SIGNS = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     "<": r"$<$", ">": r"$>$", "≈": r"$\approx$", "±": r"$\pm$", "✓": r"$\surd$", "·": r"$\cdot$",
+    "|": r"\textbar{}", "`": r"\textasciigrave{}", "\u2212": "$-$", "\u00d7": r"$\times$",
+    "\u2013": "--", "\u2014": "---", "\u2018": "`", "\u2019": "'", "\u201c": "``", "\u201d": "''",
+    "\u2026": r"\ldots{}",
 }  # fmt: skip
+# Letters that LaTeX sets as they stand, without a package.
+_LATEX_LETTERS = re.compile("[ -~\u00a1-\u017f]")
+# What Markdown would take for a mark, a column, code, an element or a link.
+_MARKDOWN_SIGNS = re.compile(r"[\\|`*<]|(?<=\])\(")
+# What a spreadsheet would take for a formula, unless it is a number.
+_FORMULA = re.compile(r"[=+\-@](?![\d.]+(e[+-]?\d+)?$)")
 # Points: the narrowest page there is, LaTeX's own article; footnotesize; between two columns.
 _ROOM, _SIZE, _BETWEEN = 345, 8, 7
 _BELOW = r" \\ "
@@ -89,28 +98,29 @@ def checked_format(form: str) -> Callable[[Table], str]:
 
 def to_markdown(table: Table) -> str:
     """The rows of a table as GitHub Markdown, without title, caption and last line end."""
-    frame = _marked(table, _MARKDOWN, lambda text: text.replace("|", r"\|"), sparse=True)
+    frame = _marked(table, _MARKDOWN, _escaped_markdown, sparse=True)
+    frame = frame.set_axis([_escaped_markdown(name) for name in frame.columns], axis="columns")
     aligned = ["left"] * table.names + ["right"] * (frame.shape[1] - table.names)
     return frame.to_markdown(index=False, disable_numparse=True, colalign=aligned)
 
 
 def _markdown(table: Table) -> str:
-    title = f"### {table.title}" if table.title else ""
+    title = f"### {_escaped_markdown(table.title)}" if table.title else ""
     # A line of Markdown goes on in the next one but for two blanks.
     parts = (title, to_markdown(table), "  \n".join(table.caption))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _html(table: Table) -> str:
-    frame = _marked(table, _HTML, escape, sparse=False)
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in frame.columns)
+    frame = _marked(table, _HTML, _escaped_html, sparse=False)
+    head = "".join(f'<th scope="col">{_escaped_html(name)}</th>' for name in frame.columns)
     rows = []
     for row in frame.itertuples(index=False):
         names = "".join(f'<th scope="row">{cell}</th>' for cell in row[: table.names])
         rows.append(f"<tr>{names}{''.join(f'<td>{cell}</td>' for cell in row[table.names :])}</tr>")
     caption = "<br>".join(_styled(escape(line, quote=False), _HTML) for line in table.caption)
     return (
-        f"<table>\n<caption><strong>{escape(table.title)}</strong><br>{caption}</caption>\n"
+        f"<table>\n<caption><strong>{_escaped_html(table.title)}</strong><br>{caption}</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>\n"
     )
 
@@ -297,7 +307,9 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _csv(table: Table) -> str:
-    return _plain(table).to_csv(index=False, lineterminator="\n")
+    plain = _plain(table)
+    plain = plain.map(_escaped_csv).set_axis(map(_escaped_csv, plain.columns), axis="columns")
+    return plain.to_csv(index=False, lineterminator="\n")
 
 
 def _json(table: Table) -> str:
@@ -342,7 +354,24 @@ def _marked(
 
 
 def _escaped(text: str) -> str:
-    return "".join(_SIGNS.get(sign, sign) for sign in text)
+    """For LaTeX; a sign that it has no letter for is named by its number."""
+    return "".join(
+        _LATEX_SIGNS.get(sign) or (sign if _LATEX_LETTERS.match(sign) else f"U+{ord(sign):04X}")
+        for sign in printable(text)
+    )
+
+
+def _escaped_html(text: str) -> str:
+    return escape(printable(text))
+
+
+def _escaped_markdown(text: str) -> str:
+    return _MARKDOWN_SIGNS.sub(lambda found: f"\\{found[0]}", printable(text))
+
+
+def _escaped_csv(text: str) -> str:
+    text = printable(text)
+    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def _escaped_caption(line: str) -> str:

@@ -8,12 +8,14 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pandas as pd
 
-from sparsemm_eval.errors import UserError, short_repr
+from sparsemm_eval.errors import UserError, printable, short_repr
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
@@ -45,9 +47,12 @@ _ENTRY = {
     "schema": int, "command": str, "commit": str, "date": str, "python": str, "versions": dict,
     "hardware": dict, "model": str, "answers": str, "samples": str, "results": str,
 }  # fmt: skip
+_NAMES = ("model", "task", "benchmark", "metric", "metric_label", "method")
 _STDERR = ("_stderr", "_stderr_clt", "_stderr_clustered")
 # No metric's value, and no number of tokens or bytes, is larger.
 _LARGEST = 1e15
+_LONGEST, _LONGEST_SETTINGS = 300, 10_000  # characters of a name, and of all settings
+_SINGAPORE = timezone(timedelta(hours=8))  # without the zones' data base
 
 
 class NotResults(ValueError):
@@ -93,7 +98,7 @@ class Results:
 
 def not_read(unreadable: Iterable[Unreadable]) -> tuple[str, ...]:
     """A sentence each file."""
-    return tuple(f"not read: {file.path}: {file.reason}" for file in unreadable)
+    return tuple(f"not read: {printable(file.path)}: {file.reason}" for file in unreadable)
 
 
 def gather(results: Iterable[str]) -> Results:
@@ -150,7 +155,8 @@ def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
         rows += [row | measured for row in of_file]
         files.append(about)
         unreadable += [
-            Unreadable(str(path), f"its task {task} has no score that counts") for task in without
+            Unreadable(str(path), f"its task {printable(task)} has no score that counts")
+            for task in without
         ]
     if not rows:
         raise UserError(_nothing(given, unreadable))
@@ -246,12 +252,27 @@ def _read(path: Path, all_metrics: bool) -> tuple[dict[str, Any], list[dict[str,
     where = {"model": _model(entry, settings, content, path), **_method(settings, config)}
     measured = _measured(content, len(tasks))
     rows = [
-        {**where, **measured, **row, "samples_files": _samples_files(path, task)}
+        _shown({**where, **measured, **row, "samples_files": _samples_files(path, task)})
         for task, scores in scored.items()
         for row in (scores if all_metrics else scores[:1])
     ]
     without = [task for task in tasks if task not in scored]
     return _about(path, content, entry, config), rows, without
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose names can stand anywhere, in one line.
+
+    Raises
+    ------
+    NotResults
+        If a name is too long to be one.
+    """
+    for name in _NAMES:
+        if len(row[name]) > _LONGEST:
+            words = f"its {name} {short_repr(row[name])} has {len(row[name]):,} characters"
+            raise NotResults(f"{words}: a name has at most {_LONGEST}")
+    return row | {name: printable(row[name]) for name in _NAMES}
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -307,12 +328,16 @@ def _value(text: str) -> Any:
 
 def _settings(model_args: Any) -> dict[str, Any]:
     if model_args is None or isinstance(model_args, str):
-        return parse_model_args(model_args or "")
+        return parse_model_args(printable((model_args or "")[:_LONGEST_SETTINGS]))
     if not isinstance(model_args, dict):
         words = f"its config.model_args is {short_repr(model_args)}"
         raise NotResults(f"{words}: it must be text or a mapping")
     return {
-        name: value if isinstance(value, str | int | float) else short_repr(value)
+        printable(name[:_LONGEST]): printable(value[:_LONGEST])
+        if isinstance(value, str)
+        else value
+        if isinstance(value, int | float)
+        else short_repr(value)
         for name, value in model_args.items()
         if value is not None
     }
@@ -453,27 +478,37 @@ def _about(
 ) -> dict[str, Any]:
     model_args = config.get("model_args")
     lmms_eval = content.get("lmms_eval_version")
-    return {
+    stated = {
         "path": str(path),
         "kind": "sparsemm-eval" if entry else "lmms-eval",
         "schema": entry.get("schema"),
         "command": entry.get("command"),
         "commit": entry.get("commit") or content.get("git_hash"),
-        "date": _date(content.get("date")) or entry.get("date"),
+        "date": _date(content.get("date"), _dict(config, "resolved_cli_args").get("timezone"))
+        or entry.get("date"),
         "python": entry.get("python"),
         "versions": entry.get("versions") or ({"lmms-eval": lmms_eval} if lmms_eval else {}),
         "hardware": entry.get("hardware") or {},
         "model_args": model_args if isinstance(model_args, str) else json.dumps(model_args),
         "changed": "results" in entry and entry["results"] != content_hash(content),
     }
+    return {
+        name: printable(value[:_LONGEST_SETTINGS]) if isinstance(value, str) else value
+        for name, value in stated.items()
+    }
 
 
-def _date(text: Any) -> str | None:
-    """lmms-eval's 20261122_004307 as 2026-11-22 00:43:07."""
-    day, underscore, time = str(text or "").partition("_")
-    if not (underscore and len(day) == 8 and len(time) == 6 and (day + time).isdigit()):
+def _date(text: Any, zone: Any) -> str | None:
+    """lmms-eval's 20261122_004307 as 2026-11-21 16:43:07, in UTC.
+
+    It writes the time of the zone in its own --timezone, which is Singapore's if none was given.
+    """
+    try:
+        time = datetime.strptime(str(text)[:40], "%Y%m%d_%H%M%S")
+        given = _SINGAPORE if zone in (None, "Asia/Singapore") else ZoneInfo(str(zone)[:40])
+        return f"{time.replace(tzinfo=given).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
+    except (ValueError, OSError, OverflowError, ZoneInfoNotFoundError):
         return None
-    return f"{day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}:{time[4:]}"
 
 
 def content_hash(content: Mapping[str, Any]) -> str:

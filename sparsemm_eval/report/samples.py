@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.errors import printable
 from sparsemm_eval.report.cider import cider, plain_words, treebank_words
 from sparsemm_eval.report.names import find_benchmark
 from sparsemm_eval.report.results import number
@@ -108,7 +109,7 @@ def score_samples(cells: pd.DataFrame) -> SampleScores:
 
 def _note(task: str, reason: str, files: Sequence[str]) -> str:
     more = f" and {len(files) - 1} more" if len(files) > 1 else ""
-    return f"{task}: no scores of single samples from {files[0]}{more}: {reason}"
+    return printable(f"{task}: no scores of single samples from {files[0]}{more}: {reason}")
 
 
 def _of_cell(cell: Any, read: Sequence[Scores | NoScores]) -> Scores:

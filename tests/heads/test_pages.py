@@ -125,7 +125,7 @@ GOOD = {"image": "a.png", "chunks": [{"text": "A", "box": [0, 0, 8, 9]}]}
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ("{", "Invalid JSON"),
+    ("{", "no JSON, or was cut off"),
     ({"image": "a.png"}, "chunks: Field required"),
     (GOOD | {"boxes": []}, "boxes: Extra inputs"),
     (GOOD | {"image": "b.png"}, "No such file"),

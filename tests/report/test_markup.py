@@ -8,9 +8,11 @@ import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 from report.scored import cell
 
+from sparsemm_eval.errors import printable
 from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import FORMATS, Table, to_format
 from sparsemm_eval.report.paper import paper_cells
@@ -39,7 +41,7 @@ def test_markdown(table: Table) -> None:
     ]  # fmt: skip
     first = [part.strip() for part in re.split(r"(?<!\\)\|", lines[4])[1:-1]]
     assert first == [
-        "DocVQA (ANLS)", r"a_b & 50%\|<i>", "SparseMM (ratio=0.1)", "**0.800**", "64.0", "", ""
+        "DocVQA (ANLS)", r"a_b & 50%\|\<i>", "SparseMM (ratio=0.1)", "**0.800**", "64.0", "", ""
     ]  # fmt: skip
     second = [part.strip() for part in re.split(r"(?<!\\)\|", lines[5])[1:-1]]
     assert second == ["", "", "SnapKV", "<u>0.500</u>", "64.0", "0.500", ""]
@@ -59,7 +61,7 @@ def test_latex(table: Table) -> None:
         # Every line has the columns that the preamble declares.
         assert len(re.findall(r"(?<!\\)&", row)) == (0 if "DocVQA" in row else 4)
     assert r"\begin{tabular}{lrrrr}" in text
-    assert r"a\_b \& 50\%|$<$i$>$" in text.split(r"\caption")[1]
+    assert r"a\_b \& 50\%\textbar{}$<$i$>$" in text.split(r"\caption")[1]
     assert r"\textbf{0.800}" in body
     assert r"\underline{0.500}" in body
     assert r"\textbf{Bold}: best" in text.split(r"\caption")[1]
@@ -192,3 +194,46 @@ def test_the_long_form_has_a_row_a_cell(form: str) -> None:
 def test_another_format_is_refused(table: Table) -> None:
     with pytest.raises(ValueError, match="format=pdf: it must be one of markdown, latex, csv"):
         to_format(table, "pdf")
+
+
+HOSTILE = {
+    "a|b\nc": (r"a\|b\\nc", r"a\textbar{}b\textbackslash{}nc", r"a|b\nc"),
+    "`rm` <b> [x](javascript:y)": (
+        r"\`rm\` \<b> [x]\(javascript:y)",
+        r"\textasciigrave{}rm\textasciigrave{} $<$b$>$ [x](javascript:y)",
+        "`rm` <b> [x](javascript:y)",
+    ),
+    r"\input{x} #$%&_^~": (
+        r"\\input{x} #$%&_^~",
+        r"\textbackslash{}input\{x\} \#\$\%\&\_\textasciicircum{}\textasciitilde{}",
+        r"\input{x} #$%&_^~",
+    ),
+    "=HYPERLINK(1)": ("=HYPERLINK(1)", "=HYPERLINK(1)", "'=HYPERLINK(1)"),
+    "+1-cmd": ("+1-cmd", "+1-cmd", "'+1-cmd"),
+    "@SUM": ("@SUM", "@SUM", "'@SUM"),
+    "-0.25": ("-0.25", "-0.25", "-0.25"),
+    "+1.5e-08": ("+1.5e-08", "+1.5e-08", "+1.5e-08"),
+    "é 縮 \u2212": ("é 縮 \u2212", "é U+7E2E $-$", "é 縮 \u2212"),
+    "\x1b[31mred\u202e": (
+        r"\\x1b[31mred\\u202e",
+        r"\textbackslash{}x1b[31mred\textbackslash{}u202e",
+        r"\x1b[31mred\u202e",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_is_text_in_every_format(name: str) -> None:
+    markdown, latex, plain = HOSTILE[name]
+    text = Table(pd.DataFrame({name: [name], "n": ["1"]}), title=name)
+    lines = to_format(text, "markdown").splitlines()
+    assert lines[0] == f"### {markdown}"
+    for line in (lines[2], lines[4]):
+        assert re.split(r"(?<!\\)\|", line)[1].strip() == markdown
+    made = to_format(text, "latex")
+    assert rf"\caption{{{latex}.}}" in made
+    assert f"\n{latex} & 1 \\\\\n" in made
+    assert next(csv.reader([to_format(text, "csv").splitlines()[1]])) == [plain, "1"]
+    (row,) = ElementTree.fromstring(to_format(text, "html").replace("<br>", "<br/>")).iter("tbody")
+    assert row.find("tr/th").text == printable(name)
+    assert json.loads(to_format(text, "json")) == [{name: name, "n": "1"}]

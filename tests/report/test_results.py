@@ -80,7 +80,7 @@ def test_a_plain_file_says_what_lmms_eval_knows_of_its_making(tmp_path: Path) ->
     results = found(tmp_path, content())
     assert list(results.files.columns) == list(FILE_COLUMNS)
     file = results.files.iloc[0]
-    assert (file.kind, file.commit, file.date) == ("lmms-eval", "abc1234", "2026-01-02 03:04:05")
+    assert (file.kind, file.commit, file.date) == ("lmms-eval", "abc1234", "2026-01-01 19:04:05")
     assert file.versions == {"lmms-eval": "0.7.3"}
     assert (file.command, file.python, file.hardware) == (None, None, {})
     assert not file.changed

@@ -27,7 +27,7 @@ def score_over_silenced(frame: pd.DataFrame, total: int, path: Path) -> None:
     grid = figure.subplots(rows, columns, squeeze=False).flat
     for axes, ((task, metric), cells) in zip(grid, panels, strict=False):
         _silenced_panel(axes, cells, total)
-        axes.set_title(f"{task}: {metric}", fontsize=10)
+        axes.set_title(f"{task}: {metric}", fontsize=10, parse_math=False)
     for axes in list(grid)[len(panels) :]:
         axes.set_visible(False)
     figure.savefig(path, dpi=200)

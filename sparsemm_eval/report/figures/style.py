@@ -110,6 +110,7 @@ def house_style() -> AbstractContextManager[None]:
     """Fonts and lines of every figure; to be entered before one is made."""
     return mpl.rc_context(
         {
+            "text.parse_math": False,  # a $ in a name is a $
             "font.size": FONT,
             "axes.titlesize": FONT + 0.5,
             "axes.labelsize": FONT,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64encode
 from datetime import datetime, timezone
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def write_page(
     by_sample = scored.frame.set_index(["cell", "doc_id"])["score"].to_dict()
     comparisons, notes = compare(results.cells, by_sample)
     browser = browse(results.cells, comparisons, by_sample, samples, visuals)
+    css, script = _text("page.css"), _text("page.js")
     page = _environment().get_template("page.html.j2").render(
         title=title,
         read=_read(results),
@@ -93,8 +95,9 @@ def write_page(
         notes=scored.notes,
         browser={**browser, "notes": [*notes, *browser["notes"]]},
         runs=runs(results.files),
-        css=_text("page.css"),
-        script=_text("page.js"),
+        css=css,
+        script=script,
+        policy={"css": _policy(css), "script": _policy(script)},
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"
@@ -140,6 +143,11 @@ def _read(results: Results) -> str:
         "files not read": len(results.unreadable),
     }
     return ", ".join(f"{name}: {count:,}" for name, count in counts.items() if count) + "."
+
+
+def _policy(text: str) -> str:
+    """What the content policy names a script or a style sheet of the page by: no other runs."""
+    return f"sha256-{b64encode(sha256(text.encode('utf-8')).digest()).decode('ascii')}"
 
 
 def _text(name: str) -> str:
