@@ -2,6 +2,8 @@
 
 # Of a checkpoint's weights; auto takes its own.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of a vision tower.
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3")
 # What decodes; auto takes the first of the others that runs.
 BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
 # How the step of greedy decoding runs on one GPU.

@@ -7,7 +7,9 @@ import json
 import time
 from contextlib import suppress
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -17,7 +19,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -28,8 +29,9 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
-from sparsemm_eval.choices import DTYPES
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.choices import ATTENTION, DTYPES
+from sparsemm_eval.engine.weights import check_weights
+from sparsemm_eval.errors import UserError, check_choice, one_line, short_repr
 from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder, write_whole
@@ -38,6 +40,13 @@ from sparsemm_eval.tiny import find_checkpoint
 # A file of so many bytes is not read again to know its hash, once it has been as it is for some
 # seconds.
 _LARGE, _SETTLED = 1 << 24, 2.0
+# What transformers takes as a device map beside devices.
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Modules and packages of attentions that transformers does not bring along.
+_FLASH = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn 3"),
+}
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
@@ -64,8 +73,9 @@ class Checkpoint:
     Raises
     ------
     ValueError
-        In one sentence, if it cannot be found or read, is of another family, or a weight file
-        is broken.
+        In one sentence, if it cannot be found or read, is of another family, needs code of its
+        own, or a weight file is broken or does not fit the config; or if there is no such device,
+        or no such attention.
     """
 
     def __init__(
@@ -78,8 +88,9 @@ class Checkpoint:
         device_map: str | dict = "cpu",
         attn_implementation: str = "sdpa",
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r}: it must be one of {', '.join(DTYPES)}")
+        check_choice("dtype", dtype, DTYPES)
+        _check_device(device_map)
+        _check_attention(attn_implementation)
         self.pretrained = str(pretrained)
         self.dtype, self.device_map = dtype, device_map
         self.attn_implementation = attn_implementation
@@ -90,7 +101,11 @@ class Checkpoint:
                 f"pretrained={self.pretrained} is a {self.config.model_type} checkpoint; this "
                 f"model takes {model_type}"
             )
-        _check_weights(self.folder, self.pretrained)
+        try:
+            _ = self.shape
+        except UserError as error:
+            raise UserError(f"pretrained={self.pretrained}: {error}") from error
+        check_weights(self.folder, self.pretrained, self.config)
 
     @property
     def family(self) -> type[Family]:
@@ -125,10 +140,11 @@ class Checkpoint:
     def processor(self) -> ProcessorMixin:
         """Tokenizer and image processor, padding on the left."""
         try:
-            processor = AutoProcessor.from_pretrained(self.folder)
+            processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"pretrained={self.pretrained}: its processor cannot be read ({one_line(error)})"
+                f"{_own_code(self.folder)}"
             ) from error
         if not getattr(processor, "chat_template", None):
             raise UserError(
@@ -143,16 +159,31 @@ class Checkpoint:
 
         Raises
         ------
-        ValueError
-            If the weight files lack a tensor: transformers would make it up, with a warning.
+        UserError
+            If they cannot be loaded; if a tensor is lacking or of another shape, which transformers
+            would make up, with a warning.
         """
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            self.folder,
-            dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
-            device_map=self.device_map,
-            attn_implementation=self.attn_implementation,
-            output_loading_info=True,
-        )
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                self.folder,
+                dtype=self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+                device_map=self.device_map,
+                attn_implementation=self.attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+        except Exception as error:  # a model's code on a checkpoint's numbers raises what it likes
+            raise UserError(
+                f"pretrained={self.pretrained}: its weights cannot be loaded "
+                f"({type(error).__name__}: {one_line(error)}){_own_code(self.folder)}"
+            ) from error
+        for name, stored, wanted in sorted(info["mismatched_keys"]):
+            raise UserError(
+                f"pretrained={self.pretrained}: its weights do not fit its config.json: {name} is "
+                f"of {tuple(stored)}, and must be of {tuple(wanted)}; take both from one model"
+            )
         if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"pretrained={self.pretrained}: its weight files lack {len(missing)} tensors that "
@@ -178,7 +209,9 @@ class Checkpoint:
             If there is none, or it does not fit.
         """
         command = f"sparsemm-eval chase --model {self.pretrained}"
-        found = path or find_head_scores(self.folder, self.scores_cache(), command)
+        # lmms-eval makes a number of a name such as 2026.
+        given = None if path is None else str(path)
+        found = given or find_head_scores(self.folder, self.scores_cache(), command)
         return HeadScores.read(found, self.shape)
 
     def scores_cache(self) -> Path:
@@ -209,44 +242,71 @@ def _folder(pretrained: str, revision: str | None) -> Path:
 
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (
         OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError
     ) as error:  # fmt: skip
         raise UserError(
             f"pretrained={pretrained}: its config.json cannot be read ({one_line(error)})"
+            f"{_own_code(folder)}"
         ) from error
 
 
-def _check_weights(folder: Path, pretrained: str) -> None:
-    """Raise ValueError unless every weight file is there, with a header that fits its size."""
-    files = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = _indexed(index, pretrained)
-        missing = sorted(names - {path.name for path in files})
-        if missing:
-            raise UserError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
+def _own_code(folder: Path) -> str:
+    """Where a checkpoint names code of its own, as words of a sentence; "" if nowhere."""
+    files = []
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError, RecursionError):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "auto_map" in content:
+                files.append(path.name)
     if not files:
-        raise UserError(f"pretrained={pretrained}: no *.safetensors weight file in {folder}")
-    for path in files:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"pretrained={pretrained}: {path.name} is broken ({one_line(error)})"
-            ) from error
+        return ""
+    return (
+        f"; it holds code of its own (auto_map in {', '.join(files)}), which is never run here: "
+        "give a checkpoint of an architecture that transformers has"
+    )
 
 
-def _indexed(index: Path, pretrained: str) -> set[str]:
-    """Names of the weight files that an index lists."""
+def _check_device(device_map: Any) -> None:
+    """Raise UserError unless weights can lie where a device map says."""
+    if isinstance(device_map, dict):
+        for device in device_map.values():
+            if device != "disk":
+                _check_device(device)
+        return
+    if device_map in _MAPS:
+        return
+    words = f"device_map={short_repr(device_map)}"
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        # transformers takes a number as a GPU's.
+        device = torch.device("cuda" if isinstance(device_map, int) else device_map)
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
-            f"pretrained={pretrained}: {index.name} is broken ({one_line(error)})"
+            f"{words}: it must be a device such as cpu or cuda:0, or one of {', '.join(_MAPS)}"
         ) from error
+    if device.type == "meta":
+        raise UserError(f"{words}: there are no weights on it, give cpu or cuda")
+    if device.type != "cuda":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = device_map if isinstance(device_map, int) else device.index or 0
+    if not 0 <= number < count:
+        found = f"GPUs 0 to {count - 1} are" if count else "no GPU is"
+        raise UserError(f"{words}: {found} seen here; give one that is there, or cpu")
+
+
+def _check_attention(name: Any) -> None:
+    """Raise UserError unless the vision tower can attend in this way here."""
+    check_choice("attn_implementation", name, ATTENTION)
+    package = _FLASH.get(name)
+    if package is None:
+        return
+    words = f"attn_implementation={name}"
+    if find_spec(package[0]) is None:
+        raise UserError(f"{words}: {package[1]} is not installed; install it, or give sdpa")
+    if not torch.cuda.is_available():
+        raise UserError(f"{words}: it runs on a GPU, and none is seen here; give sdpa")
 
 
 def _file_hash(path: Path) -> str:

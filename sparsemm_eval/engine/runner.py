@@ -306,7 +306,9 @@ class _Pass:
 
     def _compute(self, samples: list[Sample], places: tuple[int, ...]) -> None:
         """Answer a batch under cells, those of equal masks together."""
-        # Outside of what a sample may raise: weights that cannot be loaded are no sample's fault.
+        # Outside of what a sample may raise: neither a folder that cannot be written to, which is
+        # found before weights load, nor weights that cannot be loaded are a sample's fault.
+        self.runner.store.write([])
         self.runner.checkpoint.load()
         by_mask: dict[Any, list[int]] = defaultdict(list)
         for place in places:

@@ -178,7 +178,7 @@ def _subject(
 def _shape(source: str) -> ModelShape:
     """From the config alone: a hub repository's weights need not be here."""
     try:
-        return ModelShape.from_config(AutoConfig.from_pretrained(source))
+        return ModelShape.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"model={source}: its config.json cannot be read ({one_line(error)}); give a folder, "

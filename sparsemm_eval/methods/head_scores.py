@@ -88,8 +88,10 @@ class ModelShape:
                 "is none that SparseMM-Eval can share a budget in"
             )
         # Older configs name neither KV heads, where each query head has its own, nor a head's size.
-        kv_heads = getattr(text, "num_key_value_heads", None) or query_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
+        kv_heads = getattr(text, "num_key_value_heads", None)
+        kv_heads = query_heads if kv_heads is None else kv_heads
+        shape = cls(layers, query_heads, kv_heads, getattr(text, "head_dim", None))
+        head_dim = shape.head_dim or text.hidden_size // shape.query_heads
         return cls(layers, query_heads, kv_heads, head_dim)
 
 

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
-from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# Of neighbours that smooth a token's score.
+_LARGEST_KERNEL = 9_999
 
 
 class Scorer(Protocol):
@@ -143,6 +146,11 @@ class ObservationWindow:
     def __post_init__(self) -> None:
         check_int("window", self.window, least=1)
         check_int("kernel_size", self.kernel_size, least=1)
+        if self.kernel_size > _LARGEST_KERNEL:
+            raise UserError(
+                f"kernel_size={short_repr(self.kernel_size)}: it must be at most "
+                f"{_LARGEST_KERNEL:,}, so many neighbours smooth a token's score"
+            )
         if self.kernel_size % 2 == 0:
             raise UserError(f"kernel_size={self.kernel_size}: it must be odd, such as 5")
         check_choice("pooling", self.pooling, ("avg", "max"))

@@ -149,7 +149,9 @@ def config_of(model: ModelSpec) -> PreTrainedConfig | None:
     if model.pretrained in _PAPER:
         return shape_config(_PAPER[model.pretrained])
     try:
-        return AutoConfig.from_pretrained(find_checkpoint(model.pretrained), local_files_only=True)
+        return AutoConfig.from_pretrained(
+            find_checkpoint(model.pretrained), local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError):
         return None
 

@@ -1,10 +1,12 @@
 """A checkpoint that cannot be used is refused in one sentence, before any weight is loaded."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine.fixtures import change_config, sentence
 from engine.llava_checkpoints import build_llava
 from safetensors.torch import load_file, save_file
@@ -172,3 +174,173 @@ def test_no_chat_template(folder: Path, unloaded: None) -> None:
     with pytest.raises(ValueError, match="no chat template") as caught:
         _ = found.processor
     assert f"pretrained={folder}" in sentence(caught)
+
+
+# --- code of its own ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint's own modules, which leave a trace if they run; whoever asks is told yes."""
+    trace = folder.parent / "trace"
+    for name in ("configuration_own", "modeling_own", "processing_own"):
+        (folder / f"{name}.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    return trace
+
+
+MAPS = {
+    "AutoConfig": "configuration_own.OwnConfig",
+    "AutoModelForImageTextToText": "modeling_own.OwnModel",
+}
+
+
+def test_code_of_an_unknown_architecture_is_never_run(
+    folder: Path, trap: Path, unloaded: None
+) -> None:
+    change_config(folder, model_type="own", auto_map=MAPS)
+    with pytest.raises(ValueError, match=r"code of its own \(auto_map in config\.json\)") as caught:
+        Checkpoint(folder)
+    assert "never run here" in sentence(caught)
+    assert not trap.exists()
+
+
+def test_a_known_architecture_is_loaded_as_transformers_has_it(folder: Path, trap: Path) -> None:
+    change_config(folder, auto_map=MAPS)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        content["auto_map"] = {
+            "AutoProcessor": "processing_own.OwnProcessor",
+            "AutoTokenizer": ["processing_own.OwnTokenizer", None],
+        }
+        (folder / name).write_text(json.dumps(content))
+    found = Checkpoint(folder, "qwen2_vl")
+    assert type(found.processor).__name__ == "Qwen2VLProcessor"
+    assert type(found.model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert not trap.exists()
+
+
+def test_code_of_an_unknown_processor_is_never_run(
+    folder: Path, trap: Path, unloaded: None
+) -> None:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content |= {
+            "processor_class": "OwnProcessor",
+            "auto_map": {"AutoProcessor": "processing_own.OwnProcessor"},
+        }
+        path.write_text(json.dumps(content))
+    # Transformers takes its own processor of the model's type instead, or none.
+    with suppress(ValueError):
+        _ = Checkpoint(folder, "qwen2_vl").processor
+    assert not trap.exists()
+
+
+# --- where and how it is to run -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device_map",
+    ["cudda", "gpu", "", "cpu:x", 7.5, "meta", {"": "nowhere"}, ["cpu"], None, "cuda:-1"],
+)
+def test_no_such_device(untrained: Path, unloaded: None, device_map: Any) -> None:
+    with pytest.raises(ValueError, match="device_map=") as caught:
+        Checkpoint(untrained, device_map=device_map)
+    assert "cpu" in sentence(caught)
+
+
+@pytest.mark.parametrize("device_map", ["cuda", "cuda:7", 7, {"": "cuda:7"}, {"": 7}])
+def test_a_gpu_that_is_not_there(
+    untrained: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch, device_map: Any
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU is seen here; give one that is there, or cpu"):
+        Checkpoint(untrained, device_map=device_map)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    if device_map == "cuda":
+        Checkpoint(untrained, device_map=device_map)
+        return
+    with pytest.raises(ValueError, match="GPUs 0 to 1 are seen here"):
+        Checkpoint(untrained, device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, {"a": "cpu", "b": "disk"}])
+def test_devices_that_are_there(untrained: Path, device_map: Any) -> None:
+    Checkpoint(untrained, device_map=device_map)
+
+
+@pytest.mark.parametrize("name", ["nonsense", "", None, 3, "someone/kernel", "paged|sdpa"])
+def test_unknown_attention(untrained: Path, unloaded: None, name: Any) -> None:
+    with pytest.raises(ValueError, match="attn_implementation=") as caught:
+        Checkpoint(untrained, attn_implementation=name)
+    assert "sdpa, eager" in sentence(caught)
+
+
+def test_flash_attention_without_its_package(
+    untrained: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsemm_eval.engine.checkpoint.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="flash_attention_2: flash-attn is not installed"):
+        Checkpoint(untrained, attn_implementation="flash_attention_2")
+    monkeypatch.setattr("sparsemm_eval.engine.checkpoint.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="flash_attention_3: it runs on a GPU"):
+        Checkpoint(untrained, attn_implementation="flash_attention_3")
+
+
+# --- weights of another model -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vocab_size": 7}, "vocab_size and hidden_size"),
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"num_hidden_layers": 3}, "they have 5 layers, and num_hidden_layers is 3"),
+        ({"num_hidden_layers": 6, "max_window_layers": 6}, "num_hidden_layers is 6"),
+        ({"num_key_value_heads": 1}, "KV heads times their size"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_the_config(
+    folder: Path, unloaded: None, changes: dict[str, Any], words: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    changed = {**changes}
+    if "num_hidden_layers" in changes and "layer_types" in config["text_config"]:
+        changed["layer_types"] = ["full_attention"] * changes["num_hidden_layers"]
+    change_config(folder, "text_config", **changed)
+    with pytest.raises(ValueError, match=words) as caught:
+        Checkpoint(folder, "qwen2_vl")
+    assert f"pretrained={folder}: its weights do not fit its config.json" in sentence(caught)
+
+
+def test_a_tower_of_another_size_is_found_as_it_is_loaded(folder: Path) -> None:
+    """Transformers would draw what does not fit at random, with a warning."""
+    config = json.loads((folder / "config.json").read_text())
+    change_config(folder, "vision_config", mlp_ratio=config["vision_config"]["mlp_ratio"] + 1)
+    with pytest.raises(ValueError, match="its weights") as caught:
+        Checkpoint(folder, "qwen2_vl").load()
+    assert f"pretrained={folder}" in sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 0},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0, "layer_types": []},
+        {"num_key_value_heads": 3},
+        {"num_attention_heads": -4},
+    ],
+    ids=str,
+)
+def test_heads_and_layers_that_cannot_be(
+    folder: Path, unloaded: None, changes: dict[str, Any]
+) -> None:
+    change_config(folder, "text_config", **changes)
+    with pytest.raises(ValueError, match=f"pretrained={folder}: ") as caught:
+        Checkpoint(folder, "qwen2_vl")
+    sentence(caught)

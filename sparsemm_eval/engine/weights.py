@@ -1,0 +1,98 @@
+"""Weight files as their headers have them: whole, and of the shapes that the config says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+
+from sparsemm_eval.errors import UserError, one_line
+
+# Tensors of a text decoder, whatever stands before; towers for images have layers of their own.
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.k_proj\.weight$")
+_EMBEDDING = re.compile(r"(?:^|\.)embed_tokens\.weight$")
+_TOWERS = ("vision", "visual", "audio")
+
+
+def check_weights(folder: Path, pretrained: str, config: PreTrainedConfig) -> None:
+    """Read the headers of all weight files; no weight is loaded.
+
+    Raises
+    ------
+    UserError
+        Unless every file is there, with a header that fits its size, and the decoder's vocabulary,
+        layers and KV heads are those of the config.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = _indexed(index, pretrained)
+        missing = sorted(names - {path.name for path in files})
+        if missing:
+            raise UserError(f"pretrained={pretrained}: weight file {missing[0]} is missing")
+    if not files:
+        raise UserError(f"pretrained={pretrained}: no *.safetensors weight file in {folder}")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            shapes.update(_shapes(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"pretrained={pretrained}: {path.name} is broken ({one_line(error)})"
+            ) from error
+    # Weights of fewer bits are stored in shapes of their own.
+    if getattr(config, "quantization_config", None) is None:
+        for words in _unfit(shapes, config):
+            raise UserError(
+                f"pretrained={pretrained}: its weights do not fit its config.json: {words}; take "
+                "both from one model"
+            )
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            yield name, tuple(file.get_slice(name).get_shape())
+
+
+def _unfit(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig) -> Iterator[str]:
+    """What of a text decoder is stored in another shape than the config says."""
+    text = config.get_text_config()
+    decoder = {
+        name: shape
+        for name, shape in shapes.items()
+        if not any(tower in part for part in name.split(".") for tower in _TOWERS)
+    }
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None)
+    kv_heads = heads if kv_heads is None else kv_heads
+    head_dim = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
+    layers = set()
+    for name, shape in decoder.items():
+        if _EMBEDDING.search(name):
+            wanted = (text.vocab_size, text.hidden_size)
+            what = "vocab_size and hidden_size"
+        elif (found := _LAYER.search(name)) and heads and head_dim:
+            layers.add(int(found[1]))
+            wanted = (kv_heads * head_dim, text.hidden_size)
+            what = "KV heads times their size and hidden_size"
+        else:
+            continue
+        if shape != wanted:
+            yield f"{name} is of {shape}, and {what} are {wanted}"
+    if layers and len(layers) != text.num_hidden_layers:
+        yield f"they have {len(layers)} layers, and num_hidden_layers is {text.num_hidden_layers}"
+
+
+def _indexed(index: Path, pretrained: str) -> set[str]:
+    """Names of the weight files that an index lists."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"pretrained={pretrained}: {index.name} is broken ({one_line(error)})"
+        ) from error
