@@ -17,7 +17,7 @@ import numpy as np
 
 from sparsemm_eval.errors import UserError, check_int, check_share
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
-from sparsemm_eval.methods.scoring import Ranking
+from sparsemm_eval.methods.scoring import Ranking, is_plain_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,19 +104,20 @@ class LayerAllocation(ABC):
         import torch
 
         allotted = self.wants(prompt, ranking) if exact else self.paper(prompt, ranking)
-        kind = allotted.dtype if isinstance(allotted, torch.Tensor) else type(allotted).__name__
+        plain = is_plain_tensor(allotted)
+        kind = allotted.dtype if plain else type(allotted).__name__
         form = tuple(getattr(allotted, "shape", ()))
         whole = isinstance(kind, torch.dtype) and not (
             kind.is_floating_point or kind.is_complex or kind == torch.bool
         )
-        if form != (prompt.shape.kv_heads,) or not (whole or exact):
+        if not plain or form != (prompt.shape.kv_heads,) or not (whole or exact):
             raise UserError(
-                f"{_called(self, exact)} gives {kind} of shape {form}: it must give a tensor of "
-                f"{prompt.shape.kv_heads} {'numbers' if exact else 'integers'}, one a KV head"
+                f"{_called(self, exact)} gives {kind} of shape {form}: it must give a plain tensor "
+                f"of {prompt.shape.kv_heads} {'numbers' if exact else 'integers'}, one a KV head"
             )
         if not exact:
             return allotted.clamp(max=prompt.candidates)
-        wants = allotted.to("cpu", torch.float64).numpy()
+        wants = allotted.detach().to("cpu", torch.float64).numpy()
         _check_numbers(self, wants, exact)
         total = prompt.base * prompt.shape.kv_heads
         return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(allotted.device)

@@ -21,6 +21,7 @@ from sparsemm_eval.methods.scoring import (
     Checks,
     Ranking,
     Scorer,
+    is_plain_tensor,
 )
 
 if TYPE_CHECKING:
@@ -161,10 +162,13 @@ class Method:
         scores = self.scorer(query, key)
         wanted = (key.shape[0], key.shape[1] - self.scorer.window)
         scorer = f"method={self.name}: {type(self.scorer).__name__}"
-        if tuple(scores.shape) != wanted or not scores.dtype.is_floating_point:
+        plain = is_plain_tensor(scores)
+        if not plain or tuple(scores.shape) != wanted or not scores.dtype.is_floating_point:
+            kind = scores.dtype if plain else type(scores).__name__
             raise UserError(
-                f"{scorer} gives {scores.dtype} of shape {tuple(scores.shape)}: it must give "
-                f"floats of shape {wanted}, one a KV head and token beside the window"
+                f"{scorer} gives {kind} of shape {tuple(getattr(scores, 'shape', ()))}: it must "
+                f"give a plain tensor of floats of shape {wanted}, one a KV head and token beside "
+                "the window"
             )
         low, high = scores.aminmax()
         checks.add(

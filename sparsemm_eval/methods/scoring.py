@@ -70,6 +70,13 @@ class Checks:
                 raise UserError(otherwise)
 
 
+def is_plain_tensor(value: object) -> bool:
+    """Whether a value that a method gives is a tensor that holds its numbers one by one."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 class Ranking:
     """The candidates of one prompt in one layer, ranked by score within each KV head.
 

@@ -149,6 +149,16 @@ def test_counts_of_a_layer_that_are_none(given: Any) -> None:
     assert "own_layer" in refused(own("own_layer", lambda _: given))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [None, [3, 3], np.array([3.0, 3.0]), torch.tensor([3.0, 3.0]).to_sparse(),
+     torch.empty(2, device="meta")],
+    ids=["nothing", "list", "numpy", "sparse", "empty"],
+)  # fmt: skip
+def test_wants_of_a_layer_that_are_no_tensor(given: Any) -> None:
+    assert "plain tensor" in refused(own("own_layer", lambda _: given, "exact"))
+
+
 def test_counts_of_a_layer_that_are_negative_or_beyond_its_bound() -> None:
     assert "negative" in refused(own("own_layer", lambda _: torch.tensor([-1, 20])))
     assert "most" in refused(own("own_layer", lambda _: torch.tensor([10, 20]), bound=29))
@@ -179,8 +189,13 @@ def test_scores_that_are_none(value: float) -> None:
         lambda scores: scores[:1],
         lambda scores: scores[None],
         lambda scores: scores.long(),
+        lambda scores: scores.to_sparse(),
+        lambda scores: scores.to("meta"),
+        lambda scores: scores.numpy(),
+        lambda scores: scores.tolist(),
+        lambda _: None,
     ],
-    ids=["tokens", "heads", "axes", "integers"],
+    ids=["tokens", "heads", "axes", "integers", "sparse", "empty", "numpy", "list", "nothing"],
 )
 def test_scores_of_another_shape(make: Callable) -> None:
     assert "(2, 36)" in refused(own("own_scores", make))
