@@ -49,6 +49,7 @@ def demo(
         check_libraries()
         quiet()
         from sparsemm_eval.methods import method_names
+        from sparsemm_eval.report.tables import empty_line
         from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
@@ -70,8 +71,8 @@ def demo(
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
-        if uncompressed := uncompressed_cells(done.frame):
-            typer.echo(f"sparsemm-eval: {uncompressed}", err=True)
+        for line in filter(None, (uncompressed_cells(done.frame), empty_line(done.frame))):
+            typer.echo(f"sparsemm-eval: {line}", err=True)
 
 
 @app.command()
@@ -123,6 +124,7 @@ def sweep(
             return
         check_libraries()
         quiet()
+        from sparsemm_eval.report.tables import empty_line
         from sparsemm_eval.sweep.process import leaving
         from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
         from sparsemm_eval.sweep.tables import uncompressed_cells
@@ -140,8 +142,8 @@ def sweep(
         typer.echo(done.status)
         for path in done.files:
             typer.echo(f"wrote {path}")
-        if uncompressed := uncompressed_cells(done.frame):
-            typer.echo(f"sparsemm-eval: {uncompressed}", err=True)
+        for line in filter(None, (uncompressed_cells(done.frame), empty_line(done.frame))):
+            typer.echo(f"sparsemm-eval: {line}", err=True)
         for lost in done.left_out:
             typer.echo(f"left out: {lost.cause}")
         failures = done.status.failures + done.failures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -42,7 +42,7 @@ from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.provenance import FAILED_SAMPLES, OURS
+from sparsemm_eval.report.provenance import EMPTY_ANSWERS, FAILED_SAMPLES, OURS
 
 DEFAULT_ANSWERS = "results/answers"
 
@@ -142,13 +142,15 @@ class CellModel(lmms):
         self._was_asked = False
 
     def _report(self, answered: Answers, failed: Mapping[str, set[str]]) -> None:
-        """State what was kept, how many samples failed, and whether any was compressed at all."""
+        """State what was kept, what failed or is empty, and whether any was compressed at all."""
         finished = [answer for answer in answered.answers if answer.error is None]
-        missing = {f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()}
+        flaws = {f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()}
+        empty = Counter(answer.task for answer in finished if not answer.text)
+        flaws |= {f"{EMPTY_ANSWERS}/{task}": count for task, count in empty.items()}
         records = [answer.record for answer in finished]
         if not records:
-            if missing:
-                log_metrics(0.0, 0, 0.0, {"samples": 0, **missing})
+            if flaws:
+                log_metrics(0.0, 0, 0.0, {"samples": 0, **flaws})
             return
         count, budget = len(records), self.method.budget
         whole = sum(record["kept_per_head"] == record["prompt_tokens"] for record in records)
@@ -168,7 +170,7 @@ class CellModel(lmms):
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
                 "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
                 "share_uncompressed": whole / count,
-                **missing,
+                **flaws,
             },
         )
         if budget is not None and whole > count / 2:

@@ -15,13 +15,13 @@ from sparsemm_eval.report.names import DEFAULTS, method_label, paper_model
 COLUMNS = (
     "model", "task", "benchmark", "metric", "metric_label", "higher_is_better", "bounded",
     "percent", "method", "label", "budget", "ratio", "allocation", "seed", "window", "settings",
-    "score", "spread", "seeds", "stderr", "samples", "expected", "failed",
+    "score", "spread", "seeds", "stderr", "samples", "expected", "failed", "empty",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "source",
     "digits", "file", "files_of", "samples_files",
 )  # fmt: skip
 _NUMBERS = (
     "budget", "ratio", "seed", "window", "score", "spread", "stderr", "samples", "expected",
-    "failed",
+    "failed", "empty",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
 )  # fmt: skip
 # How a cell is computed, not what: no answer depends on these but by rounding.
@@ -227,6 +227,7 @@ def _joined(group: list[dict[str, Any]]) -> dict[str, Any]:
         **{name: frame[name].mean() for name in means},
         "spread": frame["score"].std(ddof=1),
         "seeds": len(group),
+        "empty": frame["empty"].sum(),
         "seed": None,
         "stderr": None,
         "settings": group[0]["settings"] | {"seed": "+".join(map(str, seeds))},

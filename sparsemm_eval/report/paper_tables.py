@@ -27,7 +27,7 @@ from sparsemm_eval.report.resampling import RESAMPLES
 from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import BEST, COMPARED, LEVEL, add_statistics
-from sparsemm_eval.report.tables import side_by_side
+from sparsemm_eval.report.tables import empty_line, side_by_side
 
 NO_SCORES = pd.DataFrame({"cell": [], "doc_id": [], "score": []})
 _RAW = (
@@ -104,7 +104,8 @@ def written_table(
     scored = score_samples(cells)
     even = form == "latex"
     table = paper_table(cells, scored.frame, like, shown, long, against, digits, percent, even)
-    return WrittenTable(write(table), (*not_read(read.unreadable), *scored.notes))
+    notes = (*not_read(read.unreadable), *scored.notes, *filter(None, [empty_line(cells)]))
+    return WrittenTable(write(table), notes)
 
 
 def applicable(cells: pd.DataFrame) -> list[str]:

@@ -14,6 +14,8 @@ OURS = "sparsemm_eval"
 # In a results file's throughput, followed by a task: how many of its samples have no answer, and
 # were left out of its score.
 FAILED_SAMPLES = "failed_samples"
+# Likewise: how many of its samples have an answer without a word in it, which is scored as it is.
+EMPTY_ANSWERS = "empty_answers"
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "flash-attn")
 
 

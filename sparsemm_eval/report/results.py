@@ -19,7 +19,7 @@ from sparsemm_eval.errors import UserError, printable, short_repr
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.provenance import FAILED_SAMPLES, OURS, SCHEMA
+from sparsemm_eval.report.provenance import EMPTY_ANSWERS, FAILED_SAMPLES, OURS, SCHEMA
 from sparsemm_eval.stored import NotUnderstood, read_json
 
 PAPER = "paper"
@@ -404,6 +404,7 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     samples, expected = (_count(task, counts, name) for name in ("effective", "original"))
     throughput = _dict(content, "throughput")
     failed = _count(task, throughput, f"avg_{FAILED_SAMPLES}/{task}") or 0
+    empty = _count(task, throughput, f"avg_{EMPTY_ANSWERS}/{task}") or 0
     samples = None if samples is None else max(samples - failed, 0)
     rows = []
     for metric in dict.fromkeys(metric for metric in first if metric in scores):
@@ -426,6 +427,7 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
                 "samples": samples,
                 "expected": expected,
                 "failed": failed,
+                "empty": empty,
             }
         )
     return rows

@@ -13,10 +13,13 @@ from sparsemm_eval.report.markup import Table, to_markdown
 from sparsemm_eval.report.names import distinct, in_order, labels_in_order, top_score
 
 __all__ = [
+    "empty_line",
     "fidelity_table", "kept_table", "overview_table", "score_tables", "side_by_side",
     "silenced_table", "to_markdown",
 ]  # fmt: skip
 
+# Cells that a line names.
+_NAMED = 5
 Chance = Mapping[str, tuple[str, float]]
 
 
@@ -220,3 +223,26 @@ def silenced_table(frame: pd.DataFrame, total: int) -> Table:
         return value if isinstance(value, str) else "" if pd.isna(value) else f"{value:.3f}"
 
     return Table(pd.DataFrame(rows).map(text))
+
+
+def empty_line(frame: pd.DataFrame) -> str | None:
+    """Say of which cells how many answers are empty, in one line; None if there are none.
+
+    An empty answer is scored as it is. Many of them are seldom what a method does to a model.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One row a cell.
+    """
+    cells = frame[frame["empty"].gt(0)] if len(frame) else frame
+    if cells.empty:
+        return None
+    named = [
+        f"{row.empty:.0f} of {row.samples * row.seeds:.0f} of "
+        f"{row.label} {budget_text(row.budget)}".rstrip()
+        + f" on {row.task} ({row.model})"
+        for row in cells.itertuples()
+    ]
+    more = f"; and of {len(named) - _NAMED} more cells" if len(named) > _NAMED else ""
+    return f"empty answers: {'; '.join(named[:_NAMED])}{more}"

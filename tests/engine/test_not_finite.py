@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sparsemm_eval.engine import lmms
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.decode import decode
 from sparsemm_eval.engine.lmms import Qwen2VLSparseMM
+from sparsemm_eval.methods import ObservationWindow, register_method, registry
+from sparsemm_eval.methods.allocation import Uniform
 
 WAYS = {
     "greedy": {"max_new_tokens": 6, "do_sample": False},
@@ -168,6 +172,53 @@ def test_the_sample_fails_with_its_cause_and_no_other(
     assert found == {f"test {n}": None if n == 2 else text for n, text in enumerate(expected)}
     assert ask(qwen(batch_size=4), documents) == expected
     assert len(rows(answers)) == 5
+
+
+@dataclass(frozen=True)
+class NoneForLong(ObservationWindow):
+    """Scores that are NaN for prompts of so many tokens or more."""
+
+    longest: int = 1
+
+    def __call__(self, query: Tensor, key: Tensor) -> Tensor:
+        scores = super().__call__(query, key)
+        return scores * math.nan if key.shape[1] >= self.longest else scores
+
+
+def test_a_sample_whose_scores_are_none_fails_and_no_other(
+    qwen: Callable[..., Qwen2VLSparseMM], answers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a method of one's own; under the other methods of its batch it has its answer."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    register_method("own", Uniform, scorer=NoneForLong)
+    documents = pages(3)
+    assert len(ask(qwen(batch_size=3), documents)) == 3
+    lengths = {row.doc_id: row.record["prompt_tokens"] for row in rows(answers)}
+    longest = max(lengths, key=lengths.get)
+    settings = {"method": "own", "budget": 32, "window": 8, "longest": lengths[longest]}
+    with pytest.raises(SampleFailures, match="1 samples failed") as caught:
+        ask(qwen(batch_size=3, **settings), documents)
+    assert f"pages {longest}: UserError: method=own: NoneForLong gives a score" in sentence(caught)
+    assert "layer 0" in str(caught.value)
+    of_own = {row.doc_id: row.text is None for row in rows(answers) if "own(" in row.cell}
+    assert of_own == {name: name == longest for name in lengths}
+
+
+def test_empty_answers_are_counted(
+    qwen: Callable[..., Qwen2VLSparseMM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(lmms, "log_metrics", lambda **kwargs: said.append(kwargs))
+    texts = ask(qwen(), pages(3))
+    first = {text[0] for text in texts}
+    assert all(texts)
+    ends = sorted(first)[:1]
+    empty = sum(not text for text in ask(qwen(), pages(3), {"max_new_tokens": 8, "until": ends}))
+    assert empty
+    whole, cut = (one["additional_metrics"] for one in said)
+    assert "empty_answers/pages" not in whole
+    assert cut["empty_answers/pages"] == empty
+    assert cut["samples"] == 3
 
 
 @pytest.mark.parametrize("generation", [

@@ -1,6 +1,7 @@
 """`sparsemm-eval table`: from results files to text."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_unreadable_files_are_said_and_do_not_stop_it(tmp_path: Path) -> None:
     assert "cut_results.json" in done.stderr
     assert done.stdout == table(tmp_path).stdout
     assert "cut_results" not in done.stdout
+
+
+def test_empty_answers_are_said_and_change_no_table(tmp_path: Path) -> None:
+    path = write_cell(tmp_path, "snapkv", 64, TARGETS)
+    plain = table(tmp_path)
+    assert "empty" not in plain.output
+    content = json.loads(path.read_text())
+    content["throughput"]["avg_empty_answers/docvqa_val"] = 2
+    path.write_text(json.dumps(content))
+    done = table(tmp_path)
+    assert done.stdout == plain.stdout
+    assert "empty answers: 2 of 4 of SnapKV 64 on docvqa_val (small)" in done.stderr
 
 
 def test_a_file_is_written(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import pytest
 from PIL import Image
 from report.scored import by_name
 
+from sparsemm_eval.report.cells import join_seeds
 from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load, parse_model_args
 from sparsemm_eval.report.tables import (
+    empty_line,
     kept_table,
     missing_line,
     overview_table,
@@ -86,6 +88,30 @@ def test_scores_without_samples_that_failed_are_marked(tmp_path: Path) -> None:
     )
     assert missing_line(frame.iloc[:1]) == "† Without 1 samples that failed and have no answer."
     assert missing_line(frame.iloc[2:]) == ""
+
+
+def with_empty(path: Path, count: int) -> Path:
+    """State in a results file how many of its answers are empty."""
+    content = json.loads(path.read_text())
+    content["throughput"]["avg_empty_answers/docvqa_mini"] = count
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_empty_answers_are_said_in_a_line(tmp_path: Path) -> None:
+    cells = [(f"method=random,budget=64,seed={seed}", 0.5, 64.0) for seed in (0, 1)]
+    cells += [(f"method=snapkv,budget={budget}", 0.5, budget) for budget in range(40, 48)]
+    frame = load([results_file(tmp_path, *cell) for cell in cells]).cells
+    assert empty_line(frame) is None
+    assert empty_line(frame.iloc[:0]) is None
+    tables = [to_markdown(table) for _, table in score_tables(frame, {})]
+    paths = [with_empty(results_file(tmp_path, *cell), 3) for cell in cells]
+    frame = load(paths).cells
+    assert [to_markdown(table) for _, table in score_tables(frame, {})] == tables
+    line = empty_line(join_seeds(frame))
+    assert line.startswith("empty answers: 6 of 100 of Random 64 on docvqa_mini (")
+    assert line.count("3 of 50 of SnapKV") == 4
+    assert line.endswith("; and of 4 more cells")
 
 
 def test_the_table_has_the_papers_order_and_leaves_out_what_was_not_run(
