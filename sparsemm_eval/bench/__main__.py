@@ -8,7 +8,6 @@ hypothesis, and a checkout, which need not be installed.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import shlex
 import signal
@@ -30,6 +29,7 @@ from sparsemm_eval.bench.machine import (
 )
 from sparsemm_eval.bench.pages import bullets, efficiency_aims, markdown_table
 from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.stored import NotUnderstood, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = (
@@ -168,10 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         parts = parts_for(device.type, out, asked.quick)
         records = run_acceptance(parts, out, provenance, 60 * asked.minutes)
+        text = summary(records, out)
     except (UserError, OSError) as error:
         print(f"sparsemm-eval: {one_line(error)}", file=sys.stderr)
         return 1
-    text = summary(records, out)
     (out / "acceptance.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return int(any(record["state"] != "passed" for record in records))
@@ -187,12 +187,12 @@ def summary(records: Sequence[dict[str, Any]], out: Path) -> str:
     table = markdown_table(heads, rows, words=("part", "state", "last words"))
     reached: list[str] = []
     for path in sorted((out / "efficiency").glob("*.json")):
-        reached += efficiency_aims(json.loads(path.read_text(encoding="utf-8")))
+        reached += efficiency_aims(_own(path))
     for path in sorted((out / "kernels").glob("*.json")):
-        reached += json.loads(path.read_text(encoding="utf-8"))["aims"]
+        reached += _own(path)["aims"]
     shared = out / "shared_prefill.json"
     if shared.is_file():
-        grid = json.loads(shared.read_text(encoding="utf-8"))
+        grid = _own(shared)
         bound = grid.get("byte_bound", {}).get("grid_over_bound")
         reached.append(
             f"shared prefill, {grid['cells']} cells of {grid['model']}: "
@@ -204,6 +204,14 @@ def summary(records: Sequence[dict[str, Any]], out: Path) -> str:
     if left:
         reached.append(f"{left} parts are left: run the same command again")
     return f"{table}\n\n{bullets(reached)}"
+
+
+def _own(path: Path) -> dict[str, Any]:
+    """What a part of this acceptance wrote."""
+    try:
+        return read_json(path)
+    except NotUnderstood as error:
+        raise UserError(f"{path}: {error}; move it away and run again") from error
 
 
 def _run(part: Part, out: Path, seconds: float) -> dict[str, Any]:

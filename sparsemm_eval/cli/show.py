@@ -46,6 +46,10 @@ def table(
             "baseline, p, n, spread."
         ),
     ] = "score",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="As lmms-eval names it, such as exact_match; the one that counts."),
+    ] = None,
     long: Annotated[bool, typer.Option("--long", help="One row a cell, with all of them.")] = False,
     form: Annotated[str, typer.Option("--format", help="markdown, latex, csv, html or json.")] = (
         "markdown"
@@ -74,7 +78,7 @@ def table(
 
         filters = _filters(models, benchmarks, methods, budgets)
         made = written_table(
-            results, filters, form, like, words(show), long, against, digits, percent
+            results, filters, form, like, words(show), long, against, digits, percent, metric
         )
         for note in made.notes:
             typer.echo(f"sparsemm-eval: {note}", err=True)

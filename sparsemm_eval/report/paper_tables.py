@@ -77,6 +77,7 @@ def written_table(
     against: str = BEST,
     digits: int | None = None,
     percent: bool | None = None,
+    metric: str | None = None,
 ) -> WrittenTable:
     """Read results and write them as a table.
 
@@ -90,6 +91,8 @@ def written_table(
         As of `sparsemm_eval.report.markup.to_format`.
     like, show, long, against, digits, percent
         As of `paper_table`.
+    metric : str, optional
+        As of `sparsemm_eval.report.results.gather`.
 
     Raises
     ------
@@ -99,7 +102,7 @@ def written_table(
     write = checked_format(form)
     checked_layout(like)
     shown = checked_shown(show)
-    read = gather(results)
+    read = gather(results, metric)
     cells = filters.apply(join_seeds(read.cells))
     scored = score_samples(cells)
     even = form == "latex"

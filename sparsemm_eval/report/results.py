@@ -101,21 +101,34 @@ def not_read(unreadable: Iterable[Unreadable]) -> tuple[str, ...]:
     return tuple(f"not read: {printable(file.path)}: {file.reason}" for file in unreadable)
 
 
-def gather(results: Iterable[str]) -> Results:
+def gather(results: Iterable[str], metric: str | None = None) -> Results:
     """As `load`, where ``paper`` stands for the paper's numbers.
 
     Parameters
     ----------
     results : iterable of str
         Files, folders, ``paper``.
+    metric : str, optional
+        lmms-eval's name of the metric that is wanted of each task, instead of the one that counts.
+
+    Raises
+    ------
+    UserError
+        As `load`, and if no task has such a metric.
     """
     words = list(results)
     paths = [Path(word) for word in words if word != PAPER]
-    own = load(paths) if paths or not words else Results(cells_frame([]), _files([]))
-    if PAPER not in words:
-        return own
-    tables = [frame for frame in (own.cells, paper_cells()) if len(frame)]
-    return Results(pd.concat(tables, ignore_index=True), own.files, own.unreadable)
+    every = metric is not None
+    own = load(paths, every) if paths or not words else Results(cells_frame([]), _files([]))
+    tables = [own.cells, paper_cells()] if PAPER in words else [own.cells]
+    cells = pd.concat([frame for frame in tables if len(frame)], ignore_index=True)
+    if metric is not None:
+        wanted = cells["metric"].eq(metric)
+        if not wanted.any():
+            known = ", ".join(sorted(set(cells["metric"].dropna())))
+            raise UserError(f"metric={short_repr(metric)}: it must be of {known}")
+        cells = cells[wanted].reset_index(drop=True)
+    return Results(cells, own.files, own.unreadable)
 
 
 def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:

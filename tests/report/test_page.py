@@ -77,6 +77,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:
     assert all(source.startswith("data:image/") for source in Reader(text).sources)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)[1]
     assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
     assert "http:" not in policy
 
 

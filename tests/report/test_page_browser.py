@@ -250,3 +250,23 @@ def test_hostile_text_is_shown_as_text(browser: Browser, hostile: Path) -> None:
     page.close()
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith("data:")] == [hostile.as_uri()]
+
+
+def test_no_other_script_or_style_runs(browser: Browser, written: Path) -> None:
+    """Even where one got into the page past all escaping."""
+    text = written.read_text(encoding="utf-8")
+    path = written.with_name("taken.html")
+    strange = (
+        "<script>document.title = 'taken'</script><style>h1 { display: none }</style>"
+        "<img src='data:,' onerror=\"document.title = 'taken'\">"
+    )
+    path.write_text(text.replace("<main>", f"{strange}<main>"), encoding="utf-8")
+    found = open_page(browser, path)
+    found.page.locator("h1").first.wait_for(state="visible")
+    assert found.page.title() != "taken"
+    assert sum("Content Security Policy" in line for line in found.complaints) == 3
+    # The page's own still run.
+    titles = found.page.get_by_role("columnheader", name="score")
+    titles.get_by_role("button").click()
+    assert titles.get_attribute("aria-sort") == "descending"
+    found.page.close()

@@ -67,6 +67,21 @@ def test_cells_are_chosen_by_name(tmp_path: Path) -> None:
     assert found == [{"benchmark": "TextVQA", "model": "small", "method": "SnapKV", "64": "25.0"}]
 
 
+def test_a_second_metric_is_shown_by_its_name(tmp_path: Path) -> None:
+    for method, budget, score in (("fullkv", None, 0.9), ("snapkv", 64, 0.7)):
+        path = write_cell(tmp_path, method, budget, TARGETS)
+        content = json.loads(path.read_text())
+        content["results"]["docvqa_val"]["own_metric,none"] = score
+        path.write_text(json.dumps(content))
+    found = rows(table(tmp_path, "--metric", "own_metric", "--format", "csv", "--long"))
+    assert [(row["metric_label"], row["score"]) for row in found] == [
+        ("own_metric", "0.9"), ("own_metric", "0.7")
+    ]  # fmt: skip
+    done = table(tmp_path, "--metric", "bleu")
+    assert done.exit_code == 1
+    assert "metric='bleu': it must be of anls, own_metric" in done.stderr
+
+
 def test_unreadable_files_are_said_and_do_not_stop_it(tmp_path: Path) -> None:
     write_grid(tmp_path)
     (tmp_path / "cut_results.json").write_text('{"results": ')
