@@ -20,7 +20,7 @@ from sparsemm_eval.report.results import gather, load
 
 SLOW = settings(
     deadline=None,
-    max_examples=15,
+    max_examples=10,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 ODD = st.sampled_from([

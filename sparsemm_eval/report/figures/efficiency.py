@@ -107,7 +107,9 @@ def _draw(
                 known = points.dropna(subset="bound_ms_per_token")
                 dotted = {**style, **_BOUND}
                 axes.plot(known["input_tokens"], known["bound_ms_per_token"], **dotted)
-    scale_values(axes, 0, 1.06 * pd.concat([own[measure], paper[measure]]).max())
+    highest = pd.concat([own[measure], paper[measure]]).max()
+    if pd.notna(highest):  # of another model it may have been measured
+        scale_values(axes, 0, 1.06 * highest)
 
 
 def _notes(own: pd.DataFrame, paper: pd.DataFrame) -> list[str]:
