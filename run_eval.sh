@@ -149,6 +149,19 @@ $build"
   say "installed"
 }
 
+# Whether one of the arguments of pytest is a file, a folder or a test in one.
+names_a_path() {
+  local before="" word
+  for word in "$@"; do
+    case "$before" in
+      -[kmnporWc] | --ignore | --deselect | --basetemp | --rootdir) ;; # the word is this option's
+      *) if [ -e "${word%%::*}" ]; then return 0; fi ;;
+    esac
+    before="$word"
+  done
+  return 1
+}
+
 eval_command="$venv/bin/sparsemm-eval"
 case "${1:-}" in
   -h | --help | help)
@@ -165,10 +178,12 @@ case "${1:-}" in
   test)
     setup
     shift
-    cd "$root"
     export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
     "$eval_command" doctor --libraries
-    .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+    # From the caller's folder, so that paths among ARGS are the caller's; all tests if it is none.
+    if ! names_a_path "$@"; then set -- "$@" "$root/tests"; fi
+    "$venv/bin/python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" \
+      -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   --)
     setup

@@ -1,5 +1,7 @@
-"""Settings that are one word of a few: they are checked before what reads them is imported."""
+"""Words that settings are made of: they are checked before what reads them is imported."""
 
+# What a checkpoint that ships with the package is called by, everywhere: embedded:qwen2vl.
+EMBEDDED = "embedded:"
 # Of a checkpoint's weights; auto takes its own.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of a vision tower.

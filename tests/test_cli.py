@@ -1,15 +1,22 @@
 """The command line: what it makes, and how it ends."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.sweep.process import ENDING
 from sparsemm_eval.tiny import default_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +56,74 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
 
 
 def test_the_help_of_chase_shows_a_line_of_its_data_whole() -> None:
-    done = CliRunner().invoke(app, ["chase", "--help"], env={"COLUMNS": "400"})
-    assert '{"image": path, "chunks": [{"text": …, "box": [x0, y0, x1, y1]}]}' in done.output
+    """On a terminal of usual width, to be copied from there."""
+    done = CliRunner().invoke(app, ["chase", "--help"], env={"COLUMNS": "80"})
+    (line,) = [line for line in done.output.splitlines() if line.strip().startswith("{")]
+    page = json.loads(line)
+    assert set(page) == {"image", "chunks"}
+    assert {name for chunk in page["chunks"] for name in chunk} == {"text", "box"}
+
+
+@pytest.fixture
+def lmms_eval_that(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """Put something in the place of lmms-eval's run, within its own way of handling errors."""
+
+    def put(run: Callable[[], None]) -> None:
+        def cli_evaluate(given: object) -> None:
+            logger.remove()
+            logger.add(lambda line: None, level="CRITICAL" if "CRITICAL" in sys.argv else "INFO")
+            try:
+                run()
+            except Exception as error:  # noqa: BLE001 - as lmms-eval does
+                traceback.print_exc()
+                logger.error(f"Error during evaluation: {error}.")
+
+        monkeypatch.setattr("lmms_eval.__main__.cli_evaluate", cli_evaluate)
+        monkeypatch.setattr("sparsemm_eval.libraries.check_libraries", lambda: None)
+
+    return put
+
+
+EVAL = ["eval", "--model", "sparsemm", "--tasks", "docvqa_mini"]
+
+
+def test_eval_says_what_can_be_mended_without_a_traceback(lmms_eval_that: Callable) -> None:
+    def refuse() -> None:
+        raise UserError("method='snapvk': it must be one of fullkv")
+
+    lmms_eval_that(refuse)
+    done = CliRunner().invoke(app, EVAL)
+    assert done.exit_code == 1
+    assert done.stderr.endswith("sparsemm-eval: method='snapvk': it must be one of fullkv\n")
+    assert "Traceback" not in done.stderr
+    debugged = CliRunner().invoke(app, ["--debug", *EVAL])
+    assert debugged.exit_code == 1
+    assert "Traceback" in debugged.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--verbosity", "CRITICAL"], ["--verbosity=CRITICAL"]])
+def test_eval_shows_the_traceback_of_a_bug(lmms_eval_that: Callable, more: list[str]) -> None:
+    """And fails, however little of the log is to be seen."""
+    lmms_eval_that(lambda: [][1])
+    done = CliRunner().invoke(app, [*EVAL, *more])
+    assert done.exit_code == 1
+    assert "Traceback" in done.stderr
+    assert done.stderr.endswith("sparsemm-eval: list index out of range\n")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_eval_that_is_asked_to_end_says_so(
+    lmms_eval_that: Callable, number: signal.Signals, code: int
+) -> None:
+    lmms_eval_that(lambda: os.kill(os.getpid(), number))
+    before = {one: signal.getsignal(one) for one in (*ENDING, signal.SIGINT)}
+    try:
+        done = CliRunner().invoke(app, EVAL)
+    finally:  # a process that is about to end takes no further signal, and this one goes on
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    assert done.exit_code == code
+    assert f"sparsemm-eval: stopped by {number.name}; answers of this package's" in done.stderr
 
 
 def test_draw_says_where_heads_look_and_what_it_wrote(tmp_path: Path) -> None:

@@ -54,6 +54,36 @@ def test_the_callers_folder_stays_the_callers(
         assert done.stdout == f"{elsewhere}: {passed}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "paths"),
+    [
+        ([], ["{root}/tests"]),
+        (["-x", "-k", "mine"], ["-x", "-k", "mine", "{root}/tests"]),
+        (["mine"], ["mine"]),
+        (["mine/test_it.py::test_one", "-x"], ["mine/test_it.py::test_one", "-x"]),
+        (["--maxfail", "1", "mine"], ["--maxfail", "1", "mine"]),
+    ],
+)
+def test_the_paths_of_tests_are_the_callers(
+    checkout: Path, tmp_path: Path, arguments: list[str], paths: list[str]
+) -> None:
+    python = checkout / ".venv/bin/python"
+    python.write_text('#!/usr/bin/env bash\necho "$PWD: $*"\n')
+    python.chmod(0o755)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "mine").mkdir(parents=True)
+    (elsewhere / "mine/test_it.py").touch()
+    link = elsewhere / "link.sh"
+    link.symlink_to(checkout / "run_eval.sh")
+    done = call(link, "test", *arguments, cwd=elsewhere)
+    assert done.stderr == ""
+    doctor, pytest_ = done.stdout.splitlines()
+    assert doctor == f"{elsewhere}: doctor --libraries"
+    assert pytest_.startswith(f"{elsewhere}: -m pytest -c {checkout}/pyproject.toml ")
+    words = " ".join(paths).format(root=checkout)
+    assert pytest_.endswith(f" --no-loadscope-reorder {words}")
+
+
 def test_a_changed_lock_is_installed_anew(checkout: Path, tmp_path: Path) -> None:
     """With a python that cannot make an environment, so that nothing is really installed."""
     with (checkout / "requirements.lock").open("a") as lock:

@@ -50,18 +50,35 @@ def folders(paths: list[Path] | None) -> tuple[Path, ...]:
     return tuple(path.resolve() for path in paths or ())
 
 
+# What `one_sentence` says of a command whose answers are on disk as soon as they exist.
+ANSWERS_SAFE = "every finished answer is safe, run it again to go on"
+
 # Set by `sparsemm-eval --debug`.
 debug = False
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """Bad input ends with its one sentence and exit code 1; its traceback only with --debug."""
+def one_sentence(safe: str = "") -> Iterator[None]:
+    """Bad input ends with its one sentence and exit code 1; its traceback only with --debug.
+
+    A process that is asked to end, by Ctrl-C or a signal, says so in one sentence as well, and ends
+    with the exit code that shells have for it: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Parameters
+    ----------
+    safe : str
+        What is kept of a command that is asked to end, and how it goes on.
+    """
     from sparsemm_eval.engine.answers import SampleFailures
     from sparsemm_eval.errors import one_line
+    from sparsemm_eval.sweep.process import Stopped, leaving
 
     try:
-        yield
+        with leaving():
+            yield
+    except Stopped as stopped:
+        typer.echo(f"sparsemm-eval: {stopped}{safe and f'; {safe}'}", err=True)
+        raise typer.Exit(128 + stopped.signum) from stopped
     except (UserError, OSError, NotImplementedError, SampleFailures) as error:
         if debug:
             raise
@@ -69,23 +86,17 @@ def one_sentence() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-@contextmanager
-def stoppable(onward: str) -> Iterator[None]:
-    """A process that was asked to end says so, in one sentence, by the shell's exit codes."""
-    from sparsemm_eval.sweep.process import Stopped
-
-    try:
-        yield
-    except Stopped as stopped:
-        typer.echo(f"sparsemm-eval: {stopped}; every finished answer is safe, {onward}", err=True)
-        raise typer.Exit(128 + stopped.signum) from stopped
-
-
 def quiet() -> None:
     """Leave the screen to progress and results: other libraries' news only from warnings on."""
     # Both set the logger up anew as they are imported, and would undo what follows.
     import lmms_eval.llm_judge.launcher
     import lmms_eval.models  # noqa: F401
+
+    warnings_only()
+
+
+def warnings_only() -> None:
+    """As `quiet`, for commands that do not come to lmms-eval."""
     from loguru import logger
 
     logger.remove()

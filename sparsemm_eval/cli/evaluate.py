@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
+from contextlib import redirect_stderr
+from typing import Any, TextIO
 
 import typer
 
+from sparsemm_eval.cli import common
 from sparsemm_eval.cli.common import one_sentence
+from sparsemm_eval.errors import UserError, one_line
 
 app = typer.Typer()
 
@@ -20,13 +23,27 @@ app = typer.Typer()
 )
 def evaluate(context: typer.Context) -> None:
     """Run `python -m lmms_eval ARGS` with our tasks; the exit code is 1 if the run failed."""
-    with one_sentence():
+    with one_sentence("answers of this package's models are safe, run it again to go on"):
+        _check_said(context.args)
         from sparsemm_eval.libraries import check_libraries
 
         check_libraries()
-    if failure := _run(context.args):
+        failure = _run(context.args)
+    if failure:
         typer.echo(f"sparsemm-eval: {failure}", err=True)
         raise typer.Exit(1)
+
+
+def _check_said(arguments: list[str]) -> None:
+    """Refuse what lmms-eval takes: a model of its own by default, and no tasks until the end."""
+    said = [word.partition("=")[0] for word in arguments]
+    if {"-h", "--help", "--config", "--power_analysis"} & set(said):
+        return
+    if not any(word.startswith("--task") for word in said):
+        raise UserError("--tasks is missing: give some, such as --tasks docvqa_mini, or list")
+    listed = any(word.removeprefix("--tasks=").startswith("list") for word in arguments)
+    if "--model" not in said and not listed:
+        raise UserError("--model is missing: give one, such as --model sparsemm")
 
 
 def _run(arguments: list[str]) -> str | None:
@@ -34,7 +51,6 @@ def _run(arguments: list[str]) -> str | None:
     from lmms_eval.__main__ import cli_evaluate
     from loguru import logger
 
-    from sparsemm_eval.errors import one_line
     from sparsemm_eval.paths import tasks_folder
 
     failures: list[str] = []
@@ -51,13 +67,18 @@ def _run(arguments: list[str]) -> str | None:
 
     theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     theirs.add_argument("--include_path", action="append", default=[])
+    theirs.add_argument("--verbosity")
     given, rest = theirs.parse_known_args(arguments)
+    if given.verbosity is not None:
+        # What failed is known by an error in the log, which must not be left out.
+        rest += ["--verbosity", "ERROR" if given.verbosity == "CRITICAL" else given.verbosity]
     folders = [str(tasks_folder()), *given.include_path]
     before = sys.argv
     sys.argv = ["lmms_eval", *rest]
     logger.configure(patcher=watch)
     try:
-        cli_evaluate(argparse.Namespace(include_path=folders))
+        with redirect_stderr(_WithoutTracebacks(sys.stderr)):
+            cli_evaluate(argparse.Namespace(include_path=folders))
     except SystemExit as end:
         if end.code or not errors:
             raise
@@ -66,3 +87,30 @@ def _run(arguments: list[str]) -> str | None:
         sys.argv = before
         logger.configure(patcher=lambda record: None)
     return failures[0] if failures else None
+
+
+class _WithoutTracebacks:
+    """Standard error while lmms-eval runs, which prints a traceback of all that fails.
+
+    What is written while an error is handled that the user can mend is left out, unless ``--debug``
+    asks for it: its sentence follows.
+
+    Parameters
+    ----------
+    stream : TextIO
+        Where the rest goes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        from sparsemm_eval.engine.answers import SampleFailures
+
+        mended = isinstance(sys.exc_info()[1], UserError | SampleFailures)
+        if mended and not common.debug:
+            return len(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparsemm_eval.cli.common import (
+    ANSWERS_SAFE,
     PluginNames,
     load_plugins,
     numbers,
@@ -17,7 +19,7 @@ from sparsemm_eval.cli.common import (
     quiet,
     words,
 )
-from sparsemm_eval.libraries import check_libraries
+from sparsemm_eval.errors import check_choice
 
 if TYPE_CHECKING:
     from sparsemm_eval.engine.checkpoint import Checkpoint
@@ -35,7 +37,11 @@ Device = Annotated[
 ]
 
 
-@app.command()
+# Short enough for a line of a terminal of 80 columns, so that nothing wraps it.
+_LINE = '{"image": "page.png", "chunks": [{"text": "Total", "box": [8, 4, 96, 20]}]}'
+
+
+@app.command(epilog=f"A line of a JSONL file for --data:\n\n{_LINE}")
 def chase(
     model: Model = None,
     output: Annotated[
@@ -46,7 +52,7 @@ def chase(
         str,
         typer.Option(
             help="What is read: drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER, or a JSONL "
-            'file of {"image": path, "chunks": [{"text": …, "box": \\[x0, y0, x1, y1]}]} lines.'
+            "file of lines as below; paths are from its folder, boxes in pixels."
         ),
     ] = "drawn",
     count: Annotated[int, typer.Option("-n", min=1, help="Images.")] = 200,
@@ -63,12 +69,16 @@ def chase(
 
     A run that was cut off goes on from OUTPUT.pages.jsonl; so does one with more images.
     """
-    with one_sentence():
-        from sparsemm_eval.heads.chase import chase as run_chase
-        from sparsemm_eval.heads.pages import pages_for
+    with one_sentence("every finished page is safe, run it again to go on"):
+        from sparsemm_eval.families import IMAGE_TOKENS
+        from sparsemm_eval.heads.pages import check_data, pages_for
 
         load_plugins(plugin)
+        check_data(data)
+        check_choice("image_tokens", image_tokens, IMAGE_TOKENS)
         checkpoint = _checkpoint(model, dtype, device)
+        from sparsemm_eval.heads.chase import chase as run_chase
+
         path = output or checkpoint.scores_cache()
         scores = run_chase(
             checkpoint,
@@ -113,12 +123,13 @@ def draw(
 ) -> None:
     """Draw what the heads look at while a question is answered: over the image, and all at once."""
     with one_sentence():
-        from sparsemm_eval.heads.draw import draw as draw_heads
-        from sparsemm_eval.heads.draw import read_scene
+        from sparsemm_eval.heads.scene import read_scene
 
         load_plugins(plugin)
         scene = read_scene(image, question, box)
         checkpoint = _checkpoint(model, dtype, device)
+        from sparsemm_eval.heads.draw import draw as draw_heads
+
         drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)
         typer.echo(f"answer: {drawn.answer}")
         for line in (*drawn.lines, *(f"wrote {path}" for path in drawn.files)):
@@ -145,31 +156,36 @@ def mask(
     plugin: PluginNames = None,
 ) -> None:
     """What benchmarks lose without the visual heads, and without as many random others."""
-    with one_sentence():
-        from sparsemm_eval.bench.machine import device_name
+    with one_sentence(ANSWERS_SAFE):
+        from sparsemm_eval.libraries import check_libraries
         from sparsemm_eval.methods import MASK_MODES
-        from sparsemm_eval.sweep.mask import run_masking
+        from sparsemm_eval.sweep.studies import masking_study
         from sparsemm_eval.tiny import EMBEDDED
 
         plugins = load_plugins(plugin)
-        settings = {"dtype": dtype, "device_map": device_name(device, "auto")}
-        if head_scores is not None:
-            settings["head_scores"] = str(head_scores)
-        check_libraries()
-        quiet()
-        done = run_masking(
+        study_on = partial(
+            masking_study,
             model or f"{EMBEDDED}qwen2vl",
-            out,
             tasks=words(tasks),
             shares=numbers("shares", shares, "0.01,0.05"),
             seeds=seeds,
             modes=MASK_MODES if mode == "both" else (mode,),
             samples=samples,
             batch_size=batch_size,
-            settings=settings,
-            plugins=plugins,
-            command=shlex.join(["sparsemm-eval", *sys.argv[1:]]),
         )
+        settings = {"dtype": dtype}
+        if head_scores is not None:
+            settings["head_scores"] = str(head_scores)
+        # Refused before torch is imported, which alone knows the devices.
+        study_on(settings=settings)
+        check_libraries()
+        quiet()
+        from sparsemm_eval.bench.machine import device_name
+        from sparsemm_eval.sweep.mask import run_masking
+
+        study = study_on(settings=settings | {"device_map": device_name(device, "auto")})
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        done = run_masking(study, out, plugins, command)
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
@@ -177,9 +193,14 @@ def mask(
 
 def _checkpoint(model: str | None, dtype: str, device: str) -> Checkpoint:
     """A checkpoint that will lie on a device."""
+    from sparsemm_eval.choices import DTYPES
+    from sparsemm_eval.engine.hub import find_folder
+    from sparsemm_eval.tiny import EMBEDDED
+
+    name = model or f"{EMBEDDED}qwen2vl"
+    check_choice("dtype", dtype, DTYPES)
+    find_folder(name)  # refused before torch is imported
     from sparsemm_eval.bench.machine import device_name
     from sparsemm_eval.engine.checkpoint import Checkpoint
-    from sparsemm_eval.tiny import default_checkpoint
 
-    place = device_name(device, "auto")
-    return Checkpoint(model or default_checkpoint(), dtype=dtype, device_map=place)
+    return Checkpoint(name, dtype=dtype, device_map=device_name(device, "auto"))

@@ -15,7 +15,7 @@ from sparsemm_eval.cli.common import (
     load_plugins,
     one_sentence,
     quiet,
-    stoppable,
+    warnings_only,
 )
 
 app = typer.Typer()
@@ -67,8 +67,7 @@ def submit(
 
     `sparsemm-eval status FOLDER` shows the jobs, `sparsemm-eval cancel FOLDER` ends them.
     """
-    with one_sentence(), stoppable("submit it again to go on"):
-        quiet()
+    with one_sentence("every finished answer is safe, submit it again to go on"):
         from sparsemm_eval.sweep import jobs
         from sparsemm_eval.sweep.grid_file import read_grid
         from sparsemm_eval.sweep.resources import Resources
@@ -82,6 +81,8 @@ def submit(
             executor, gpus, max_parallel, time, partition, account, qos,
             tuple(setup or ()), tuple(sbatch or ()),
         )  # fmt: skip
+        jobs.check_submission(chosen, folder, resources, retries)
+        quiet()
         done = jobs.submit(
             chosen,
             folder,
@@ -122,8 +123,8 @@ def merge(
 
     `sparsemm-eval sweep OUT/grid.yaml -o OUT` then answers the rest and scores.
     """
-    with one_sentence():
-        quiet()
+    with one_sentence("nothing is finished, run it again into a new folder"):
+        warnings_only()
         from sparsemm_eval.sweep.merge import merge_sweeps
 
         load_plugins(plugin)

@@ -38,10 +38,10 @@ def doctor(
         if libraries:
             check_libraries()
             return
-        from sparsemm_eval import doctor as doctors
-
         if arches and not build:
             raise UserError(f"arches={arches!r}: it needs --build, which it is for")
+        from sparsemm_eval import doctor as doctors
+
         built = doctors.build_libraries(words(arches)) if build else ()
         broken = False
         for finding in chain(built, doctors.examine()):

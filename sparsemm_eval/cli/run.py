@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsemm_eval.cli.common import (
+    ANSWERS_SAFE,
     AllowFailed,
     IncludePath,
     PluginNames,
@@ -19,7 +20,6 @@ from sparsemm_eval.cli.common import (
     load_plugins,
     one_sentence,
     quiet,
-    stoppable,
     words,
 )
 from sparsemm_eval.libraries import check_libraries
@@ -45,29 +45,31 @@ def demo(
     plugin: PluginNames = None,
 ) -> None:
     """Full KV, five methods and one's own over budgets on the embedded models, in minutes."""
-    with one_sentence():
-        check_libraries()
-        quiet()
+    with one_sentence(ANSWERS_SAFE):
         from sparsemm_eval.methods import method_names
-        from sparsemm_eval.report.tables import empty_line
-        from sparsemm_eval.sweep.demo import SAMPLES, TASKS, run_demo
-        from sparsemm_eval.sweep.tables import uncompressed_cells
+        from sparsemm_eval.sweep.folder import refuse_other_grid
+        from sparsemm_eval.sweep.studies import SAMPLES, check_demo_samples, demo_grid
 
         before = method_names()
         plugins = load_plugins(plugin)
-        done = run_demo(
-            out,
+        grid = demo_grid(
             SAMPLES if full else samples,
             batch_size,
             integers("budgets", budgets),
-            words(tasks) or TASKS,
+            words(tasks),
             words(models),
-            masked,
             allocation,
-            command=demo_command(),
             more_methods=[name for name in method_names() if name not in before],
-            plugins=plugins,
         )
+        check_demo_samples("masked", masked, least=0)
+        refuse_other_grid(grid, out, replace=True)
+        check_libraries()
+        quiet()
+        from sparsemm_eval.report.tables import empty_line
+        from sparsemm_eval.sweep.demo import run_demo
+        from sparsemm_eval.sweep.tables import uncompressed_cells
+
+        done = run_demo(out, grid, masked, demo_command(), plugins)
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
@@ -108,11 +110,13 @@ def sweep(
 
     A sweep that was stopped goes on where it was; `sparsemm-eval status FOLDER` shows how far.
     """
-    with one_sentence(), stoppable("run it again to go on"):
+    with one_sentence(ANSWERS_SAFE):
+        from sparsemm_eval.sweep.folder import chosen_jobs, refuse_other_grid
         from sparsemm_eval.sweep.grid_file import read_grid
 
         plugins, own_tasks = load_plugins(plugin), folders(include_path)
         chosen = read_grid(grid)
+        chosen_jobs(chosen, job)  # refuses one that there is not
         if dry_run:
             quiet()
             from sparsemm_eval.engine.tasks import find_tasks, runnable
@@ -122,21 +126,20 @@ def sweep(
             typer.echo(describe(chosen, out, manager))
             runnable(manager, chosen.tasks, skip_missing)
             return
+        folder = out or Path("results/sweeps") / chosen.name
+        refuse_other_grid(chosen, folder)
         check_libraries()
         quiet()
         from sparsemm_eval.report.tables import empty_line
-        from sparsemm_eval.sweep.process import leaving
         from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
-        folder = out or Path("results/sweeps") / chosen.name
         words = [word for word in sys.argv[1:] if word not in ("--wait", "--only-scores")]
         command = shlex.join(["sparsemm-eval", *words])
-        with leaving():
-            done = run_sweep(
-                chosen, folder, command, job, wait, skip_missing, only_scores, world_size,
-                own_tasks, plugins, allow_failed=allow_failed,
-            )  # fmt: skip
+        done = run_sweep(
+            chosen, folder, command, job, wait, skip_missing, only_scores, world_size,
+            own_tasks, plugins, allow_failed=allow_failed,
+        )  # fmt: skip
         leave_ranks()
         typer.echo(done.markdown)
         typer.echo(done.status)

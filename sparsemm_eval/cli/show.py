@@ -16,7 +16,8 @@ from sparsemm_eval.cli.common import (
     quiet,
     words,
 )
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.report.inputs import FIGURES, check_formats, check_inputs
 
 if TYPE_CHECKING:
     from sparsemm_eval.report.cells import Filters
@@ -127,11 +128,12 @@ def figure(
 ) -> None:
     """Draw score over budget or really kept tokens, efficiency, or the budget of each KV head."""
     with one_sentence():
-        from sparsemm_eval.errors import check_choice
+        check_choice("kind", kind, FIGURES)
+        check_formats(words(formats))
+        check_inputs(results or ())
+        load_plugins(plugin)
         from sparsemm_eval.report import figures as files
 
-        check_choice("kind", kind, files.KINDS)
-        load_plugins(plugin)
         if kind == "heads":
             from sparsemm_eval.heads.budgets import draw_budgets
             from sparsemm_eval.report.results import parse_model_args
@@ -182,6 +184,7 @@ def report(
     Images come from the tasks' data, which lmms-eval loads as for a run.
     """
     with one_sentence():
+        check_inputs(results)
         quiet()
         from sparsemm_eval.report.page import write_page
         from sparsemm_eval.report.results import gather, not_read

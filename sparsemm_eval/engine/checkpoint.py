@@ -12,13 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -30,12 +24,12 @@ from transformers import (
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.choices import ATTENTION, DTYPES
+from sparsemm_eval.engine.hub import FILES, find_folder
 from sparsemm_eval.engine.weights import check_weights
 from sparsemm_eval.errors import UserError, check_choice, one_line, short_repr
 from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder, write_whole
-from sparsemm_eval.tiny import find_checkpoint
 
 # A file of so many bytes is not read again to know its hash, once it has been as it is for some
 # seconds.
@@ -47,7 +41,6 @@ _FLASH = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn 3"),
 }
-_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.safetensors"]
 
 
 class Checkpoint:
@@ -94,7 +87,7 @@ class Checkpoint:
         self.pretrained = str(pretrained)
         self.dtype, self.device_map = dtype, device_map
         self.attn_implementation = attn_implementation
-        self.folder = _folder(find_checkpoint(self.pretrained), revision)
+        self.folder = find_folder(self.pretrained, revision)
         self.config = _read_config(self.folder, self.pretrained)
         if model_type not in (None, self.config.model_type):
             raise UserError(
@@ -129,7 +122,7 @@ class Checkpoint:
     def hash(self) -> str:
         """SHA-256 over all that decides its answers: weights, configs, tokenizer, processor."""
         digest = hashlib.sha256()
-        files = {path for pattern in _FILES for path in self.folder.glob(pattern)}
+        files = {path for pattern in FILES for path in self.folder.glob(pattern)}
         for path in sorted(files):
             # Head scores decide a method's answers, not the model's; they are keyed apart.
             if not path.name.startswith("head_scores"):
@@ -217,27 +210,6 @@ class Checkpoint:
     def scores_cache(self) -> Path:
         """Where a chase on this very checkpoint leaves its scores."""
         return cache_folder() / "head_scores" / f"{self.hash}.json"
-
-
-def _folder(pretrained: str, revision: str | None) -> Path:
-    if Path(pretrained).is_dir():
-        return Path(pretrained).resolve()
-    # lmms-eval makes a number of a revision such as 2.
-    revision = None if revision is None else str(revision)
-    # The hub first, then what is cached: not every huggingface_hub does the second by itself.
-    causes: list[Exception] = []
-    for cached in (False, True):
-        try:
-            found = snapshot_download(
-                pretrained, revision=revision, allow_patterns=_FILES, local_files_only=cached
-            )
-            return Path(found)
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            causes.append(error)
-    raise UserError(
-        f"pretrained={pretrained} is no folder and cannot be had from the hub "
-        f"({one_line(causes[0])}): give a folder, or a repository that is reachable or cached"
-    ) from causes[0]
 
 
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:

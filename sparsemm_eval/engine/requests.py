@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lmms_eval.api.instance import Instance
-from lmms_eval.protocol import ChatMessages
 from PIL import Image, ImageFile
-from transformers import ProcessorMixin
 
 from sparsemm_eval.errors import UserError, one_line, short_repr
 from sparsemm_eval.families import Family
+
+if TYPE_CHECKING:  # images are read, and refused, before anything heavy is there
+    from lmms_eval.api.instance import Instance
+    from lmms_eval.protocol import ChatMessages
+    from transformers import ProcessorMixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +136,8 @@ def read_chat(
     ValueError
         If there is a video or a sound among them.
     """
+    from lmms_eval.protocol import ChatMessages
+
     chat = ChatMessages(messages=family.read_messages(messages))
     urls, videos, sounds = chat.extract_media()
     if videos or sounds:
@@ -160,6 +164,8 @@ def check_template(processor: ProcessorMixin, pretrained: str, family: Family) -
     UserError
         If it raises, or leaves out the question or a system prompt: it would for every sample.
     """
+    from lmms_eval.protocol import ChatMessages
+
     question = "What is it?"
     content = [{"type": "image", "url": Image.new("RGB", (8, 8))}]
     content.append({"type": "text", "text": question})

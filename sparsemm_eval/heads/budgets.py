@@ -34,11 +34,11 @@ from sparsemm_eval.report.figures.style import (
     LINE,
     PAGE,
     blank_grid,
-    check_formats,
     house_style,
     save,
     wrapped,
 )
+from sparsemm_eval.report.inputs import check_formats
 from sparsemm_eval.report.names import last_part, method_label
 from sparsemm_eval.tiny import default_checkpoint, find_checkpoint
 

@@ -8,7 +8,6 @@ from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
@@ -21,36 +20,14 @@ from sparsemm_eval.heads.maps import (
     score_maps,
     token_regions,
 )
-from sparsemm_eval.heads.pages import read_image
 from sparsemm_eval.heads.regions import find_regions, image_positions, regions_of
+from sparsemm_eval.heads.scene import Scene
 from sparsemm_eval.methods import HeadScores, ModelShape
 from sparsemm_eval.report.names import last_part
-from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
 Head = tuple[int, int]
 
-# A drawn document of its own: neither a benchmark nor a chase shows it.
-_SEED = 7_002
 _OVERLAY, _SHEET = 512, 2048  # longest edge of an overlay and width of the sheet, in pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Scene:
-    """An image, a question about it, and where its answer stands.
-
-    Parameters
-    ----------
-    image : Image
-        RGB.
-    question : str
-        As the user asks it; the chat template goes around it.
-    box : tuple or None
-        Where the answer stands, (x0, y0, x1, y1) in pixels of the image, end exclusive.
-    """
-
-    image: Image.Image
-    question: str
-    box: Box | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,41 +83,6 @@ class Drawn:
     answer: str
     lines: tuple[str, ...]
     files: tuple[Path, ...]
-
-
-def drawn_scene() -> Scene:
-    """A drawn document and the question for the value in its middle."""
-    document = draw_document(stream(Split.HELD_OUT, _SEED))
-    question = value_question(document, len(document.entries) // 2)
-    x0, y0, x1, y1 = zip(*document.boxes_of(question), strict=True)
-    return Scene(document.image, question.prompt, (min(x0), min(y0), max(x1), max(y1)))
-
-
-def read_scene(image: Path | None, question: str | None, box: str | None) -> Scene:
-    """A scene from an image file; without one, the drawn document.
-
-    Parameters
-    ----------
-    image : Path or None
-        A file of any format that PIL reads.
-    question : str or None
-        What is asked about it.
-    box : str or None
-        Where the answer stands, such as "10,20,80,40": x0,y0,x1,y1 in pixels, end exclusive.
-
-    Raises
-    ------
-    UserError
-        If only a part of it is given, the image cannot be read, or the box is none.
-    """
-    if image is None:
-        if question is not None or box is not None:
-            raise UserError("a question or box without its image: give image=FILE too, or none")
-        return drawn_scene()
-    if question is None or not question.strip():
-        raise UserError(f"image={image} has no question: give question=TEXT")
-    place = None if box is None else _parse_box(box)
-    return Scene(read_image(image, f"image={image}"), question, place)
 
 
 def parse_heads(text: str, shape: ModelShape) -> list[Head]:
@@ -354,11 +296,3 @@ def concentration(scores: HeadScores) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.split())
-
-
-def _parse_box(text: str) -> Box:
-    try:
-        x0, y0, x1, y1 = (float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UserError(f"box={text!r}: it must be x0,y0,x1,y1 in pixels of the image") from error
-    return x0, y0, x1, y1

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.requests import image_hash, truncated_images
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Box
@@ -34,6 +32,11 @@ from sparsemm_eval.tiny.documents import (
     stream,
     transcript_question,
 )
+
+if TYPE_CHECKING:
+    import datasets
+
+    from sparsemm_eval.engine.checkpoint import Checkpoint
 
 # Drawn documents of their own: no benchmark, no training page and no test of one is among them.
 CHASE_SEED = 7_001
@@ -120,6 +123,7 @@ def read_pages(data: str, count: int, known_text: bool = True) -> Iterator[Page]
     UserError
         In one sentence, if there is no such data, or, with the first page, if it cannot be read.
     """
+    check_data(data)
     name, _, folder = data.partition(":")
     if data == "drawn":
         return drawn_pages(count, known_text)
@@ -128,12 +132,17 @@ def read_pages(data: str, count: int, known_text: bool = True) -> Iterator[Page]
     if name == "coco":
         local = folder and not list(Path(folder).rglob("*.parquet"))
         return islice(_coco_files(Path(folder)) if local else _coco(data, folder), count)
-    if Path(data).is_file():
-        return _jsonl(Path(data), count)
-    raise UserError(
-        f"data={data!r}: it must be drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER or a JSONL "
-        "file that exists"
-    )
+    return _jsonl(Path(data), count)
+
+
+def check_data(data: str) -> None:
+    """Raise UserError unless this is the name of a data set that `read_pages` knows, or a file."""
+    known = data == "drawn" or data.partition(":")[0] in ("synthdog", "coco")
+    if not known and not Path(data).is_file():
+        raise UserError(
+            f"data={data!r}: it must be drawn, synthdog, coco, synthdog:FOLDER, coco:FOLDER or a "
+            "JSONL file that exists"
+        )
 
 
 def drawn_pages(count: int, known_text: bool = True, layout: Layout = PAGE) -> Iterator[Page]:
@@ -332,6 +341,8 @@ def _values(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _rows(data: str, source: str, split: str) -> datasets.IterableDataset:
     """A data set of the hub, or in a folder; read as it is used, not downloaded whole."""
+    import datasets
+
     try:
         return datasets.load_dataset(source, split=split, streaming=True)
     except (OSError, ValueError) as error:
@@ -386,6 +397,8 @@ def _clip(box: Box, size: tuple[int, int]) -> Box | None:
 
 def _class_names(feature: Any) -> list[str] | None:
     """Names of the first class label anywhere in a data set's features."""
+    import datasets
+
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     parts = feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]

@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from sparsemm_eval.choices import EMBEDDED
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -145,7 +147,7 @@ def paper_model(name: str) -> str | None:
 
 def last_part(name: str) -> str:
     """The name of a checkpoint: a repository's or folder's last part, also in the hub's cache."""
-    name = name.removeprefix("embedded:")
+    name = name.removeprefix(EMBEDDED)
     parts = [part for part in PurePosixPath(name).parts if part != "/"]
     cached = [part for part in parts if part.startswith("models--")]
     return cached[-1].rpartition("--")[2] if cached else parts[-1] if parts else name

@@ -1,8 +1,11 @@
 """How a result was made: command, commit, versions, hardware."""
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +39,12 @@ def provenance(command: str) -> dict[str, Any]:
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "hardware": {"machine": platform.machine(), "cpu_cores": os.cpu_count()},
     }
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a results file without our own entry, which a sweep checks it by."""
+    rest = {name: value for name, value in content.items() if name != OURS}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.stats import binom
 
 from sparsemm_eval.errors import UserError
 
@@ -80,6 +79,8 @@ def mcnemar(differences: np.ndarray) -> np.ndarray:
     ndarray
         [pairs], p-values.
     """
+    from scipy.stats import binom  # slow to import, and no table without samples needs it
+
     more, less = (differences > 0).sum(axis=0), (differences < 0).sum(axis=0)
     return np.minimum(1.0, 2 * binom.cdf(np.minimum(more, less), more + less, 0.5))
 

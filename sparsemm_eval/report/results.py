@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -17,12 +16,18 @@ import pandas as pd
 
 from sparsemm_eval.errors import UserError, printable, short_repr
 from sparsemm_eval.report.cells import cells_frame, counted_once, labelled, named
+from sparsemm_eval.report.inputs import PAPER, check_inputs
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.provenance import EMPTY_ANSWERS, FAILED_SAMPLES, OURS, SCHEMA
+from sparsemm_eval.report.provenance import (
+    EMPTY_ANSWERS,
+    FAILED_SAMPLES,
+    OURS,
+    SCHEMA,
+    content_hash,
+)
 from sparsemm_eval.stored import NotUnderstood, read_json
 
-PAPER = "paper"
 FILE_COLUMNS = (
     "path", "kind", "schema", "command", "commit", "date", "python", "versions", "hardware",
     "model_args", "changed",
@@ -214,12 +219,9 @@ def find_files(
             folders[:] = [name for name in folders if name not in left_out]
             yield from (Path(place) / name for name in names if name.endswith(endings))
 
+    given = list(given)
+    check_inputs(given)
     for path in given:
-        if not path.exists():
-            raise UserError(
-                f"{path}: there is no such file or folder; give results files, folders that hold "
-                f"some, or the word {PAPER}"
-            )
         for file in sorted(search(path)) if path.is_dir() else [path]:
             files.setdefault(os.path.realpath(file), file)
     return list(files.values()), closed
@@ -524,9 +526,3 @@ def _date(text: Any, zone: Any) -> str | None:
         return f"{time.replace(tzinfo=given).astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"
     except (ValueError, OSError, OverflowError, ZoneInfoNotFoundError):
         return None
-
-
-def content_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 of a results file without our own entry, which a sweep checks it by."""
-    rest = {name: value for name, value in content.items() if name != OURS}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

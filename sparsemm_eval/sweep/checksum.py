@@ -13,8 +13,7 @@ from loguru import logger
 from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.provenance import OURS
-from sparsemm_eval.report.results import content_hash
+from sparsemm_eval.report.provenance import OURS, content_hash
 from sparsemm_eval.stored import NotUnderstood, read_json
 
 _HASHES = ("answers", "samples", "results")

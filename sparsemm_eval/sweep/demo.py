@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from sparsemm_eval.bench.machine import device_name
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.tasks import visuals
-from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.heads.draw import concentration, draw, drawn_scene
+from sparsemm_eval.heads.draw import concentration, draw
+from sparsemm_eval.heads.scene import drawn_scene
 from sparsemm_eval.methods import MASK_MODES, HeadScores, Plugin
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import save
@@ -27,16 +26,13 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.tables import overview_table, score_tables, to_markdown
-from sparsemm_eval.sweep.grid_file import grids_folder, make_grid
+from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.mask import run_masking
+from sparsemm_eval.sweep.studies import check_demo_samples, masking_study
 from sparsemm_eval.sweep.sweep import run_sweep, scored_files
 from sparsemm_eval.sweep.tables import chance_of, write_tables
 from sparsemm_eval.tiny import embedded_checkpoints
-from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 
-TASKS = tuple(f"{name}_mini" for name in BENCHMARKS)
-BUDGETS = (256, 128, 64, 32, 16, 12)
-SAMPLES = 200
 MASKING_SEEDS = 5
 TITLE = "The embedded models on the miniature benchmarks"
 # Of the table that shows all benchmarks at once.
@@ -64,15 +60,9 @@ class Demo:
 
 def run_demo(
     out: Path,
-    samples: int,
-    batch_size: int,
-    budgets: Sequence[int] = BUDGETS,
-    tasks: Sequence[str] = TASKS,
-    models: Sequence[str] = (),
+    grid: Grid,
     masked: int = 40,
-    allocation: str = "paper",
     command: str = "./run_eval.sh",
-    more_methods: Sequence[str] = (),
     plugins: Sequence[Plugin] = (),
 ) -> Demo:
     """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
@@ -82,26 +72,14 @@ def run_demo(
     out : Path
         Folder for everything: answers, results of each cell, tables, curves. A second run finds
         the answers there and computes only what is missing.
-    samples : int
-        Of each task, 1 to 200.
-    batch_size : int
-        Samples that are read together; each is then decoded under all methods at once.
-    budgets : sequence of int
-        Mean tokens per KV head.
-    tasks : sequence of str
-        Of ``TASKS``.
-    models : sequence of str
-        Names of embedded checkpoints; default all.
+    grid : Grid
+        By `sparsemm_eval.sweep.studies.demo_grid`.
     masked : int
-        Documents of the masking study; 0 leaves it out.
-    allocation : {"paper", "exact"}
-        How budgets are spent: as published, or to the token.
+        Documents of the masking study, at most 200; 0 leaves it out.
     command : str
         What makes it again, for the record.
-    more_methods : sequence of str
-        Methods of the user's own, beside those of the paper.
     plugins : sequence of Plugin
-        Those that registered them.
+        Those that registered methods of the user's own.
 
     Raises
     ------
@@ -111,25 +89,7 @@ def run_demo(
         If a cell has no score.
     """
     start = time.perf_counter()
-    if not (1 <= samples <= SAMPLES and 0 <= masked <= SAMPLES):
-        raise UserError(
-            f"samples={samples}, masked={masked}: a miniature benchmark has {SAMPLES} samples"
-        )
-    for task in tasks:
-        check_choice("task", task, TASKS)
-    for name in models:
-        check_choice("model", name, tuple(embedded_checkpoints()))
-    values = yaml.safe_load((grids_folder() / "demo.yaml").read_text(encoding="utf-8"))
-    values |= {
-        "models": [model for model in values["models"] if not models or model["name"] in models],
-        "tasks": list(tasks),
-        "methods": [*values["methods"], *more_methods],
-        "budgets": list(budgets),
-        "allocation": allocation,
-        "samples": samples,
-        "batch_size": batch_size,
-    }
-    grid = make_grid({"name": "demo", **values})
+    check_demo_samples("masked", masked, least=0)
     done = run_sweep(grid, out, command, plugins=plugins, replace=True)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
@@ -137,21 +97,19 @@ def run_demo(
     for spec in grid.models:
         folder = out / spec.name
         if masked:
-            study = run_masking(
+            study = masking_study(
                 spec.pretrained,
-                folder / "mask",
                 settings=spec.settings,
                 modes=MASK_MODES,
                 seeds=MASKING_SEEDS,
                 samples=masked,
-                batch_size=batch_size,
-                command=command,
+                batch_size=grid.batch_size,
             )
-            files += study.files
+            files += run_masking(study, folder / "mask", command=command).files
         checkpoint = Checkpoint(spec.pretrained, **spec.settings, device_map=device_name())
         files += draw(checkpoint, drawn_scene(), folder / "heads").files
     files += _report(scored_files(out), out)
-    frame, chance = done.frame, chance_of(tasks)
+    frame, chance = done.frame, chance_of(grid.tasks)
     metric_of = frame.groupby("task")["metric"].first()
     about = {
         "seconds": round(time.perf_counter() - start, 1),

@@ -120,12 +120,10 @@ def submit(
     Stopped
         On Ctrl-C or an ending signal, after all jobs of this machine have ended.
     """
+    check_submission(grid, out, resources, retries)
     from sparsemm_eval.sweep.sweep import plan_sweep  # heavy, and `cancel` is to start at once
 
-    resources.check()
-    check_int("retries", retries, least=0)
     slots = () if resources.executor == SLURM else resources.slots()
-    _refuse_running(out)
     ids = read_ids(out)
     before, left_out = plan_sweep(grid, out, skip_missing, include_path, plugins, allow_failed)
     for lost in left_out:
@@ -158,6 +156,27 @@ def submit(
             write_ids(out, {name: ids[name] for name in ids if name not in todo})
         records = _run_here(out, jobs, last, slots, retries, lambda record: tell(_line(record)))
     return Submitted(todo, done, records)
+
+
+def check_submission(grid: Grid, out: Path, resources: Resources, retries: int) -> None:
+    """Refuse what needs no look at models, tasks and GPUs.
+
+    Parameters
+    ----------
+    grid, out, resources, retries
+        As for `submit`.
+
+    Raises
+    ------
+    UserError
+        Naming the option, or whose the folder is.
+    """
+    from sparsemm_eval.sweep.folder import refuse_other_grid  # grids, which `cancel` does not need
+
+    resources.check()
+    check_int("retries", retries, least=0)
+    _refuse_running(out)
+    refuse_other_grid(grid, out)
 
 
 def with_shards(grid: Grid, out: Path, shards: int | None) -> Grid:
@@ -298,7 +317,7 @@ def cancel(out: Path) -> list[str]:
     Raises
     ------
     UserError
-        If they run on another machine, or nothing was submitted.
+        If they run on another machine, cannot be ended, or nothing was submitted.
     """
     before, ids = status(out).states, read_ids(out)
     queue = lock_file(out, QUEUE)
@@ -313,17 +332,26 @@ def cancel(out: Path) -> list[str]:
         if name not in ids and _is_submitted(out, name, state)
     ]
     _end_queue(out)
+    going_on = []
     for name in here:
         record = read_record(out, name)
         if record is not None and held(log_file(out, name)):
             if not record.here:
                 raise UserError(f"{out}: {name} is {record}, which cannot be ended from here")
-            end_orphan(record, out)
+            if not end_orphan(record, out):
+                going_on.append(name)
     after = status(out).states
-    cancelled = [*in_slurm, *(name for name in here if after[name][0] != DONE)]
+    ended = [name for name in here if name not in going_on]
+    cancelled = [*in_slurm, *(name for name in ended if after[name][0] != DONE)]
     for name in cancelled:
         record = read_record(out, name) or Record(name)
         record.over(CANCELLED, "by `sparsemm-eval cancel`").write(out)
+    if going_on:
+        raise UserError(
+            f"{out}: {going_on[0]} goes on, a process that it started writes to "
+            f"{log_file(out, going_on[0])} and cannot be found from here: end it by hand and "
+            "cancel again"
+        )
     return cancelled
 
 
@@ -341,7 +369,7 @@ def _end_queue(out: Path) -> None:
     other = holder(path)
     if other is None:
         return
-    pid = process_here(other)
+    pid = process_here(path)
     if pid is None:
         raise UserError(f"{out}: its queue is {other}, which cannot be ended from here")
     with suppress(ProcessLookupError):  # it may have ended just now
@@ -349,6 +377,11 @@ def _end_queue(out: Path) -> None:
     end = time.monotonic() + GRACE + 10
     while held(path) and time.monotonic() < end:
         time.sleep(_PAUSE)
+    if held(path):
+        raise UserError(
+            f"{out}: its queue, {other}, was asked to end and goes on; cancel again, or end it "
+            f"with `kill -9 {pid}` and cancel what it leaves"
+        )
 
 
 def job_command(out: Path, name: str, gpus: int, doors: Sequence[str] = ()) -> Command:

@@ -48,7 +48,7 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
     with path.open("a", encoding="utf-8") as file:
         _acquire(file, path, wait)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n{begun_at(os.getpid())}")
         file.flush()
         try:
             yield
@@ -60,7 +60,7 @@ def holder(path: Path) -> str | None:
     """Who holds a lock file, in words; None if nobody does."""
     if not held(path):
         return None
-    return _named(path)
+    return _written(path)[0]
 
 
 def held(path: Path) -> bool:
@@ -76,10 +76,36 @@ def killed(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0 and not held(path)
 
 
-def process_here(words: str) -> int | None:
-    """The number of the process that `holder` names; None if it is on another machine."""
-    name = re.fullmatch(rf"process (\d+) on {re.escape(socket.gethostname())}", words)
-    return int(name[1]) if name else None
+def process_here(path: Path) -> int | None:
+    """The number of the process that holds a lock file; None if it is none of this machine."""
+    words, begun = _written(path)
+    name = re.fullmatch(rf"process ([1-9]\d*) on {re.escape(socket.gethostname())}", words)
+    if name is None:
+        return None
+    # Files of older versions do not say when it began.
+    return int(name[1]) if begun in ("", begun_at(int(name[1]))) else None
+
+
+def begun_at(pid: int) -> str:
+    """When a process began, as the kernel counts; "" if this machine has none of this number.
+
+    The machine's boot, and the clock ticks from there: no step of the clock changes them, and a
+    later process of the same number has others.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    # The process' name stands in parentheses, and may hold some itself.
+    return f"{boot()} {stat.rpartition(')')[2].split()[19]}"
+
+
+def boot() -> str:
+    """What this machine's kernel calls the time since it was started; "" if it does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
 
 
 def seize(file: IO, seconds: float = PATIENCE) -> bool:
@@ -109,7 +135,7 @@ def _acquire(file: IO, path: Path, wait: bool) -> None:
     # Not LOCK_EX without LOCK_NB: on some network file systems that never returns.
     told = False
     while not seize(file):
-        name = _named(path)
+        name = _written(path)[0]
         if not wait:
             raise busy(path.parent.parent, path.stem, name)
         if not told:
@@ -118,11 +144,12 @@ def _acquire(file: IO, path: Path, wait: bool) -> None:
         time.sleep(1)
 
 
-def _named(path: Path) -> str:
-    """Who wrote its name into a lock file last."""
+def _written(path: Path) -> tuple[str, str]:
+    """Who wrote its name into a lock file last, and when that process began."""
     with suppress(NotUnderstood):
-        return printable(read_text(path, most=1000)) or _UNKNOWN
-    return _UNKNOWN
+        words, _, begun = read_text(path, most=1000).partition("\n")
+        return printable(words) or _UNKNOWN, begun
+    return _UNKNOWN, ""
 
 
 def _try(file: IO, kind: int) -> bool:

@@ -19,7 +19,6 @@ from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.cell import make_cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.lmms import results_path
-from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.methods import MASK_MODES, Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.figures.silenced import score_over_silenced
@@ -28,12 +27,10 @@ from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.tables import silenced_table, to_markdown
 from sparsemm_eval.sweep.checks import check_models
-from sparsemm_eval.sweep.grid_file import make_grid
+from sparsemm_eval.sweep.studies import MaskingStudy
 from sparsemm_eval.sweep.sweep import run_sweep
 
 _MEASURED = ["task", "metric", "score", "stderr", "samples"]
-SHARES = (0.01, 0.02, 0.05, 0.1)
-SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -57,15 +54,8 @@ class Masking:
 
 
 def run_masking(
-    pretrained: str,
+    study: MaskingStudy,
     out: Path,
-    tasks: Sequence[str] = ("docvqa_mini",),
-    shares: Sequence[float] = SHARES,
-    seeds: int = SEEDS,
-    modes: Sequence[str] = ("query",),
-    samples: int = 100,
-    batch_size: int = 8,
-    settings: Mapping[str, Any] | None = None,
     plugins: Sequence[Plugin] = (),
     command: str = "sparsemm-eval mask",
 ) -> Masking:
@@ -76,24 +66,10 @@ def run_masking(
 
     Parameters
     ----------
-    pretrained : str
-        A model with head scores.
+    study : MaskingStudy
+        By `sparsemm_eval.sweep.studies.masking_study`.
     out : Path
         Folder for everything.
-    tasks : sequence of str
-        Known to lmms-eval, or in `tasks/`.
-    shares : sequence of float
-        Shares of all query heads, each between 0 and 1; at least one head is silenced.
-    seeds : int
-        Random draws a share.
-    modes : sequence of {"query", "output"}
-        How heads are silenced; see `sparsemm_eval.methods.HeadMask`.
-    samples : int
-        The first so many of each task.
-    batch_size : int
-        Samples that are read and decoded together.
-    settings : mapping, optional
-        Of the model, as a grid has them: dtype, device_map, head_scores, ….
     plugins : sequence of Plugin
         Those that were loaded for the model's family.
     command : str
@@ -107,42 +83,19 @@ def run_masking(
         If a cell has no score.
     """
     start = time.perf_counter()
-    for name, value in (("seeds", seeds), ("samples", samples)):
-        check_int(name, value, least=1)
-    for name, given in (("tasks", tasks), ("shares", shares), ("modes", modes)):
-        if not given:
-            raise UserError(f"{name} is empty: give at least one")
-    for mode in modes:
-        check_choice("mode", mode, MASK_MODES)
-    studied = {
-        f"{kind}:{share:g}" + ("" if seed is None else f":{seed}"): (kind, share, seed)
-        for share in shares
-        for kind, seed in (("visual", None), *(("random", seed) for seed in range(seeds)))
-    }
-    grid = make_grid(
-        {
-            "name": "mask",
-            "models": [
-                {"name": "model", "pretrained": pretrained, "settings": dict(settings or {})}
-            ],
-            "tasks": list(tasks),
-            "methods": ["fullkv"],
-            "mask_heads": ["none", *studied],
-            "mask_mode": list(dict.fromkeys(modes)),
-            "samples": samples,
-            "batch_size": batch_size,
-        }
-    )
+    grid = study.grid
+    modes = grid.axes["mask_mode"]
     done = run_sweep(grid, out, command, plugins=plugins, replace=True)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     checkpoint = check_models(grid.models)["model"]
-    scores = {name: path for name, path in (settings or {}).items() if name == "head_scores"}
+    settings = grid.models[0].settings
+    scores = {name: path for name, path in settings.items() if name == "head_scores"}
     rows = []
     for cell in sorted(grid.cells(), key=lambda cell: _place(cell, modes)):
-        kind, share, seed = studied.get(cell.get("mask_heads"), ("none", 0.0, None))
+        kind, share, seed = study.studied.get(cell.get("mask_heads"), ("none", 0.0, None))
         mask = make_cell(checkpoint, {**cell, **scores}).mask
-        paths = [out / results_path(Path("cells") / "model", task, cell) for task in tasks]
+        paths = [out / results_path(Path("cells") / "model", task, cell) for task in grid.tasks]
         of_cell = load(paths, all_metrics=True).cells[_MEASURED].astype({"samples": int})
         rows.append(
             of_cell.assign(

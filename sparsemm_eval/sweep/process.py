@@ -19,8 +19,13 @@ from sparsemm_eval.sweep.state import DONE, FAILED, QUEUED, STOPPED, Record, log
 
 # Slurm cancels and preempts with SIGTERM, and announces time limits with SIGUSR1 or SIGUSR2.
 ENDING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+# Seconds within which a second ending signal does not disturb the way out after the first; later
+# it counts, as a library may have swallowed the first.
+_AGAIN = 10.0
 # Seconds that a job may take to leave when it is asked to; Slurm announces time limits 90 before.
 GRACE = 30.0
+# Seconds until the system has buried what was killed.
+_LAST = 2.0
 _PAUSE = 0.05
 
 
@@ -45,18 +50,26 @@ class Stopped(BaseException):
 
 @contextmanager
 def leaving() -> Iterator[None]:
-    """Raise `Stopped` on the first ending signal, wherever the block is then; ignore the rest.
+    """Raise `Stopped` on Ctrl-C or an ending signal, wherever the block is then; once is enough.
 
     The answers store writes all of a batch or nothing, so no moment is a bad one.
     """
+    signals = (*ENDING, signal.SIGINT)
+    raised: list[float] = []
 
     def leave(signum: int, frame: FrameType | None) -> None:
-        for ending in ENDING:
-            signal.signal(ending, signal.SIG_IGN)
-        raise Stopped(signum)
+        now = time.monotonic()
+        if not raised or now - raised[-1] > _AGAIN:
+            raised.append(now)
+            raise Stopped(signum)
 
-    with _handled(ENDING, leave):
-        yield
+    with _handled(signals, leave):
+        try:
+            yield
+        except Stopped:
+            for ending in signals:  # nothing is to disturb the process' last words
+                signal.signal(ending, signal.SIG_IGN)
+            raise
 
 
 @contextmanager
@@ -115,7 +128,7 @@ class Attempt:
         except OSError:
             self._log.close()
             raise
-        self.record = record.begun(self._process.pid)
+        self.record = record.next_attempt(self._process.pid)
         self.record.write(out)
 
     def ended(self) -> bool:
@@ -285,13 +298,22 @@ class _Queue:
         self.tell(record)
 
 
-def end_orphan(record: Record, out: Path) -> None:
-    """End a job whose queue was killed, and all that it started."""
-    signal_group(record.pid, signal.SIGTERM)
-    end = time.monotonic() + GRACE
-    while held(log_file(out, record.name)) and time.monotonic() < end:
-        time.sleep(_PAUSE)
-    signal_group(record.pid, signal.SIGKILL)
+def end_orphan(record: Record, out: Path) -> bool:
+    """End a job whose queue was killed, and all that it started.
+
+    Returns
+    -------
+    bool
+        Whether it is over. What left its process group may go on.
+    """
+    path = log_file(out, record.name)
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, _LAST)):
+        if record.pid > 1 and not record.number_is_anothers:
+            signal_group(record.pid, number)
+        end = time.monotonic() + seconds
+        while held(path) and time.monotonic() < end:
+            time.sleep(_PAUSE)
+    return not held(path)
 
 
 def signal_group(pid: int, number: int) -> None:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as
-from sparsemm_eval.sweep.lock import held, holder, killed
+from sparsemm_eval.sweep.lock import begun_at, boot, held, holder, killed
 from sparsemm_eval.sweep.plan import lock_file
 
 T = TypeVar("T")
@@ -53,6 +53,8 @@ class Record:
         Where its process runs or ran.
     pid : int
         The number of its process and process group; 0 if it was never begun.
+    begun : str
+        When its process began, by `sparsemm_eval.sweep.lock.begun_at`; "" in older records.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Record:
     attempts: int = 0
     host: str = ""
     pid: int = 0
+    begun: str = ""
 
     def __post_init__(self) -> None:
         # A number below 1 would stand for groups of processes where a signal is sent.
@@ -79,12 +82,19 @@ class Record:
 
     @property
     def here(self) -> bool:
-        """Whether its process is, or was, on this machine."""
-        return self.host == socket.gethostname()
+        """Whether its process is, or was, on this machine, since it was started last."""
+        same_boot = self.begun.partition(" ")[0] in ("", boot())
+        return self.host == socket.gethostname() and same_boot
 
-    def begun(self, pid: int) -> Record:
+    @property
+    def number_is_anothers(self) -> bool:
+        """Whether the number of its process is that of a later one by now."""
+        return bool(self.begun) and begun_at(self.pid) not in ("", self.begun)
+
+    def next_attempt(self, pid: int) -> Record:
         """The record of the next attempt, by a process of this machine that has just begun."""
-        return Record(self.name, "", "", self.attempts + 1, socket.gethostname(), pid)
+        host, begun = socket.gethostname(), begun_at(pid)
+        return Record(self.name, "", "", self.attempts + 1, host, pid, begun)
 
     def over(self, ending: str, reason: str = "") -> Record:
         """The record of the same attempt after its process has ended."""

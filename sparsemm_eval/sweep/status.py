@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from tabulate import tabulate
 
 from sparsemm_eval.engine.answers import Tally, tally
 from sparsemm_eval.errors import UserError, printable, short_repr
@@ -111,16 +112,22 @@ class Status:
         """Whether every answer is there and every cell scored."""
         return all(cell.complete and cell.scored for cell in self.cells)
 
-    def __str__(self) -> str:
+    @property
+    def line(self) -> str:
+        """How far it is, and what runs."""
         done = sum(cell.done for cell in self.cells)
         expected = sum(cell.cell.samples for cell in self.cells)
         scored = sum(cell.scored for cell in self.cells)
         running = sorted(
             f"{name}: {reason}" for name, (state, reason) in self.states.items() if state == RUNNING
         )
+        return f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; " + (
+            f"running, {printable('; '.join(running))}" if running else "not running"
+        )
+
+    def __str__(self) -> str:
         lines = [
-            f"answers {done} of {expected}, cells scored {scored} of {len(self.cells)}; "
-            + (f"running, {printable('; '.join(running))}" if running else "not running"),
+            self.line,
             *filter(None, [self.time_left]),
             "",
             _jobs_table(self.jobs, self.scoring_state),
@@ -179,6 +186,8 @@ def status(out: Path) -> Status:
 def follow(out: Path, seconds: float) -> None:
     """Show the status of a folder again and again, until no job waits or runs.
 
+    Where there is no terminal, in a pipe or a log, that is a line whenever something has changed.
+
     Parameters
     ----------
     out : Path
@@ -186,8 +195,20 @@ def follow(out: Path, seconds: float) -> None:
     seconds : float
         Between two looks.
     """
-    now = status(out)
-    with Live(Text(str(now)), auto_refresh=False, vertical_overflow="crop") as screen:
+    now, console = status(out), Console()
+    if not console.is_terminal:
+        said = ""
+        while now.under_way:
+            if now.line != said:
+                said = now.line
+                print(said, flush=True)
+            time.sleep(seconds)
+            now = status(out)
+        print(now, flush=True)
+        return
+    with Live(
+        Text(str(now)), console=console, auto_refresh=False, vertical_overflow="crop"
+    ) as screen:
         while now.under_way:
             time.sleep(seconds)
             now = status(out)
@@ -328,11 +349,11 @@ def _jobs_table(jobs: Iterable[JobStatus], scoring: tuple[str, str]) -> str:
     if scoring[0] != OPEN:
         none = dict.fromkeys(("done", "expected", "failed"), "")
         rows.append({"job": SCORING, "state": scoring[0], **none, "": printable(scoring[1])})
-    return pd.DataFrame(rows).to_string(index=False)
+    return _table(rows)
 
 
 def _cells_table(cells: Iterable[CellStatus]) -> str:
-    return pd.DataFrame(
+    return _table(
         {
             "model": printable(cell.cell.model),
             "task": printable(cell.cell.task),
@@ -343,7 +364,14 @@ def _cells_table(cells: Iterable[CellStatus]) -> str:
             "scored": "yes" if cell.scored else "",
         }
         for cell in cells
-    ).to_string(index=False)
+    )
+
+
+def _table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows of equal keys; numbers stand on the right."""
+    rows = list(rows)
+    sides = ["right" if isinstance(value, int) else "left" for value in rows[0].values()]
+    return tabulate(rows, headers="keys", tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _setting(item: tuple[str, Any]) -> str:

@@ -26,12 +26,11 @@ from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.lmms import CellModel, make_runner, results_path, score
 from sparsemm_eval.engine.runner import Runner, raise_failures
 from sparsemm_eval.engine.tasks import LeftOut, find_tasks, requests_of, runnable
-from sparsemm_eval.errors import UserError, check_choice, check_int, one_line
+from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import method_label
 from sparsemm_eval.report.results import load
-from sparsemm_eval.stored import NoFile, NotUnderstood, read_text
 from sparsemm_eval.sweep.checks import check_data, check_models, check_space, count_documents
 from sparsemm_eval.sweep.checksum import (
     Broken,
@@ -41,13 +40,18 @@ from sparsemm_eval.sweep.checksum import (
     write_checksums,
 )
 from sparsemm_eval.sweep.fidelity import fidelity
+from sparsemm_eval.sweep.folder import (
+    chosen_jobs,
+    is_other_grid,
+    refuse_other_grid,
+    refuse_other_sweep,
+)
 from sparsemm_eval.sweep.grid import Grid, Job
-from sparsemm_eval.sweep.lock import busy, holder, lock
+from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import (
     Plan,
     PlannedCell,
     answers_folder,
-    continuing,
     lock_file,
     planned_jobs,
 )
@@ -140,12 +144,8 @@ def run_sweep(
     """
     start = time.perf_counter()
     check_int("allow-failed", allow_failed, least=0)
-    jobs = grid.jobs()
-    if only_job is not None:
-        check_choice("job", only_job, [job.name for job in jobs])
-        jobs = [job for job in jobs if job.name == only_job]
-    if not (replace and _name_there(out) in (None, grid.name)):
-        _refuse_other_grid(grid, out)
+    jobs = chosen_jobs(grid, only_job)
+    refuse_other_grid(grid, out, replace)
     ranks = PartialState(cpu=not torch.cuda.is_available())
     if world_size not in (None, ranks.num_processes):
         raise UserError(
@@ -153,7 +153,7 @@ def run_sweep(
             f"`torchrun --standalone --nproc_per_node {world_size} -m sparsemm_eval sweep …`"
         )
     if not wait and ranks.is_main_process:
-        _refuse_other_sweep(jobs, out)
+        refuse_other_sweep(jobs, out)
     manager = find_tasks(grid.tasks, include_path)
     tasks, left_out = runnable(manager, list(dict.fromkeys(job.task for job in jobs)), skip_missing)
     jobs = [job for job in jobs if job.task in tasks]
@@ -195,7 +195,7 @@ def plan_sweep(
         As `run_sweep`.
     """
     check_int("allow-failed", allow_failed, least=0)
-    _refuse_other_grid(grid, out)
+    refuse_other_grid(grid, out)
     manager = find_tasks(grid.tasks, include_path)
     tasks, left_out = runnable(manager, grid.tasks, skip_missing)
     jobs = [job for job in grid.jobs() if job.task in tasks]
@@ -435,7 +435,7 @@ class _Process:
 
     def _replace(self) -> None:
         """Let go of another grid's results: answers are what is dear, scores come from them."""
-        if _other_grid(self.grid, self.out):
+        if is_other_grid(self.grid, self.out):
             logger.warning(
                 f"{self.out}: this run takes the place of another one there; answers that fit are "
                 "used, its results files go"
@@ -489,45 +489,6 @@ def _write(
     markdown = sweep_tables(frame, process.grid.name)
     files = write_tables(markdown, frame, process.out, command, about)
     return _Made(frame, markdown, files, failures)
-
-
-def _refuse_other_grid(grid: Grid, out: Path) -> None:
-    if not _other_grid(grid, out):
-        return
-    plan = Plan.read(out)
-    raise UserError(
-        f"{out}: it holds the sweep of another grid, {out / 'grid.yaml'}; choose another folder, "
-        f"or run that one on with `{continuing(out, plan.plugins if plan else ())}`"
-    )
-
-
-def _name_there(out: Path) -> str | None:
-    """The name of the grid whose sweep a folder holds; None if it holds none."""
-    lines = _grid_there(out)
-    return lines[0].removeprefix("name: ").strip("'") if lines else None
-
-
-def _other_grid(grid: Grid, out: Path) -> bool:
-    """Whether a folder holds the sweep of a grid that differs in more than its name."""
-    lines = _grid_there(out)
-    return bool(lines) and lines[1:] != grid.resolved().splitlines()[1:]
-
-
-def _grid_there(out: Path) -> list[str]:
-    """Lines of the grid whose sweep a folder holds, its name first; none if it holds none."""
-    path = out / "grid.yaml"
-    try:
-        return read_text(path).splitlines()
-    except NoFile:
-        return []
-    except NotUnderstood as error:
-        raise UserError(f"{path}: {error}; choose another folder, or move it away") from error
-
-
-def _refuse_other_sweep(jobs: Sequence[Job], out: Path) -> None:
-    for name in (*(job.name for job in jobs), SCORING):
-        if (other := holder(lock_file(out, name))) is not None:
-            raise busy(out, name, other)
 
 
 @contextmanager

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sparsemm_eval.choices import EMBEDDED
 from sparsemm_eval.errors import UserError
 
 __all__ = ["EMBEDDED", "default_checkpoint", "embedded_checkpoints", "find_checkpoint"]
-
-# What a checkpoint that ships with the package is called by, everywhere: embedded:qwen2vl.
-EMBEDDED = "embedded:"
 
 
 def default_checkpoint() -> Path:

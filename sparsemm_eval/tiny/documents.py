@@ -13,7 +13,6 @@ from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -354,6 +353,8 @@ def _glyph_mask(face: str, size: int, char: str) -> tuple[np.ndarray, int, int]:
 @cache
 def _font(face: str, size: int) -> tuple[ImageFont.FreeTypeFont, int]:
     """Return a font and the baseline that centres the alphabet in a 16-pixel cell."""
+    import matplotlib  # for the fonts that come with it
+
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / face
     font = ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
     tops, bottoms = zip(*(font.getbbox(c, anchor="ls")[1::2] for c in ALPHABET), strict=True)

@@ -17,14 +17,12 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
 from sparsemm_eval.heads.draw import (
     ImageAttention,
-    Scene,
     attend,
     draw,
-    drawn_scene,
     parse_heads,
     rank_heads,
-    read_scene,
 )
+from sparsemm_eval.heads.scene import Scene, drawn_scene, read_scene
 from sparsemm_eval.methods import HeadScores, ModelShape
 from sparsemm_eval.tiny import default_checkpoint
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,15 @@ from sweep.waiting import is_gone, wait_until
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
-from sparsemm_eval.sweep import jobs, slurm
+from sparsemm_eval.errors import UserError
+from sparsemm_eval.sweep import jobs, process, slurm
 from sparsemm_eval.sweep.jobs import cancel
-from sparsemm_eval.sweep.lock import lock
+from sparsemm_eval.sweep.lock import begun_at, holder, lock, process_here
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, lock_file
-from sparsemm_eval.sweep.process import Command, Stopped
+from sparsemm_eval.sweep.process import Attempt, Command, Stopped
 from sparsemm_eval.sweep.resources import Resources
 from sparsemm_eval.sweep.state import QUEUE as QUEUE_LOCK
-from sparsemm_eval.sweep.state import Record, read_ids, read_record, write_ids
+from sparsemm_eval.sweep.state import Record, log_file, read_ids, read_record, tail, write_ids
 from sparsemm_eval.sweep.status import Status, status
 
 NAMES = ("a", "b", "c")
@@ -32,7 +34,7 @@ QUEUE = """
 import sys
 from pathlib import Path
 from sparsemm_eval.sweep.process import run_queue
-from sparsemm_eval.sweep.lock import lock
+from sparsemm_eval.sweep.lock import begun_at, holder, lock, process_here
 from sparsemm_eval.sweep.plan import lock_file
 from sparsemm_eval.sweep.process import Command
 from sparsemm_eval.sweep.resources import Slot
@@ -118,6 +120,71 @@ def test_what_a_killed_queue_left_is_seen_and_ended(out: Path) -> None:
     assert states(out) == ["failed", "cancelled", "cancelled"]
 
 
+def test_another_process_of_an_orphans_number_is_left_alone(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What counts is when the kernel began it, not what a clock said that may have been set."""
+    monkeypatch.setattr(process, "GRACE", 0.1)
+    monkeypatch.setattr(process, "_LAST", 0.1)
+    with queue(out) as child:
+        child.kill()
+        child.wait()
+        record = read_record(out, "b")
+        assert record.begun == begun_at(record.pid)
+        before, ticks = record.begun.split()
+        replace(record, begun=f"{before} {int(ticks) - 1}").write(out)
+        with pytest.raises(UserError, match="b goes on, a process that it started") as caught:
+            cancel(out)
+        sentence(caught)
+        assert not is_gone(record.pid)
+        assert states(out) == ["cancelled", "running", "cancelled"]
+        replace(record, begun=f"another-boot {ticks}").write(out)
+        with pytest.raises(UserError, match="which cannot be ended from here"):
+            cancel(out)
+        assert not is_gone(record.pid)
+        # A record of an older version, which does not say when its process began.
+        path = out / "jobs" / "b.json"
+        older = {key: value for key, value in asdict(record).items() if key != "begun"}
+        path.write_text(json.dumps(older))
+        assert cancel(out) == ["b"]
+    wait_until(lambda: is_gone(record.pid))
+
+
+def test_what_leaves_a_jobs_processes_is_not_said_to_be_cancelled(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_LAST", 0.1)
+    sleep = "import time; time.sleep(600)"
+    script = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {sleep!r}], start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        f"{sleep}"
+    )
+    job = Attempt(Record("a"), (sys.executable, "-c", script), out)
+    wait_until(lambda: bool(tail(log_file(out, "a"))))
+    monkeypatch.setattr(process, "GRACE", 0.5)
+    try:
+        with pytest.raises(UserError, match="a goes on, a process that it started writes to"):
+            cancel(out)
+        assert read_record(out, "a").ending == ""
+    finally:
+        os.kill(int(tail(log_file(out, "a"))[0]), signal.SIGKILL)
+    wait_until(job.ended)
+
+
+def test_a_lock_names_its_process_by_when_it_began(out: Path) -> None:
+    path = lock_file(out, QUEUE_LOCK)
+    with lock(path):
+        words = path.read_text()
+        assert process_here(path) == os.getpid()
+        assert holder(path) == words.splitlines()[0]
+        path.write_text(f"{words}0")  # a later process of the same number
+        assert process_here(path) is None
+        path.write_text(words.splitlines()[0])  # as older versions wrote it
+        assert process_here(path) == os.getpid()
+
+
 def test_a_queue_on_another_machine_is_not_ended_from_here(out: Path) -> None:
     with queue(out):
         path = lock_file(out, QUEUE_LOCK)
@@ -181,4 +248,6 @@ def test_watching_ends_when_nothing_waits_or_runs(out: Path) -> None:
         assert done.exit_code == 0, done.output
         assert not status(out).under_way
     assert "its queue" not in done.output
-    assert "answers 0 of 3" in done.output
+    # Into a pipe: a line as it begins, and all of it at the end.
+    assert done.output.startswith("answers 0 of 3, cells scored 0 of 1; running, a: process ")
+    assert "\nanswers 0 of 3, cells scored 0 of 1; not running\n\njob " in done.output

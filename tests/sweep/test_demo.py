@@ -4,15 +4,22 @@ import json
 import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from sparsemm_eval.report.results import load
-from sparsemm_eval.sweep.demo import Demo, run_demo
+from sparsemm_eval.sweep.demo import Demo
+from sparsemm_eval.sweep.demo import run_demo as run_demo_of
+from sparsemm_eval.sweep.studies import demo_grid
 
 TASKS = ("docvqa_mini", "vqav2_mini")
 SETTINGS = {"samples": 12, "batch_size": 6, "budgets": (64, 12), "tasks": TASKS, "masked": 8}
+
+
+def run_demo(out: Path, masked: int = 40, **settings: Any) -> Demo:
+    return run_demo_of(out, demo_grid(**settings), masked)
 
 
 @pytest.fixture(scope="module")

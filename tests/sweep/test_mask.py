@@ -13,7 +13,9 @@ from engine.fixtures import rows
 from sparsemm_eval.engine import checkpoint as checkpoints
 from sparsemm_eval.engine.answers import AnswerStore
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.sweep.mask import Masking, run_masking
+from sparsemm_eval.sweep.mask import Masking
+from sparsemm_eval.sweep.mask import run_masking as run_masking_of
+from sparsemm_eval.sweep.studies import masking_study
 from sparsemm_eval.tiny import default_checkpoint
 
 SAMPLES, SEEDS = 8, 2
@@ -21,6 +23,10 @@ MODEL = "embedded:qwen2vl"
 STUDY = {
     "shares": (0.1,), "seeds": SEEDS, "samples": SAMPLES, "settings": {"dtype": "float32"},
 }  # fmt: skip
+
+
+def run_masking(model: str, out: Path, **settings: Any) -> Masking:
+    return run_masking_of(masking_study(model, **settings), out)
 
 
 @pytest.fixture(scope="module")

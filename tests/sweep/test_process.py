@@ -181,7 +181,7 @@ def running_pids(out: Path) -> list[int]:
 
 def test_a_job_runs_as_long_as_one_of_its_processes(tmp_path: Path) -> None:
     """Its log is locked until then, whatever its record says, and whoever else has its number."""
-    Record("x").begun(os.getpid()).write(tmp_path)
+    Record("x").next_attempt(os.getpid()).write(tmp_path)
     assert not held(log_file(tmp_path, "x"))
     sleep = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', {!r}])"
     job = Attempt(Record("x"), (*PYTHON, sleep.format("import time; time.sleep(600)")), tmp_path)

@@ -13,14 +13,14 @@ from sparsemm_eval.report.cells import Filters, join_seeds
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.figures.efficiency import efficiency_curves
 from sparsemm_eval.report.figures.scores import score_curves
-from sparsemm_eval.report.figures.style import check_formats, save
+from sparsemm_eval.report.figures.style import save
+from sparsemm_eval.report.inputs import PAPER, check_formats
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results import PAPER, gather, not_read
+from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 
 OVER = {"budget": "budget", "kept": "kept_tokens_per_head"}
-KINDS = (*OVER, "efficiency", "heads")
 _ALL = Filters()
 
 

@@ -21,11 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sparsemm_eval.errors import UserError
+from sparsemm_eval.report.inputs import check_formats
 
 # Inches: a column and the text's width of a two-column page.
 COLUMN, PAGE = 3.4, 7.0
-FORMATS = ("svg", "png", "pdf")
 FONT = 7.0  # points, the smallest that is set
 CHARACTER, LINE = 0.56 * FONT / 72, 1.5 * FONT / 72  # inches: of its characters and lines
 _DPI = 300
@@ -271,16 +270,6 @@ def to_svg(figure: Figure) -> str:
     text = io.StringIO()
     _write(figure, text, "svg")
     return text.getvalue()[text.getvalue().index("<svg") :]
-
-
-def check_formats(formats: Sequence[str]) -> None:
-    """Raise ValueError unless these are formats in which figures are written."""
-    allowed = ", ".join(FORMATS)
-    if not formats:
-        raise UserError(f"format='': it must be one or more of {allowed}, such as svg,png")
-    for form in formats:
-        if form not in FORMATS:
-            raise UserError(f"format={form!r}: it must be one or more of {allowed}")
 
 
 def _write(figure: Figure, target: Path | io.StringIO, form: str) -> None:
