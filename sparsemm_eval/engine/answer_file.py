@@ -108,8 +108,20 @@ def insert(file: sqlite3.Connection, rows: Sequence[Row]) -> None:
         file.executemany(f"INSERT OR REPLACE INTO answers VALUES ({places})", rows)
 
 
-def check(path: Path) -> None:
+def check(path: Path, keep: bool = False) -> list[Row]:
     """Look at all of a file, not only where one query reads.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    keep : bool
+        Whether its rows are wanted.
+
+    Returns
+    -------
+    list of Row
+        All of them; none unless they are wanted.
 
     Raises
     ------
@@ -123,18 +135,18 @@ def check(path: Path) -> None:
         If it is of another format.
     """
     try:
-        _look(path)
+        return _look(path, keep)
     except Broken:
         time.sleep(_SECOND_LOOK)
-        _look(path)
+        return _look(path, keep)
 
 
-def rows_of(path: Path, cell: str | None = None) -> list[Row]:
-    """Rows of a cell, or all; raises as `check` does for what it comes across."""
-    where, values = ("", ()) if cell is None else (" WHERE cell = ?", (cell,))
+def rows_of(path: Path, cell: str) -> list[Row]:
+    """Rows of a cell; raises as `check` does for what it comes across."""
     with _reading(path) as file:
-        rows = file.execute(f"SELECT * FROM answers{where}", values).fetchall() if file else []
-    wrong = sum(not _fits(row) or cell not in (None, row[1]) for row in rows)
+        found = file.execute("SELECT * FROM answers WHERE cell = ?", (cell,)) if file else None
+        rows = found.fetchall() if found else []
+    wrong = sum(row[1] != cell or not _fits(row) for row in rows)
     if wrong:
         raise Broken(f"{wrong} of {len(rows)} answers are not as they were written")
     return rows
@@ -163,15 +175,19 @@ def sound_rows(path: Path) -> list[Row]:
     return sorted(sound, key=lambda row: (row[4] is not None, float(row[7])))
 
 
-def _look(path: Path) -> None:
+def _look(path: Path, keep: bool) -> list[Row]:
+    count = wrong = 0
+    kept = []
     with _reading(path) as file:
         _check_tree(file)
-        count = wrong = 0
         for row in file.execute("SELECT * FROM answers") if file else ():
             count += 1
             wrong += not _fits(row)
+            if keep:
+                kept.append(row)
     if wrong:
         raise Broken(f"{wrong} of {count} answers are not as they were written")
+    return kept
 
 
 def _check_tree(file: sqlite3.Connection | None) -> None:

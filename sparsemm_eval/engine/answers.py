@@ -291,11 +291,13 @@ def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
     for path in _files(folder):
         try:
             try:
-                answer_file.check(path)
-                rows = answer_file.rows_of(path)
+                rows = answer_file.check(path, keep=True)
             except answer_file.Broken as error:
                 broken[path] = str(error)
                 rows = answer_file.sound_rows(path)
+            except UserError as error:  # of another format: a run stops there, to look does not
+                broken[path] = str(error).removeprefix(f"{path}: ")
+                continue
         except FileNotFoundError:
             continue  # another process has set it aside
         for _, cell, _, doc_id, text, error, record, *_ in rows:

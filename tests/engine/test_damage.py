@@ -218,6 +218,7 @@ def test_a_format_that_is_off_by_a_bit_is_ours_and_another_is_not(tmp_path: Path
     with pytest.raises(ValueError, match="format 3") as caught:
         read(tmp_path)
     assert str(path) in sentence(caught)
+    assert "format 3" in tally(tmp_path)[1][path], "status names it and goes on"
 
 
 # --- while it is written to -----------------------------------------------------------------------
