@@ -11,9 +11,28 @@ import typer
 
 from sparsemm_eval.cli import common
 from sparsemm_eval.cli.common import one_sentence
+from sparsemm_eval.engine.manifest import MODELS
 from sparsemm_eval.errors import UserError, one_line
 
 app = typer.Typer()
+
+# Options of lmms-eval that say nothing to our models, and why.
+_WITHOUT_MEANING = {
+    "--apply_chat_template": "all prompts go through the checkpoint's own chat template anyway",
+    "--cache_requests": "lmms-eval's cache forgets how a document is put as messages, and finished "
+    "answers are kept anyway",
+    "--fewshot_as_multiturn": "lmms-eval puts no examples into the messages of a chat model",
+    "--system_instruction": "lmms-eval leaves it out of the messages of a chat model; give "
+    "system_prompt=TEXT in --model_args",
+}
+# What lmms-eval says where nobody would guess the cause, and the cause.
+_IN_OUR_WORDS = {
+    "Currently messages is used for generation only": "a compressed cache is measured by what is "
+    "generated on it, and one of the tasks generates nothing (output_type multiple_choice or "
+    "loglikelihood): choose tasks of output_type generate_until",
+    "has no attribute 'sampler'": "--num_fewshot: one of the tasks has no examples to give (no "
+    "fewshot_config); leave it out, or choose other tasks",
+}
 
 
 @app.command(
@@ -35,7 +54,9 @@ def evaluate(context: typer.Context) -> None:
 
 
 def _check_said(arguments: list[str]) -> None:
-    """Refuse what lmms-eval takes: a model of its own by default, and no tasks until the end."""
+    """Refuse what lmms-eval takes: a model of its own by default, no tasks until the end, and
+    options that our models would not heed.
+    """
     said = [word.partition("=")[0] for word in arguments]
     if {"-h", "--help", "--config", "--power_analysis"} & set(said):
         return
@@ -44,6 +65,12 @@ def _check_said(arguments: list[str]) -> None:
     listed = any(word.removeprefix("--tasks=").startswith("list") for word in arguments)
     if "--model" not in said and not listed:
         raise UserError("--model is missing: give one, such as --model sparsemm")
+    theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    theirs.add_argument("--model")
+    if theirs.parse_known_args(arguments)[0].model in MODELS:
+        for option in said:
+            if option in _WITHOUT_MEANING:
+                raise UserError(f"{option}: {_WITHOUT_MEANING[option]}; leave it out")
 
 
 def _run(arguments: list[str]) -> str | None:
@@ -61,7 +88,8 @@ def _run(arguments: list[str]) -> str | None:
         # errors are a task's own and no failure, unless it then leaves without a word.
         if record["message"].startswith("Error during evaluation"):
             error = sys.exc_info()[1]
-            failures.append(one_line(error) if error else record["message"])
+            words = one_line(error) if error else record["message"]
+            failures.append(next((_IN_OUR_WORDS[x] for x in _IN_OUR_WORDS if x in words), words))
         elif record["level"].name == "ERROR":
             errors.append(record["message"])
 

@@ -95,7 +95,7 @@ class CellModel(lmms):
         self._was_asked = True
         check_tasks(request.args[4] for request in requests)
         for request in requests:
-            check_generation(request.args[4], request.args[2])
+            _check_request(request)
         asked = [Request.of(request, self.task_dict) for request in requests]
         known = {one.document for one in asked} if self.answered is None else self.answered
         bar = tqdm(asked, desc=str(self.cell), disable=self.rank != 0)
@@ -116,6 +116,22 @@ class CellModel(lmms):
                 results.append(GenerationResult(answer.text, TokenCounts(*tokens)))
         self._report(answered, failed)
         return results
+
+    @property
+    def apply_chat_template(self) -> Any:
+        """What lmms-eval asks a model for under --apply_chat_template.
+
+        Raises
+        ------
+        UserError
+            Always: there is nothing to ask for.
+        """
+        raise UserError(
+            "--apply_chat_template: all prompts go through the checkpoint's own chat template "
+            "anyway; leave it out"
+        )
+
+    chat_template = apply_chat_template
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError(
@@ -399,6 +415,25 @@ def score(
     if about is not None:
         results[OURS] = dict(about)
     write_whole(path, json.dumps(results, indent=1, default=str))
+
+
+def _check_request(request: Instance) -> None:
+    """Raise UserError for a request that cannot be answered as it is meant."""
+    _, messages, generation, _, task, _ = request.args
+    if not callable(messages):
+        raise UserError(
+            f"{task}: lmms-eval's --cache_requests forgets how a document is put as messages; "
+            "leave it out, finished answers are kept anyway"
+        )
+    # A bound method of lmms-eval's task. Its examples stand in a text that no message holds.
+    config = getattr(getattr(messages, "__self__", None), "config", None)
+    shots = getattr(config, "num_fewshot", None)
+    if shots and getattr(config, "doc_to_visual", None) is not None:
+        raise UserError(
+            f"{task}: num_fewshot={shots}: lmms-eval puts no examples into the messages of a task "
+            "with images; leave --num_fewshot out, or choose another task"
+        )
+    check_generation(task, generation)
 
 
 def _sample_line(sample: Mapping[str, Any]) -> str:

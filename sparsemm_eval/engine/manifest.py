@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 # Any family by its checkpoint, and the two that the paper ran by their own names.
-_MODELS = {
+MODELS = {
     "sparsemm": "SparseMM",
     "llava_sparsemm": "LlavaSparseMM",
     "qwen2vl_sparsemm": "Qwen2VLSparseMM",
@@ -26,5 +26,5 @@ def manifests() -> list[ModelManifest]:
 
     return [
         ModelManifest(model_id=name, chat_class_path=f"sparsemm_eval.engine.lmms.{model}")
-        for name, model in _MODELS.items()
+        for name, model in MODELS.items()
     ]

@@ -321,3 +321,65 @@ def test_answers_of_lmms_evals_own_cache_say_that_nothing_is_known_of_them(
     assert served["throughput"]["avg_served_by_use_cache"] == 1
     assert "avg_kept_tokens_per_head" not in served["throughput"]
     assert [line for line in lines if line.startswith("WARNING") and "--use_cache" in line]
+
+
+# --- what lmms-eval is asked for and would not do -----------------------------------------------
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"apply_chat_template": True}, "--apply_chat_template: all prompts go through"),
+        ({"cache_requests": True}, "own_pages: lmms-eval's --cache_requests forgets"),
+        ({"gen_kwargs": "stop_words=x"}, "own_pages: generation_kwargs stop_words='x'"),
+        ({"gen_kwargs": "temperature=-1"}, "own_pages: generation_kwargs temperature=-1"),
+        ({"gen_kwargs": "temperature=nan"}, "own_pages: generation_kwargs temperature="),
+    ],
+    ids=str,
+)
+def test_options_of_lmms_eval_are_not_dropped_without_a_word(
+    qwen: MakeQwen,
+    own_task: Callable[[list[int]], TaskManager],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    words: str,
+) -> None:
+    monkeypatch.setattr("lmms_eval.caching.cache.PATH", str(tmp_path / "requests"))
+    with pytest.raises(ValueError, match=words) as caught:
+        simple_evaluate(model=qwen(), tasks=["own_pages"], task_manager=own_task([]), **given)
+    sentence(caught)
+
+
+def test_examples_that_no_message_holds_are_refused(
+    qwen: MakeQwen, own_task: Callable[[list[int]], TaskManager], tmp_path: Path
+) -> None:
+    own_task([])
+    path = tmp_path / "task/own.yaml"
+    path.write_text(path.read_text() + "fewshot_split: test\nfewshot_config: {sampler: first_n}\n")
+    manager = TaskManager("WARNING", include_path=str(path.parent), include_defaults=False)
+    with pytest.raises(ValueError, match="own_pages: num_fewshot=2: lmms-eval puts no examples"):
+        simple_evaluate(model=qwen(), tasks=["own_pages"], task_manager=manager, num_fewshot=2)
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_a_folder_that_cannot_be_written_to_is_found_before_weights_load(
+    qwen: MakeQwen, answers: Path
+) -> None:
+    model = qwen()
+    answers.rmdir()
+    answers.touch()  # a file in its place: no one can write below it, whoever runs this
+    with pytest.raises(OSError, match="see that it can be written to"):
+        ask(model, pages(2))
+
+
+@pytest.mark.usefixtures("unloaded")
+def test_numbers_that_lmms_eval_makes_of_words(qwen: MakeQwen) -> None:
+    for path in (5, 2.5):
+        with pytest.raises(FileNotFoundError, match=f"{path}: there is no such file") as caught:
+            qwen(method="sparsemm", budget=64, window=8, head_scores=path)
+        sentence(caught)
+    for size in (10**15 + 1, 10_001):
+        with pytest.raises(ValueError, match=f"kernel_size={size}: it must be at most 9,999"):
+            qwen(method="snapkv", budget=64, window=8, kernel_size=size)
