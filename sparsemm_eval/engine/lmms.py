@@ -218,8 +218,8 @@ class SparseMM(CellModel):
         A Python file or a module that registers methods or families of one's own.
     **settings
         All others of ``--model_args``: revision, dtype, device_map, attn_implementation, backend,
-        cuda_graph, truncated_images, allow_failed, answers, mask_heads, mask_mode, and what the
-        method and the family read.
+        cuda_graph, truncated_images, allow_failed, answers, mask_heads, mask_mode, protocol, and
+        what the method and the family read.
 
     Raises
     ------

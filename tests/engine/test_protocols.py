@@ -30,7 +30,7 @@ from engine.stock_wrappers import (
     make_stock,
     unlike,
 )
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.model_utils.media_encoder import encode_image_to_data_url
@@ -220,6 +220,8 @@ def test_answers_of_tasks_are_lmms_evals(
     assert differing(mine, theirs) == [[], []]
 
 
+@example(size=(300, 10), least=4 * PIXELS, most=602_112)
+@example(size=(5, 13), least=4 * PIXELS, most=602_112)
 @given(
     size=st.tuples(st.integers(1, 3000), st.integers(1, 3000)),
     least=st.sampled_from([4 * PIXELS, 32 * PIXELS, 256 * PIXELS]),
