@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import HeadScores
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import provenance
@@ -101,7 +101,7 @@ class PageRecords:
             lines = enumerate(whole.decode("utf-8", errors="replace").split("\n")[:-1], 1)
             rows = [_row(number, line) for number, line in lines]
             settings, pages = (rows[0], rows[1:]) if rows else (self.settings, [])
-            done = [PageScore(**page | {"scores": _array(page["scores"])}) for page in pages]
+            done = [_page(page) for page in pages]
         except (ValueError, LookupError, TypeError) as error:
             raise UserError(
                 f"{path}: not the pages of a chase ({one_line(error)}); move it away to begin anew"
@@ -127,6 +127,13 @@ def _row(number: int, line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise NotUnderstood(f"line {number} is no object")
     return row
+
+
+def _page(row: dict[str, Any]) -> PageScore:
+    page = PageScore(**row | {"scores": _array(row["scores"])})
+    for name in ("answer_tokens", "scored", "ambiguous", "characters", "found"):
+        check_int(name, getattr(page, name), least=0)
+    return page
 
 
 def _array(values: list[list[float]] | None) -> np.ndarray | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # a grid knows methods and models, and a plan is read without
     from sparsemm_eval.sweep.grid import Job
 
 SCHEMA = 1
+_LONGEST = 240  # characters of a file's name, its ending left out
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class PlannedJob:
     samples: int
 
     def __post_init__(self) -> None:
-        _check_file_names(self.name, self.model)
+        _check_file_names(self.name, self.model, self.task)
         if not 0 <= self.shard < self.shards or self.samples < 0:
             raise UserError(
                 f"{self.name}: shard {self.shard} of {self.shards} with {self.samples} samples: "
@@ -68,7 +69,7 @@ class PlannedCell:
     results: str
 
     def __post_init__(self) -> None:
-        _check_file_names(self.model, *self.results.split("/"))
+        _check_file_names(self.model, self.task, *self.results.split("/"))
         if self.samples < 0:
             raise UserError(f"{self.words}: it cannot have {self.samples} samples")
 
@@ -85,7 +86,7 @@ def number_of(document: str) -> int:
 def _check_file_names(*names: str) -> None:
     """A plan names files of its own folder, whoever wrote it."""
     for name in names:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(name) > _LONGEST:
             raise UserError(f"{short_repr(name)}: it names a file and must be its name alone")
 
 

@@ -162,7 +162,7 @@ def status(out: Path) -> Status:
         )
     tallies: dict[str, Mapping[str, Tally]] = {}
     broken: list[str] = []
-    for model in dict.fromkeys(job.model for job in plan.jobs):
+    for model in dict.fromkeys(planned.model for planned in (*plan.jobs, *plan.cells)):
         tallies[model], files = tally(answers_folder(out, model))
         broken += [f"{path}: {cause}" for path, cause in files.items()]
     states = States(out)

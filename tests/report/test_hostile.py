@@ -1,13 +1,12 @@
 """Files of any content in a folder of results: each is shown or listed, and the rest is shown."""
 
-import copy
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hostile import ODD, changed, hostile, places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report.result_files import TARGETS, write_cell
@@ -23,43 +22,6 @@ SLOW = settings(
     max_examples=10,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-ODD = st.sampled_from([
-    None, True, -1, 0, 10**18, 2**64 - 1, -64, 0.0, -0.5, 1e-300, 1e300, float("inf"),
-    float("nan"), "", "x", "-64", "1e999", "9" * 500, r"$\foo$", "$", "a|b\nc", "\x1b[2J", "\ud800",
-    "\u202e", "=1+1", "../../x", "/", "\0", "x" * 400, "[" + "-" * 20_000, "['a', 'b']", [], {},
-    [[]], [None], {"": None}, {"score": 1e300}, {"score": "1"}, [{"metric": ["a"]}],
-    {"index": "3", "answer": "A", "prediction": "A"}, {"image_id": [1], "pred": 3, "answer": []},
-    {"index": 3, "answer": "A", "prediction": ["A"], "A": [1]},
-])  # fmt: skip
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """Every place in a value, the value itself last."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-    yield path
-
-
-def changed(value: Any, path: tuple, odd: Any, rename: bool) -> Any:
-    """A copy in which one place holds another value, or has another name."""
-    if not path:
-        return odd
-    whole = copy.deepcopy(value)
-    at = whole
-    for key in path[:-1]:
-        at = at[key]
-    if rename and isinstance(at, dict):
-        at[str(odd)] = at.pop(path[-1])
-    else:
-        at[path[-1]] = odd
-    return whole
 
 
 def show_all(folder: Path) -> str:
@@ -194,8 +156,7 @@ def test_an_efficiency_file_is_drawn_or_listed(made: Path, data: st.DataObject) 
     folder = made / "efficiency"
     folder.mkdir(exist_ok=True)
     (folder / "a.json").write_text(json.dumps(sound))
-    place = data.draw(st.sampled_from([*places({**sound, "rows": [other_row]})]))
-    odd = changed({**sound, "rows": [other_row]}, place, data.draw(ODD), data.draw(st.booleans()))
+    odd = data.draw(hostile({**sound, "rows": [other_row]}))
     (folder / "b.json").write_text(json.dumps(odd))
     done = draw_efficiency([str(folder)], made / "figures", ["svg"])
     assert len(done.files) == 1

@@ -6,12 +6,14 @@ import inspect
 import re
 import string
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from hostile import hostile, spoilt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lmms_eval.tasks import TaskManager
@@ -351,6 +353,19 @@ def test_bounds_are_looked_at_before_anything_is_made(changed: dict, words: str)
         grid_of(**changed)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_file_is_a_grid_or_one_sentence(data: st.DataObject) -> None:
+    sound = yaml.safe_load(read_grid("demo").resolved())
+    text = (
+        yaml.dump(data.draw(hostile(sound)))
+        if data.draw(st.booleans())
+        else data.draw(spoilt(yaml.safe_dump(sound).encode())).decode("utf-8", "replace")
+    )
+    with suppress(UserError):
+        parse_grid(text, PATH).cells()
 
 
 def test_anchors_that_stay_small_are_read() -> None:

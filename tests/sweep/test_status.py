@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from engine.fixtures import sentence
+from hostile import hostile, spoilt
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -248,3 +252,35 @@ def test_a_plan_names_files_of_its_own_folder(out: Path, results: str) -> None:
     path.write_text(json.dumps(plan))
     with pytest.raises(UserError, match="must be its name alone"):
         status(out)
+
+
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_file_of_a_sweep_is_shown_or_is_one_sentence(out: Path, data: st.DataObject) -> None:
+    if not (out / "jobs").exists():
+        write(out, "small", CELLS[0], *range(SAMPLES))
+    files = {
+        "plan.json": json.loads((out / "plan.json").read_text()),
+        "jobs/small@t@1of2.json": asdict(Record("small@t@1of2", "failed", "why", 1, "h", 5)),
+        "jobs/slurm/ids.json": {"small@t@2of2": "12_3"},
+        "cells/small/t-0_results.json": {"results": {}, "sparsemm_eval": {"answers": "a"}},
+    }
+    name = data.draw(st.sampled_from([*files]))
+    for place, value in files.items():
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        (out / place).write_text(json.dumps(value))
+    if data.draw(st.booleans()):
+        (out / name).write_text(json.dumps(data.draw(hostile(files[name]))))
+    else:
+        (out / name).write_bytes(data.draw(spoilt(json.dumps(files[name]).encode())))
+    try:
+        shown = str(status(out))
+    except UserError as error:
+        shown = str(error)
+        assert name == "plan.json", error  # noqa: PT017
+    finally:
+        (out / "plan.json").write_text(json.dumps(files["plan.json"]))
+    assert "\x1b" not in shown
+    assert "small" in shown or name == "plan.json"
