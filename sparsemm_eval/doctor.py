@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -16,7 +15,7 @@ from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.extension import ExtensionError, build, library
 from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.libraries import check_libraries, differences, mending
+from sparsemm_eval.libraries import check_libraries, differences, installed_version, mending
 
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "datasets")
 _OPTIONAL = ("flash-attn", "flashinfer-python")
@@ -50,9 +49,9 @@ def examine() -> Iterator[Finding]:
     """Look at versions, devices, tools and libraries, and try every backend; builds nothing."""
     yield Finding("python", platform.python_version())
     for name in _PACKAGES:
-        yield Finding(name, _version(name) or "not installed")
+        yield Finding(name, installed_version(name) or "not installed")
     for name in _OPTIONAL:
-        yield Finding(name, _version(name) or "not installed, and not needed")
+        yield Finding(name, installed_version(name) or "not installed, and not needed")
     yield _lock()
     yield _libraries()
     yield Finding("CPU", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}")
@@ -81,13 +80,6 @@ def build_libraries(arches: Sequence[str]) -> Iterator[Finding]:
             yield Finding(f"compiled op for {kind}", "not built", str(error), broken=True)
         else:
             yield Finding(f"compiled op for {kind}", f"built: {path}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _lock() -> Finding:

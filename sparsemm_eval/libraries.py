@@ -216,7 +216,7 @@ def _smoke_folder() -> Path:
 
 
 def _sentence(package: str, error: Exception) -> str:
-    version = _version(package)
+    version = installed_version(package)
     if version is None:
         return f"{package} is not installed: {mending(package)}"
     words = f"{package} {version} does not work here ({one_line(error)})"
@@ -248,7 +248,8 @@ def _suspects(error: BaseException | None) -> Iterator[str]:
         error = error.__cause__ or error.__context__
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """The version of a package that is installed here; None if there is none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families.base import PLAIN, Family
-from sparsemm_eval.methods.plugins import is_ours, load_installed, source_digest
+from sparsemm_eval.methods.plugins import is_ours, load_installed, note_registered, source_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,6 +48,7 @@ def register_family(family: type[Family]) -> type[Family]:
             "one family can read its checkpoints"
         )
     _registry[family.model_type] = family
+    note_registered(family.model_type)
     if not is_ours(family.__module__):
         _digests[family.model_type] = source_digest(family.__module__)
     return family

@@ -43,17 +43,33 @@ def load_plugin(name: str) -> Plugin:
     Raises
     ------
     UserError
-        If there is no such file or module, or it fails while it is imported.
+        If there is no such file or module, it fails while it is imported, or registers nothing.
     """
-    path = Path(name)
+    path, before = Path(name), len(_registered)
     if path.suffix == ".py":
         if not path.is_file():
             raise UserError(f"plugin={name}: there is no such file")
         name = str(path.resolve())
-        module = _imported_from(name) or _import_file(Path(name))
+        known = _imported_from(name)
+        module = known or _import_file(Path(name))
     else:
+        known = name if name in sys.modules else None
         module = _import(name, f"plugin={name}")
+    if known is None and len(_registered) == before:
+        del sys.modules[module]  # asked again, it is refused again
+        raise UserError(
+            f"plugin={name}: it registers neither a method nor a family; let it call "
+            "register_method or register_family"
+        )
     return Plugin(name, source_digest(module) or "")
+
+
+def note_registered(name: str) -> None:
+    """Note that a method or a family was registered, by whatever is being imported."""
+    _registered.append(name)
+
+
+_registered: list[str] = []
 
 
 def load_installed() -> None:

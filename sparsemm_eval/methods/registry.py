@@ -20,7 +20,7 @@ from sparsemm_eval.methods.allocation import (
 )
 from sparsemm_eval.methods.head_scores import ModelShape
 from sparsemm_eval.methods.method import Method
-from sparsemm_eval.methods.plugins import is_ours, load_installed, source_digest
+from sparsemm_eval.methods.plugins import is_ours, load_installed, note_registered, source_digest
 from sparsemm_eval.methods.scoring import (
     ObservationWindow,
     Recency,
@@ -125,6 +125,7 @@ def register_method(
     if twice:
         raise UserError(f"method {name!r} has two settings named {', '.join(twice)}")
     _registry[name] = entry
+    note_registered(name)
 
 
 def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()) -> None:

@@ -127,3 +127,8 @@ def test_cells_in_one_pass_equal_cells_alone(demo: tuple[Demo, Path], tmp_path: 
 def test_bad_settings_are_named(settings: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         run_demo(tmp_path, **{"samples": 5, "batch_size": 5, **settings})
+
+
+def test_models_are_named_as_checkpoints_too() -> None:
+    grid = demo_grid(5, 5, models=["embedded:llava_next"])
+    assert [model.name for model in grid.models] == ["llava_next"]

@@ -200,6 +200,7 @@ def test_without_the_plugin_its_method_and_its_setting_are_unknown(
 @pytest.mark.parametrize(("text", "words"), [
     ("import nothing_like_it\n", "cannot be imported (ModuleNotFoundError"),
     ("def f(:\n", "cannot be imported (SyntaxError"),
+    ("register_method = None\n", "it registers neither a method nor a family; let it call"),
     (METHOD.replace('"early"', '"snapkv"'), "method 'snapkv' is registered already"),
     (METHOD.replace("    share: float", "    window: float"), "two settings named window"),
 ])  # fmt: skip
