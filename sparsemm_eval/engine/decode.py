@@ -161,6 +161,15 @@ def is_greedy(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
     )
 
 
+def not_finite_words(model: PreTrainedModel, token: int | None = None) -> str:
+    """Say that logits were not finite, at which new token, and what mends it."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    larger = {"float16": "take dtype=bfloat16 or float32", "bfloat16": "take dtype=float32"}
+    remedy = larger.get(dtype, "look at the checkpoint's weights")
+    where = "" if token is None else f" at new token {token}"
+    return f"logits are not finite{where} in {dtype}: {remedy}"
+
+
 def check_cuda_graph(value: Any) -> str:
     """The setting as a word; True and False are auto and off.
 

@@ -16,7 +16,7 @@ from sparsemm_eval import __version__
 from sparsemm_eval.engine.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.decode import Decoded, decode
+from sparsemm_eval.engine.decode import Decoded, decode, not_finite_words
 from sparsemm_eval.engine.decoder import release
 from sparsemm_eval.engine.generation import cut, generation_options
 from sparsemm_eval.engine.memory import (
@@ -415,18 +415,11 @@ class _Pass:
             }
             if not at:
                 continue
-            words = self._not_finite(min(at.values()))
+            words = not_finite_words(self.runner.checkpoint.model, min(at.values()))
             if self.alike is not None:
                 self.alike.append(_Failure(words, of_memory=False, of_user=True, trace=""))
             whose = "" if len(at) == len(self.cells) else self._whose([*at])
             logger.error(f"{sample.task} {sample.doc_id} failed{whose}: {words}")
-
-    def _not_finite(self, token: int) -> str:
-        """The cause of a sample whose logits were none at a new token, from 1."""
-        dtype = str(self.runner.checkpoint.model.dtype).removeprefix("torch.")
-        larger = {"float16": "take dtype=bfloat16 or float32", "bfloat16": "take dtype=float32"}
-        remedy = larger.get(dtype, "look at the checkpoint's weights")
-        return f"logits are not finite at new token {token} in {dtype}: {remedy}"
 
     def _stop_if_all_fail(self) -> None:
         """End the run if its first samples failed alike: that is no sample's fault."""
@@ -456,7 +449,8 @@ class _Pass:
         cell = self.cells[place]
         key = self.runner.key(cell, sample.parts)
         if (token := decoded.not_finite[row]) is not None:
-            return self._failed(place, sample.task, sample.doc_id, key, self._not_finite(token))
+            words = not_finite_words(self.runner.checkpoint.model, token)
+            return self._failed(place, sample.task, sample.doc_id, key, words)
         tokens = decoded.tokens[row].tolist()
         text = self.runner.processor.tokenizer.decode(tokens, skip_special_tokens=True)
         rows = len(decoded.tokens)

@@ -22,7 +22,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.engine.generation import generation_options
+from sparsemm_eval.errors import UserError
 
 # Rows whose logits over all keys are held at a time.
 _BLOCK = 32
@@ -155,10 +157,21 @@ def feed(
     -------
     tuple of Tensor
         Input ids [B, n], padded on the left, and logits [B, logits_to_keep, vocabulary].
+
+    Raises
+    ------
+    UserError
+        If logits are not finite.
     """
     forced = teacher_forced(inputs, answers, checkpoint.processor.tokenizer.pad_token_id)
     given = {CACHE_ARGUMENT: capture, "use_cache": True, "logits_to_keep": logits_to_keep}
-    return forced["input_ids"], checkpoint.model(**forced, **given).logits
+    logits = checkpoint.model(**forced, **given).logits
+    if not logits.amax(-1).isfinite().all():
+        raise UserError(
+            f"pretrained={checkpoint.pretrained}: where heads look means nothing, as "
+            f"{not_finite_words(checkpoint.model)}"
+        )
+    return forced["input_ids"], logits
 
 
 class ArgmaxCapture(Cache):

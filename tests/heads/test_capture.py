@@ -10,9 +10,11 @@ from engine.llava_checkpoints import build_llava
 from transformers import Cache
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.capture import (
     ArgmaxCapture,
     WeightCapture,
+    feed,
     greedy_answers,
     read_prompts,
     teacher_forced,
@@ -110,3 +112,20 @@ def test_a_token_of_an_image_ends_an_answer(
     )
     inputs = read_prompts(checkpoint.processor, IMAGES, QUESTIONS)
     assert greedy_answers(checkpoint, inputs, 4) == [[7, 8], [7]]
+
+
+def test_where_heads_look_means_nothing_without_logits(checkpoint: Checkpoint) -> None:
+    inputs = read_prompts(checkpoint.processor, IMAGES, QUESTIONS)
+    answers = greedy_answers(checkpoint, inputs, 3)
+    layers, rows = checkpoint.shape.layers, max(map(len, answers))
+
+    def spoil(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor([1]), torch.nan)
+
+    feed(checkpoint, inputs, answers, ArgmaxCapture(layers, rows))
+    handle = checkpoint.model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(UserError, match="not finite in float32: look at the checkpoint"):
+            feed(checkpoint, inputs, answers, ArgmaxCapture(layers, rows))
+    finally:
+        handle.remove()
