@@ -42,6 +42,7 @@ def demo(
     models: Annotated[str, typer.Option(help="Embedded models, comma-separated; all.")] = "",
     masked: Annotated[int, typer.Option(help="Documents of the masking study; 0: none.")] = 40,
     allocation: Annotated[str, typer.Option(help="paper or exact.")] = "paper",
+    allow_failed: AllowFailed = 0,
     plugin: PluginNames = None,
 ) -> None:
     """Full KV, five methods and one's own over budgets on the embedded models, in minutes."""
@@ -69,7 +70,7 @@ def demo(
         from sparsemm_eval.sweep.demo import run_demo
         from sparsemm_eval.sweep.tables import uncompressed_cells
 
-        done = run_demo(out, grid, masked, demo_command(), plugins)
+        done = run_demo(out, grid, masked, demo_command(), plugins, allow_failed)
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")

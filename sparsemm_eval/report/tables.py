@@ -163,6 +163,15 @@ def missing_line(frame: pd.DataFrame) -> str:
     return f"{MISSING} Without {count} that failed and have no answer."
 
 
+def missing_notes(frame: pd.DataFrame) -> list[str]:
+    """As `missing_line`, a sentence each model and task that lacks samples."""
+    return [
+        f"{model}, {task}: {line}"
+        for (model, task), cells in frame.groupby(["model", "task"], sort=False)
+        if (line := missing_line(cells))
+    ]
+
+
 def fidelity_table(frame: pd.DataFrame) -> Table:
     """One row a compressed cell: how near its answers are to full KV's.
 

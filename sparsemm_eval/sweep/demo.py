@@ -25,7 +25,12 @@ from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import overview_table, score_tables, to_markdown
+from sparsemm_eval.report.tables import (
+    missing_line,
+    overview_table,
+    score_tables,
+    to_markdown,
+)
 from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.mask import run_masking
 from sparsemm_eval.sweep.studies import check_demo_samples, masking_study
@@ -64,6 +69,7 @@ def run_demo(
     masked: int = 40,
     command: str = "./run_eval.sh",
     plugins: Sequence[Plugin] = (),
+    allow_failed: int = 0,
 ) -> Demo:
     """Run all cells on the embedded models, score them with lmms-eval, draw tables and curves.
 
@@ -80,6 +86,8 @@ def run_demo(
         What makes it again, for the record.
     plugins : sequence of Plugin
         Those that registered methods of the user's own.
+    allow_failed : int
+        So many samples of a cell may fail; it is scored without them.
 
     Raises
     ------
@@ -90,7 +98,7 @@ def run_demo(
     """
     start = time.perf_counter()
     check_demo_samples("masked", masked, least=0)
-    done = run_sweep(grid, out, command, plugins=plugins, replace=True)
+    done = run_sweep(grid, out, command, plugins=plugins, replace=True, allow_failed=allow_failed)
     if failures := done.status.failures + done.failures:
         raise SampleFailures("; ".join(failures))
     files: list[Path] = []
@@ -151,6 +159,7 @@ def _tables(frame: pd.DataFrame, chance: Mapping[str, tuple[str, float]], window
         budgets = sorted(of_model["budget"].dropna().unique())
         shown = OVERVIEW if OVERVIEW in budgets else budgets[len(budgets) // 2]
         parts.append(to_markdown(overview_table(of_model, int(shown), chance)))
-        for title, table in score_tables(of_model, chance):
-            parts += [f"### {title}", to_markdown(table)]
+        by_task = of_model.groupby("task", sort=False)
+        for (title, table), (_, cells) in zip(score_tables(of_model, chance), by_task, strict=True):
+            parts += [f"### {title}", to_markdown(table), *filter(None, [missing_line(cells)])]
     return "\n\n".join(parts) + "\n"

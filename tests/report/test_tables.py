@@ -16,6 +16,7 @@ from sparsemm_eval.report.tables import (
     empty_line,
     kept_table,
     missing_line,
+    missing_notes,
     overview_table,
     score_tables,
     silenced_table,
@@ -88,6 +89,8 @@ def test_scores_without_samples_that_failed_are_marked(tmp_path: Path) -> None:
     )
     assert missing_line(frame.iloc[:1]) == "† Without 1 samples that failed and have no answer."
     assert missing_line(frame.iloc[2:]) == ""
+    (note,) = missing_notes(frame)
+    assert note.endswith(", docvqa_mini: " + missing_line(frame))
 
 
 def with_empty(path: Path, count: int) -> Path:
