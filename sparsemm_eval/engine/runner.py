@@ -436,7 +436,8 @@ class _Pass:
                 "one method: choose a smaller model or smaller images, or give it more memory"
             )
         if first.of_user:
-            raise UserError(first.words.removeprefix("UserError: "))
+            words = first.words.removeprefix("UserError: ")
+            raise UserError(f"{', '.join(self.words)}: {words}")
         raise AllFailed(
             f"the first {len(self.alike)} samples all failed alike, so that the run stops:\n"
             f"{first.trace}"

@@ -268,6 +268,11 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
             f"{task} is of output_type {kind}, and a compressed cache is measured by what is "
             "generated on it: choose tasks of output_type generate_until"
         )
+    if _shows_videos(config):
+        return (
+            f"{task} shows videos, and only images and text are read here: choose tasks without "
+            "videos"
+        )
     metrics = [metric for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
     names = [str(metric.get("metric")) for metric in metrics]
     if names and all("submission" in name for name in names):
@@ -288,6 +293,19 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
             "is no key for one: set OPENAI_API_KEY as lmms-eval wants it, or leave it out"
         )
     return None
+
+
+def _shows_videos(config: Mapping[str, Any]) -> bool:
+    """Whether a task has lmms-eval unpack videos, and its code for images speaks of them."""
+    unpacks = config.get("dataset_kwargs") or {}
+    if not (isinstance(unpacks, Mapping) and unpacks.get("video") is True):
+        return False
+    code = [config.get("doc_to_visual"), config.get("doc_to_messages")]
+    words: set[str] = set()
+    for function in (one for one in code if isinstance(one, FunctionType)):
+        names, texts = _used(function.__code__)
+        words |= {function.__name__, *names, *texts}
+    return any("video" in word.lower() or "mp4" in word for word in words)
 
 
 def _config(manager: TaskManager, task: str) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def test_what_scores_by_sample_needs_nothing(manager: TaskManager, task: str) ->
     ("mmbench_en_dev", "is scored by a judge"),
     ("llava_in_the_wild", "is scored by a judge"),
     ("seedbench_ppl", "is of output_type multiple_choice"),
+    ("videomme", "shows videos"),
+    ("egoschema", "shows videos"),
 ])  # fmt: skip
 def test_what_else_a_task_needs_is_said(manager: TaskManager, task: str, words: str) -> None:
     cause = obstacle(manager, task)
