@@ -250,7 +250,7 @@ def test_video_and_sound_are_refused(qwen: MakeQwen, kind: str, url: str) -> Non
         ask(qwen(), pages(1), messages=with_media)
     sentence(caught)
     # A task of nothing else ends the run, in one sentence.
-    with pytest.raises(ValueError, match="^pages: images and text are read, no video or sound"):
+    with pytest.raises(ValueError, match=r"^pages: images and text are read, no video or sound"):
         ask(qwen(), pages(9), messages=with_media)
 
 
