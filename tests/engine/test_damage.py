@@ -221,6 +221,20 @@ def test_a_format_that_is_off_by_a_bit_is_ours_and_another_is_not(tmp_path: Path
     assert "format 3" in tally(tmp_path)[1][path], "status names it and goes on"
 
 
+def test_a_view_that_computes_for_ever_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "answers-1-host-1.sqlite"
+    columns = ", ".join(f"1 AS {name}" for name in answer_file.COLUMNS)
+    by_hand(
+        path,
+        f"CREATE VIEW answers AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) "
+        f"SELECT {columns} FROM n",
+    )
+    by_hand(path, "CREATE TABLE other (x)")
+    assert "its table is missing" in tally(tmp_path)[1][path]
+    assert read(tmp_path) == {}
+    assert aside(path).exists()
+
+
 # --- while it is written to -----------------------------------------------------------------------
 
 

@@ -188,7 +188,7 @@ class NoneForLong(ObservationWindow):
 def test_a_sample_whose_scores_are_none_fails_and_no_other(
     qwen: Callable[..., Qwen2VLSparseMM], answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a method of one's own; under the other methods of its batch it has its answer."""
+    """Of a method of one's own: the others of its batch have their answers."""
     monkeypatch.setattr(registry, "_registry", dict(registry._registry))
     register_method("own", Uniform, scorer=NoneForLong)
     documents = pages(3)
