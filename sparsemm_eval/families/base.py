@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from sparsemm_eval.errors import UserError, check_choice, check_int
+from sparsemm_eval.errors import UserError, check_int
 
 if TYPE_CHECKING:  # families are asked for their settings before anything heavy is there
     from PIL.Image import Image
@@ -85,7 +85,12 @@ class Family:
         UserError
             For an unknown protocol, or a value that cannot be.
         """
-        check_choice("protocol", protocol, (PLAIN, *cls.protocols))
+        known = (PLAIN, *cls.protocols)
+        if protocol not in known:
+            raise UserError(
+                f"protocol={protocol!r}: for a {cls.model_type} checkpoint it must be one of "
+                f"{', '.join(known)}"
+            )
         return cls(**{**cls.protocols.get(protocol, {}), **given})
 
     @property
