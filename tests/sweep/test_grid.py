@@ -23,11 +23,11 @@ from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.sweep import demo
 from sparsemm_eval.sweep.estimate import shape_of
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.grid_file import grids_folder, parse_grid, read_grid
 from sparsemm_eval.sweep.plan import planned_jobs
+from sparsemm_eval.sweep.studies import BUDGETS, demo_grid
 from sparsemm_eval.tiny import embedded_checkpoints
 
 SHIPPED = sorted(path.stem for path in grids_folder().glob("*.yaml"))
@@ -467,9 +467,9 @@ def test_the_readmes_grid_can_be() -> None:
 
 def test_the_demo_grid_is_the_demo() -> None:
     grid = read_grid("demo")
-    assert tuple(grid.axes["budget"]) == demo.BUDGETS
+    assert tuple(grid.axes["budget"]) == BUDGETS
     assert len(grid.cells()) == 31
-    assert tuple(grid.tasks) == demo.TASKS
+    assert demo_grid(200, grid.batch_size).tasks == grid.tasks
     assert {model.name: model.pretrained for model in grid.models} == {
         name: f"embedded:{name}" for name in embedded_checkpoints()
     }
