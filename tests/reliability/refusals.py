@@ -137,7 +137,7 @@ def measure(case: Case, program: list[str], folder: Path, times: int) -> dict:
         )  # fmt: skip
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(_children_seconds() - before)
-    words = " ".join((done.stdout + done.stderr).split())
+    words = " ".join((done.stdout + done.stderr).split()).replace(f"{folder}/", "")
     return {
         "command": case.command,
         "seconds": round(min(seconds), 2),
@@ -168,11 +168,9 @@ def main() -> None:
         for case in CASES:
             rows.append(measure(case, program, folder, given.times))
             row = rows[-1]
-            print(
-                f"{row['seconds']:6.2f} s, CPU {row['cpu_seconds']:5.2f} s  {'' if row['as_expected'] else 'UNEXPECTED '}"
-                f"{row['command']}  {row['sentence'][-120:] if not row['as_expected'] else ''}",
-                flush=True,
-            )
+            times = f"{row['seconds']:6.2f} s, CPU {row['cpu_seconds']:5.2f} s"
+            wrong = "" if row["as_expected"] else f"  UNEXPECTED {row['sentence']}"
+            print(f"{times}  {row['command']}{wrong}", flush=True)
     about = provenance(f"python tests/reliability/refusals.py --times {given.times}")
     made = {
         **about,
