@@ -270,6 +270,19 @@ def _picture(folder: Path) -> None:
 # --- folders -------------------------------------------------------------------------------------
 
 
+def _made(pristine: Path) -> int:
+    """Make all folders; the exit code."""
+    pristine.mkdir()
+    try:
+        _made_sweep(pristine)
+        _made_others(pristine)
+    except BaseException:  # noqa: BLE001 it is shown, and ends the parent
+        traceback.print_exc()
+        shutil.rmtree(pristine)
+        return 1
+    return 0
+
+
 def _made_sweep(pristine: Path) -> None:
     """A finished sweep, submitted as jobs, with what Slurm would have left beside it."""
     from sparsemm_eval.engine.answers import AnswerStore
@@ -428,24 +441,20 @@ class Fuzz:
     Parameters
     ----------
     work : Path
-        An empty folder, for all files.
+        An empty folder, for damaged copies.
+    pristine : Path
+        Undamaged folders; made if it is not there.
     """
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.pristine = work, work / "pristine"
+    def __init__(self, work: Path, pristine: Path) -> None:
+        self.work, self.pristine = work, pristine
         self.expected: dict[tuple[str, str], Seen] = {}
-        self.pristine.mkdir()
-        # In a process of its own: threads do not live through a fork.
-        child = os.fork()
-        if child == 0:
-            try:
-                _made_sweep(self.pristine)
-                _made_others(self.pristine)
-                os._exit(0)
-            except BaseException:  # noqa: BLE001 it is shown, and ends the parent
-                traceback.print_exc()
-                os._exit(1)
-        assert os.waitpid(child, 0)[1] == 0
+        if not pristine.is_dir():
+            # In a process of its own: threads do not live through a fork.
+            child = os.fork()
+            if child == 0:
+                os._exit(_made(pristine))
+            assert os.waitpid(child, 0)[1] == 0
         for target in TARGETS:
             for one in target.looks:
                 for place in _places(target):
@@ -550,13 +559,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help="SEED/NUMBER: this case alone, with all it says")
     parser.add_argument("--out", type=Path, help="JSON file for the outcome")
+    parser.add_argument("--pristine", type=Path, help="undamaged folders, kept for the next run")
     given = parser.parse_args(arguments)
     import sparsemm_eval.engine.lmms
     import sparsemm_eval.report.figures
     import sparsemm_eval.sweep.sweep  # noqa: F401  once, for all children
 
     with tempfile.TemporaryDirectory() as folder:
-        fuzz = Fuzz(Path(folder))
+        fuzz = Fuzz(Path(folder), (given.pristine or Path(folder) / "pristine").resolve())
         if given.case:
             target, about, seen = fuzz.case(given.case)
             print(json.dumps({"target": target.name, **about}))
