@@ -53,7 +53,7 @@ samples: 6
 batch_size: 6
 """
 # Seconds that a command may take, and bytes that it may take more than before.
-PATIENCE, MEMORY = 60, 3 << 30
+PATIENCE, MEMORY = 120, 3 << 30
 _SENTENCE = "sparsemm-eval: "
 _TRACEBACK = "Traceback (most recent call last)"
 # Of what a failed case said.
@@ -109,14 +109,15 @@ class Target:
     looks : tuple of Look
     exact : bool
         Whether damaged bytes must show: false where a file has no room for a digest.
-    weight : int
+    weight : float
+        How often it is the one that is damaged.
     """
 
     name: str
     files: tuple[str, ...]
     looks: tuple[Look, ...]
     exact: bool = True
-    weight: int = 1
+    weight: float = 1
 
 
 @dataclass
@@ -267,6 +268,28 @@ def _picture(folder: Path) -> None:
         print(f"{path.name} failed: {error!r}")
 
 
+def _drawn(folder: Path) -> None:
+    """A drawn benchmark as it is used: all its files, as they were drawn."""
+    from sparsemm_eval.tiny.benchmarks import build
+
+    built = build("vqav2", folder, samples=2)
+    pristine = folder.parent / "pristine" / "drawn" / built.name
+    for path in sorted(path for path in built.rglob("*") if path.is_file()):
+        if pristine.is_dir():
+            assert path.read_bytes() == (pristine / path.relative_to(built)).read_bytes()
+
+
+def _op(folder: Path) -> None:
+    """The compiled op, loaded or built again."""
+    import torch
+
+    from sparsemm_eval.cache.extension import load_extension
+
+    os.environ["TORCH_HOME"] = str(folder)
+    load_extension("cpu")
+    print(torch.ops.sparsemm.append_attend)
+
+
 # --- folders -------------------------------------------------------------------------------------
 
 
@@ -328,6 +351,8 @@ def _made_others(pristine: Path) -> None:
     picture.save(pristine / "png" / "a.png")
     picture.save(pristine / "jpeg" / "a.jpeg")
     shutil.copytree(find_checkpoint("embedded:qwen2vl"), pristine / "checkpoint")
+    _drawn(pristine / "drawn")
+    _op(pristine / "op")
     for path in (pristine / "sweep" / "cells" / "qwen2vl").iterdir():
         if path.name.endswith("_results.json"):  # as lmms-eval itself writes it
             content = json.loads(path.read_text())
@@ -370,12 +395,15 @@ TARGETS = (
     Target("grid", ("*",), (Look("dry run", _command("sweep", "FOLDER/grid.yaml", "--dry-run")),),
            exact=False),
     Target("checkpoint", ("*",), (Look("answer", _checkpoint),), weight=2),
+    Target("drawn benchmark", ("*/*", "*/*/*"), (Look("use", _drawn),), exact=False),
+    Target("compiled op", ("*/*/*",), (Look("load", _op),), exact=False, weight=0.2),
     Target("pictures", ("*",), (Look("read", _picture),), exact=False),
 )  # fmt: skip
 _PLACES = {
     "answers": "sweep", "results and samples": "sweep", "plan, grid, jobs, locks": "sweep",
     "results of lmms-eval": "theirs", "head scores": "scores", "pages of a chase": "pages",
     "efficiency": "efficiency", "grid": "grid", "checkpoint": "checkpoint",
+    "drawn benchmark": "drawn", "compiled op": "op",
 }  # fmt: skip
 
 
