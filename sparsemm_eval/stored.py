@@ -6,10 +6,11 @@ What that means, a refusal or a file that is left out, only the caller knows.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,8 @@ _MOST_OF_LINE = 16 << 20
 MOST_DEPTH = 64
 _INTEGERS = range(-(2**63), 2**64)
 _LONGEST_INTEGER = 20  # characters of any of these
+CHECKSUM = "checksum"
+_LINE = f"# {CHECKSUM}: "
 
 
 class NotUnderstood(ValueError):
@@ -79,10 +82,9 @@ def read_json_as(path: Path, kind: type[T], most: int = MOST_BYTES) -> T:
     Raises
     ------
     NotUnderstood
-        As `read_json`, and with the first entry that is of another type.
+        As `read_json` and `checked`, and with the first entry that is of another type.
     """
-    text = read_text(path, most)
-    parse_json(text)
+    text = json.dumps(checked(read_json(path, most)))
     from pydantic import ValidationError
 
     try:
@@ -139,6 +141,54 @@ def parse_json(text: str) -> Any:
     if "\\ud" in text or "\\uD" in text:
         return _whole_characters(value)
     return value
+
+
+def with_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with the SHA-256 of all that is in it, so that `checked` sees it was changed."""
+    return {**content, CHECKSUM: _checksum(content)}
+
+
+def checked(value: Any) -> Any:
+    """A value without its checksum; one that has none, as of an older version, is as it is.
+
+    Raises
+    ------
+    NotUnderstood
+        If it is not as it was written.
+    """
+    if not isinstance(value, dict) or CHECKSUM not in value:
+        return value
+    content = {name: inner for name, inner in value.items() if name != CHECKSUM}
+    if value[CHECKSUM] != _checksum(content):
+        raise NotUnderstood("it was changed since it was written")
+    return content
+
+
+def with_checksum_line(text: str) -> str:
+    """A text of whole lines with its SHA-256 in a last one, a comment in YAML."""
+    return f"{text}{_LINE}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def checked_text(text: str) -> str:
+    """A text without its line of `with_checksum_line`; one that has none is as it is.
+
+    Raises
+    ------
+    NotUnderstood
+        If it is not as it was written.
+    """
+    content, line, known = text.rpartition(_LINE)
+    if not line:
+        return text
+    if known.strip() != hashlib.sha256(content.encode()).hexdigest():
+        raise NotUnderstood(
+            "it was changed since it was written; if by you, remove its last line, the checksum"
+        )
+    return content
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 _TOO_DEEP = f"more than {MOST_DEPTH} of its lists and objects stand inside each other"

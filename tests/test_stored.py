@@ -16,11 +16,15 @@ from sparsemm_eval.stored import (
     MOST_DEPTH,
     NoFile,
     NotUnderstood,
+    checked,
+    checked_text,
     parse_json,
     read_bytes,
     read_json,
     read_json_as,
     read_json_lines,
+    with_checksum,
+    with_checksum_line,
 )
 
 KEYS = st.text(max_size=8)
@@ -168,3 +172,41 @@ def test_nothing_from_a_file_moves_the_terminal(name: str) -> None:
         assert text.isprintable()
         text.encode("utf-8")
     assert printable("Größe 縮 \U0001f600") == "Größe 縮 \U0001f600"
+
+
+def test_every_changed_bit_of_a_checked_object_shows(tmp_path: Path) -> None:
+    """It is refused, or the same in other letters, or without checksum and otherwise as it was."""
+    content = {"name": "a", "samples": 6, "share": 0.25, "more": [{"b": "é"}, None, True]}
+    data = json.dumps(with_checksum(content)).encode()
+    path = tmp_path / "a.json"
+    for place in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        try:
+            found = checked(read_json(path))
+        except NotUnderstood:
+            continue
+        assert {name: found.get(name) for name in content} == content
+        assert len(found) <= len(content) + 1  # the checksum under another name
+
+
+def test_an_object_of_an_older_version_is_as_it_is() -> None:
+    assert checked({"a": 1}) == {"a": 1}
+    assert checked([1]) == [1]
+    assert checked(with_checksum({"a": 1})) == {"a": 1}
+
+
+def test_every_changed_bit_of_a_checked_text_shows() -> None:
+    text = "name: a\nmodels: [b]\nsamples: 6\n"
+    data = with_checksum_line(text).encode()
+    assert checked_text(data.decode()) == checked_text(text) == text
+    for place in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        try:
+            found = checked_text(damaged.decode("ascii"))
+        except (NotUnderstood, UnicodeDecodeError):
+            continue
+        # Its last line is no checksum any more, or one of the same number.
+        assert found.startswith(text)

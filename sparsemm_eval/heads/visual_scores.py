@@ -17,9 +17,10 @@ import pandas as pd
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.methods.head_scores import provenance_file
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import provenance
-from sparsemm_eval.stored import NotUnderstood, parse_json, read_bytes
+from sparsemm_eval.stored import NotUnderstood, checked, parse_json, read_bytes, with_checksum
 
 # Below this share of the annotated characters, what was scored is not reading.
 _READS = 0.5
@@ -88,10 +89,11 @@ class PageRecords:
             new = not self.path.is_file() or not self.path.stat().st_size
             with self.path.open("a", encoding="utf-8") as file:
                 if new:
-                    file.write(json.dumps(self.settings) + "\n")
+                    file.write(json.dumps(with_checksum(self.settings)) + "\n")
                 for page in pages:
                     values = None if page.scores is None else page.scores.tolist()
-                    file.write(json.dumps(asdict(page) | {"scores": values}) + "\n")
+                    row = with_checksum(asdict(page) | {"scores": values})
+                    file.write(json.dumps(row) + "\n")
         self.done.extend(pages)
 
     def _read(self, path: Path) -> None:
@@ -123,7 +125,10 @@ class PageRecords:
 
 
 def _row(number: int, line: str) -> dict[str, Any]:
-    row = parse_json(line)
+    try:
+        row = checked(parse_json(line))
+    except NotUnderstood as error:
+        raise NotUnderstood(f"line {number}: {error}") from error
     if not isinstance(row, dict):
         raise NotUnderstood(f"line {number} is no object")
     return row
@@ -288,8 +293,7 @@ class VisualScores:
             "warnings": self.warnings(),
             **provenance(command),
         }
-        file = path.with_name(f"{path.stem}.provenance.json")
-        write_whole(file, json.dumps(beside, indent=2) + "\n")
+        write_whole(provenance_file(path), json.dumps(beside, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sparsemm_eval.errors import UserError, short_repr
-from sparsemm_eval.stored import NoFile, NotUnderstood, read_json
+from sparsemm_eval.stored import NoFile, NotUnderstood, parse_json, read_json, read_text
 
 # As files name a head. No model has a million layers.
 _KEY = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
@@ -174,15 +174,18 @@ class HeadScores:
         FileNotFoundError
             If there is no such file.
         UserError
-            Naming file, key and value, if the file is no score file or does not fit.
+            Naming file, key and value, if the file is no score file, does not fit, or is not the
+            one that its provenance file, where there is one, was written with.
         """
         path = Path(path)
         try:
-            table = read_json(path)
+            content = read_text(path)
+            table = parse_json(content)
         except NoFile:
             raise FileNotFoundError(f"head_scores={path}: there is no such file") from None
         except NotUnderstood as error:
             raise UserError(f"{path}: not a score file ({error})") from error
+        _check_unchanged(content, path)
         scores = cls(_table_to_array(table, path))
         if shape is not None:
             scores.check_shape(shape, str(path))
@@ -196,6 +199,24 @@ class HeadScores:
             for head, value in enumerate(row)
         }
         Path(path).write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+
+def provenance_file(scores: Path) -> Path:
+    """Where a score file's making is written down: beside it, with its SHA-256."""
+    return scores.with_name(f"{scores.stem}.provenance.json")
+
+
+def _check_unchanged(content: str, path: Path) -> None:
+    try:
+        beside = read_json(provenance_file(path))
+    except NotUnderstood:
+        return  # the published files have none
+    known = beside.get("scores_sha256") if isinstance(beside, dict) else None
+    if known not in (None, hashlib.sha256(content.encode()).hexdigest()):
+        raise UserError(
+            f"{path}: it is not the file that {provenance_file(path).name} beside it was written "
+            "with: make the scores again, or remove that file if these are others"
+        )
 
 
 def find_head_scores(checkpoint: Path, cached: Path, chase_command: str) -> Path:

@@ -11,7 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sparsemm_eval.stored import read_bytes
+
 SCHEMA = 1
+_MOST_BYTES = 4 << 30  # of a samples file
 # The one entry of our results files that is not lmms-eval's.
 OURS = "sparsemm_eval"
 # In a results file's throughput, followed by a task: how many of its samples have no answer, and
@@ -45,6 +48,17 @@ def content_hash(content: Mapping[str, Any]) -> str:
     """SHA-256 of a results file without our own entry, which a sweep checks it by."""
     rest = {name: value for name, value in content.items() if name != OURS}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a samples file.
+
+    Raises
+    ------
+    NotUnderstood
+        If it cannot be read.
+    """
+    return hashlib.sha256(read_bytes(path, _MOST_BYTES)).hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -25,12 +25,13 @@ from sparsemm_eval.report.provenance import (
     OURS,
     SCHEMA,
     content_hash,
+    file_hash,
 )
-from sparsemm_eval.stored import NotUnderstood, read_json
+from sparsemm_eval.stored import CHECKSUM, NotUnderstood, checked, read_json
 
 FILE_COLUMNS = (
     "path", "kind", "schema", "command", "commit", "date", "python", "versions", "hardware",
-    "model_args", "changed",
+    "model_args",
 )  # fmt: skip
 # Of no results: stored answers, what metrics write beside, and the study of silenced heads, which
 # has full KV of fewer samples.
@@ -51,6 +52,7 @@ MEASURED = {
 _ENTRY = {
     "schema": int, "command": str, "commit": str, "date": str, "python": str, "versions": dict,
     "hardware": dict, "model": str, "answers": str, "samples": str, "results": str,
+    CHECKSUM: str,
 }  # fmt: skip
 _NAMES = ("model", "task", "benchmark", "metric", "metric_label", "method")
 _STDERR = ("_stderr", "_stderr_clt", "_stderr_clustered")
@@ -164,7 +166,7 @@ def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
     files: list[dict[str, Any]] = []
     for path in paths:
         try:
-            about, of_file, without = _read(path, all_metrics)
+            about, of_file, left_out = _read(path, all_metrics)
         except NotResults as error:
             unreadable.append(Unreadable(str(path), str(error)))
             continue
@@ -172,10 +174,7 @@ def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
         measured = {"seeds": 1, "source": "measured", "file": place, "files_of": (place,)}
         rows += [row | measured for row in of_file]
         files.append(about)
-        unreadable += [
-            Unreadable(str(path), f"its task {printable(task)} has no score that counts")
-            for task in without
-        ]
+        unreadable += left_out
     if not rows:
         raise UserError(_nothing(given, unreadable))
     cells = cells_frame(labelled(counted_once(named(rows), files)))
@@ -185,7 +184,7 @@ def load(paths: Iterable[Path], all_metrics: bool = False) -> Results:
 def _files(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=list(FILE_COLUMNS), dtype=object)
     frame = frame.where(frame.notna(), None)
-    return frame.assign(schema=frame["schema"].astype("Int64"), changed=frame["changed"].eq(True))
+    return frame.assign(schema=frame["schema"].astype("Int64"))
 
 
 def find_files(
@@ -244,8 +243,10 @@ def _nothing(given: list[Path], unreadable: list[Unreadable]) -> str:
 # --- one file ------------------------------------------------------------------------------------
 
 
-def _read(path: Path, all_metrics: bool) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
-    """What a results file says of its making; a row a task, or a score; tasks without a score.
+def _read(
+    path: Path, all_metrics: bool
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[Unreadable]]:
+    """What a results file says of its making; a row a task, or a score; what is left out of it.
 
     Raises
     ------
@@ -266,13 +267,20 @@ def _read(path: Path, all_metrics: bool) -> tuple[dict[str, Any], list[dict[str,
         raise NotResults("it holds no scores")
     where = {"model": _model(entry, settings, content, path), **_method(settings, config)}
     measured = _measured(content, len(tasks))
-    rows = [
-        _shown({**where, **measured, **row, "samples_files": _samples_files(path, task)})
-        for task, scores in scored.items()
-        for row in (scores if all_metrics else scores[:1])
+    left_out = [
+        Unreadable(str(path), f"its task {printable(task)} has no score that counts")
+        for task in tasks
+        if task not in scored
     ]
-    without = [task for task in tasks if task not in scored]
-    return _about(path, content, entry, config), rows, without
+    rows = []
+    for task, scores in scored.items():
+        files, changed = _samples_files(path, task, entry.get("samples"))
+        left_out += changed
+        rows += [
+            _shown({**where, **measured, **row, "samples_files": files})
+            for row in (scores if all_metrics else scores[:1])
+        ]
+    return _about(path, content, entry, config), rows, left_out
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +323,12 @@ def _entry(content: Mapping[str, Any]) -> dict[str, Any]:
             raise NotResults(
                 f"it has schema {value} and this version reads up to {SCHEMA}: update sparsemm-eval"
             )
+    try:
+        checked(entry)
+    except NotUnderstood as error:
+        raise NotResults(str(error)) from error
+    if entry.get("results", content_hash(content)) != content_hash(content):
+        raise NotResults("it was changed since it was written")
     return entry
 
 
@@ -483,11 +497,19 @@ def _measured(content: Mapping[str, Any], tasks: int) -> dict[str, float | None]
     }
 
 
-def _samples_files(path: Path, task: str) -> tuple[str, ...]:
-    file = f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl"
-    if "/" in task or not os.path.lexists(path.parent / file):
-        return ()
-    return (str(path.parent / file),)
+def _samples_files(
+    path: Path, task: str, written: str | None
+) -> tuple[tuple[str, ...], list[Unreadable]]:
+    """The samples file of a task; why there is none, if it is not as it was written."""
+    file = path.parent / f"{path.name.removesuffix(SUFFIX)}_samples_{task}.jsonl"
+    if "/" in task or not os.path.lexists(file):
+        return (), []
+    try:
+        if written not in (None, file_hash(file)):
+            raise NotUnderstood("it was cut off or changed since it was written")
+    except NotUnderstood as error:
+        return (), [Unreadable(str(file), f"{error}, so that its samples are not used")]
+    return (str(file),), []
 
 
 def _about(
@@ -507,7 +529,6 @@ def _about(
         "versions": entry.get("versions") or ({"lmms-eval": lmms_eval} if lmms_eval else {}),
         "hardware": entry.get("hardware") or {},
         "model_args": model_args if isinstance(model_args, str) else json.dumps(model_args),
-        "changed": "results" in entry and entry["results"] != content_hash(content),
     }
     return {
         name: printable(value[:_LONGEST_SETTINGS]) if isinstance(value, str) else value

@@ -13,8 +13,8 @@ from loguru import logger
 from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.provenance import OURS, content_hash
-from sparsemm_eval.stored import NotUnderstood, read_json
+from sparsemm_eval.report.provenance import OURS, content_hash, file_hash
+from sparsemm_eval.stored import NoFile, NotUnderstood, checked, read_json, with_checksum
 
 _HASHES = ("answers", "samples", "results")
 
@@ -43,12 +43,14 @@ def write_checksums(results: Path, samples: Path, answers: str) -> None:
         content = read_json(results)
     except NotUnderstood as error:
         raise UserError(f"{results}: what lmms-eval wrote here cannot be used: {error}") from error
-    content[OURS] = {
-        **content.get(OURS, {}),
-        "answers": answers,
-        "samples": _file_hash(samples),
-        "results": content_hash(content),
-    }
+    content[OURS] = with_checksum(
+        {
+            **content.get(OURS, {}),
+            "answers": answers,
+            "samples": file_hash(samples),
+            "results": content_hash(content),
+        }
+    )
     write_whole(results, json.dumps(content, indent=1))
 
 
@@ -71,12 +73,19 @@ def scored_answers(results: Path, samples: Path) -> str | None:
     checksums = content.get(OURS)
     if not isinstance(checksums, dict) or not any(name in checksums for name in _HASHES):
         return None  # its process was killed before they were written
+    try:
+        checked(checksums)
+    except NotUnderstood as error:
+        raise Broken(f"{results}: {error}") from error
     if checksums.get("results") != content_hash(content):
         raise Broken(f"{results}: this results file was changed")
-    if not samples.is_file():
+    try:
+        if checksums.get("samples") != file_hash(samples):
+            raise Broken(f"{samples}: this samples file was cut off or changed")
+    except NoFile:
         return None
-    if checksums.get("samples") != _file_hash(samples):
-        raise Broken(f"{samples}: this samples file was cut off or changed")
+    except NotUnderstood as error:
+        raise Broken(f"{samples}: {error}") from error
     return checksums.get("answers")
 
 
@@ -86,7 +95,3 @@ def set_aside(results: Path, samples: Path, error: Broken) -> None:
         if path.exists():
             os.replace(path, path.with_name(f"{path.name}.broken"))
     logger.warning(f"{error}; set aside as *.broken, the cell is scored again")
-
-
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.stored import NoFile, NotUnderstood, read_text
+from sparsemm_eval.stored import NoFile, NotUnderstood, checked_text, read_text
 from sparsemm_eval.sweep.grid import Grid, Job
 from sparsemm_eval.sweep.lock import busy, holder
 from sparsemm_eval.sweep.plan import Plan, continuing, lock_file
@@ -56,7 +56,7 @@ def _grid_there(out: Path) -> list[str]:
     """Lines of the grid whose sweep a folder holds, its name first; none if it holds none."""
     path = out / "grid.yaml"
     try:
-        return read_text(path).splitlines()
+        return checked_text(read_text(path)).splitlines()
     except NoFile:
         return []
     except NotUnderstood as error:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from sparsemm_eval.errors import UserError, one_line, short_repr
 from sparsemm_eval.paths import tasks_folder
-from sparsemm_eval.stored import NotUnderstood, read_text
+from sparsemm_eval.stored import NotUnderstood, checked_text, read_text
 from sparsemm_eval.sweep.grid import Grid, ModelSpec
 
 _MOST_BYTES = 1 << 20
@@ -39,7 +39,7 @@ def read_grid(name_or_path: str | Path) -> Grid:
             f"of a YAML file, or one of {known}"
         )
     try:
-        text = read_text(path, _MOST_BYTES)
+        text = checked_text(read_text(path, _MOST_BYTES))
     except NotUnderstood as error:
         raise UserError(f"{path}: {error}") from error
     return parse_grid(text, path)

@@ -10,6 +10,7 @@ from pathlib import Path
 from sparsemm_eval.engine.answers import Answer, AnswerStore, tally
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
+from sparsemm_eval.stored import with_checksum_line
 from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.grid_file import read_grid
 from sparsemm_eval.sweep.plan import Plan, answers_folder, continuing, planned_jobs
@@ -114,7 +115,7 @@ def merge_sweeps(folders: Sequence[Path], out: Path) -> Merged:
             merged.write(answer for answer, _ in kept.values())
         merged.close()
     # Last: a folder without a plan is one where the merge was broken off.
-    write_whole(out / "grid.yaml", grid.resolved())
+    write_whole(out / "grid.yaml", with_checksum_line(grid.resolved()))
     plan.write(out)
     return Merged(
         out,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsemm_eval.errors import UserError, short_repr
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as, with_checksum
 
 if TYPE_CHECKING:  # a grid knows methods and models, and a plan is read without them
     from sparsemm_eval.sweep.grid import Job
@@ -140,7 +140,8 @@ class Plan:
 
     def write(self, out: Path) -> None:
         """Put it into a sweep's folder, whole or not at all."""
-        write_whole(out / "plan.json", json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1))
+        content = with_checksum({"schema": SCHEMA, **asdict(self)})
+        write_whole(out / "plan.json", json.dumps(content, indent=1))
 
 
 def planned_jobs(jobs: Iterable[Job], counts: Mapping[str, int]) -> tuple[PlannedJob, ...]:

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json_as, with_checksum
 from sparsemm_eval.sweep.lock import begun_at, boot, held, holder, killed
 from sparsemm_eval.sweep.plan import lock_file
 
@@ -102,7 +102,8 @@ class Record:
 
     def write(self, out: Path) -> None:
         """Put it into a sweep's folder."""
-        write_whole(_record_file(out, self.name), json.dumps(asdict(self), indent=1))
+        content = with_checksum(asdict(self))
+        write_whole(_record_file(out, self.name), json.dumps(content, indent=1))
 
 
 def read_record(out: Path, name: str) -> Record | None:
@@ -246,7 +247,7 @@ def read_ids(out: Path) -> dict[str, str]:
 
 def write_ids(out: Path, ids: Mapping[str, str]) -> None:
     """Put Slurm's numbers of all jobs that are its own into a sweep's folder."""
-    write_whole(_ids_file(out), json.dumps(dict(ids), indent=1))
+    write_whole(_ids_file(out), json.dumps(with_checksum(ids), indent=1))
 
 
 def _stored(path: Path, kind: type[T]) -> T | None:

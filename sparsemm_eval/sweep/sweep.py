@@ -31,6 +31,7 @@ from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import method_label
 from sparsemm_eval.report.results import load
+from sparsemm_eval.stored import with_checksum_line
 from sparsemm_eval.sweep.checks import check_data, check_models, check_space, count_documents
 from sparsemm_eval.sweep.checksum import (
     Broken,
@@ -445,7 +446,7 @@ class _Process:
     def _begin(self, replace: bool) -> None:
         """Write down what this folder is to hold, unless that is there already."""
         self.out.mkdir(parents=True, exist_ok=True)
-        write_whole(self.out / "grid.yaml", self.grid.resolved())
+        write_whole(self.out / "grid.yaml", with_checksum_line(self.grid.resolved()))
         # A job alone, or a sweep without the tasks that cannot run here, knows but a part.
         with lock(lock_file(self.out, "plan"), wait=True):
             before = (None if replace else Plan.read(self.out)) or Plan((), ())

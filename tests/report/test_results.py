@@ -9,10 +9,13 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import COLUMNS, join_seeds
 from sparsemm_eval.report.names import BENCHMARKS, find_benchmark
 from sparsemm_eval.report.paper import paper_cells
-from sparsemm_eval.report.results import FILE_COLUMNS, Results, content_hash, gather, load
+from sparsemm_eval.report.provenance import content_hash
+from sparsemm_eval.report.results import FILE_COLUMNS, Results, gather, load
+from sparsemm_eval.stored import with_checksum
 
 QWEN = "pretrained=Qwen/Qwen2-VL-7B-Instruct"
 
@@ -83,11 +86,10 @@ def test_a_plain_file_says_what_lmms_eval_knows_of_its_making(tmp_path: Path) ->
     assert (file.kind, file.commit, file.date) == ("lmms-eval", "abc1234", "2026-01-01 19:04:05")
     assert file.versions == {"lmms-eval": "0.7.3"}
     assert (file.command, file.python, file.hardware) == (None, None, {})
-    assert not file.changed
     assert file.path == str(tmp_path / "a_results.json")
 
 
-def test_ours_says_more_and_shows_when_it_was_changed(tmp_path: Path) -> None:
+def test_ours_says_more_and_is_left_out_when_it_was_changed(tmp_path: Path) -> None:
     made = content()
     entry = {
         "schema": 1, "command": "sparsemm-eval sweep x", "commit": "def+", "date": "2026-01-02",
@@ -98,9 +100,13 @@ def test_ours_says_more_and_shows_when_it_was_changed(tmp_path: Path) -> None:
     file = results.files.iloc[0]
     assert (file.kind, file.schema, file.command) == ("sparsemm-eval", 1, entry["command"])
     assert (file.commit, file.versions) == ("def+", {"torch": "2"})
-    assert not file.changed
-    changed = found(tmp_path, content(score=0.9) | {"sparsemm_eval": entry})
-    assert changed.files["changed"].tolist() == [True]
+    for changed in (
+        content(score=0.9) | {"sparsemm_eval": entry},
+        made | {"sparsemm_eval": with_checksum(entry) | {"model": "another"}},
+    ):
+        with pytest.raises(UserError, match="it was changed since it was written"):
+            found(tmp_path, changed)
+    found(tmp_path, made | {"sparsemm_eval": with_checksum(entry)})
 
 
 def test_full_kv_has_no_budget_and_percent_become_shares(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from sparsemm_eval.cli import app
 from sparsemm_eval.engine.answers import Answer, AnswerStore, answer_key
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.stored import checked, read_json, with_checksum
 from sparsemm_eval.sweep.checksum import answers_hash, write_checksums
 from sparsemm_eval.sweep.lock import lock
 from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob, answers_folder, lock_file
@@ -218,7 +219,8 @@ def test_a_record_that_is_not_understood_is_shown_beside_the_rest(out: Path, tex
 def test_a_record_of_a_newer_version_is_read(out: Path) -> None:
     Record("small@t@1of2", "failed", "out of \x1b[31mmemory").write(out)
     path = out / "jobs" / "small@t@1of2.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ticks": 5}))
+    newer = checked(read_json(path)) | {"ticks": 5}
+    path.write_text(json.dumps(with_checksum(newer)))
     assert status(out).states["small@t@1of2"] == ("failed", "out of \x1b[31mmemory")
     assert "\x1b" not in str(status(out))
 

@@ -225,7 +225,6 @@ def runs(files: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
                 "settings": _text(file["model_args"]).replace(",", ", "),
                 "date": _text(file["date"]),
                 "commit": _text(file["commit"]),
-                "changed": bool(file["changed"]),
                 "made_by": makers.setdefault(maker, len(makers) + 1),
             }
         )
