@@ -24,6 +24,7 @@ from sparsemm_eval.engine.answers import Answer
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.tasks import find_tasks, runnable
 from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.stored import checked, read_json
 from sparsemm_eval.sweep import checks
 from sparsemm_eval.sweep import sweep as runner
 from sparsemm_eval.sweep.fidelity import fidelity
@@ -489,7 +490,7 @@ def test_another_grids_folder_is_refused(copy: Path) -> None:
 
 @pytest.mark.usefixtures("no_weights")
 def test_a_folder_of_other_weights_is_refused(copy: Path) -> None:
-    plan = json.loads((copy / "plan.json").read_text())
+    plan = checked(read_json(copy / "plan.json"))
     plan["cells"][0]["key"] = "that of other weights"
     (copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match="other weights") as caught:

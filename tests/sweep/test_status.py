@@ -238,7 +238,7 @@ def test_a_record_of_a_newer_version_is_read(out: Path) -> None:
 )
 def test_a_plan_of_other_types_is_one_sentence(out: Path, changed: dict, reason: str) -> None:
     path = out / "plan.json"
-    plan = json.loads(path.read_text())
+    plan = checked(read_json(path))
     plan["jobs"][0] |= changed
     path.write_text(json.dumps(plan))
     with pytest.raises(UserError, match="not a readable plan of a sweep") as caught:
@@ -249,7 +249,7 @@ def test_a_plan_of_other_types_is_one_sentence(out: Path, changed: dict, reason:
 @pytest.mark.parametrize("results", ["/etc/passwd", "../x_results.json", "cells//x", "a\0b"])
 def test_a_plan_names_files_of_its_own_folder(out: Path, results: str) -> None:
     path = out / "plan.json"
-    plan = json.loads(path.read_text())
+    plan = checked(read_json(path))
     plan["cells"][0]["results"] = results
     path.write_text(json.dumps(plan))
     with pytest.raises(UserError, match="must be its name alone"):
@@ -264,7 +264,7 @@ def test_any_file_of_a_sweep_is_shown_or_is_one_sentence(out: Path, data: st.Dat
     if not (out / "jobs").exists():
         write(out, "small", CELLS[0], *range(SAMPLES))
     files = {
-        "plan.json": json.loads((out / "plan.json").read_text()),
+        "plan.json": checked(read_json(out / "plan.json")),
         "jobs/small@t@1of2.json": asdict(Record("small@t@1of2", "failed", "why", 1, "h", 5)),
         "jobs/slurm/ids.json": {"small@t@2of2": "12_3"},
         "cells/small/t-0_results.json": {"results": {}, "sparsemm_eval": {"answers": "a"}},
