@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
@@ -143,11 +145,19 @@ def read_chat(
     if videos or sounds:
         raise UserError("images and text are read, no video or sound: choose tasks without them")
     images = tuple(
-        url if isinstance(url, Image.Image) else Image.open(url).convert("RGB") for url in urls
+        url if isinstance(url, Image.Image) else open_image(Path(url)).convert("RGB")
+        for url in urls
     )
     for image in images:
         image.load()  # some are decoded on first use only: a broken one is to be found here
     return _prompt(processor, chat), tuple(family.read_image(image, processor) for image in images)
+
+
+def open_image(path: Path) -> Image.Image:
+    """As PIL opens it, a regular file alone: a pipe would be waited for without end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path} is no file but a folder, a pipe or a device")
+    return Image.open(path)
 
 
 def _prompt(processor: ProcessorMixin, chat: ChatMessages) -> str:

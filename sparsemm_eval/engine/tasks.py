@@ -160,7 +160,11 @@ def visuals(task: str, doc_ids: Iterable[int]) -> dict[int, list[Image.Image]]:
                 f"{task} has {len(documents)} documents, and none is number {doc_id}: its data is "
                 "not that of the run"
             )
-        shown = loaded.doc_to_visual(documents[doc_id]) or []
+        try:
+            shown = loaded.doc_to_visual(documents[doc_id]) or []
+        except Exception as error:  # the task's own code, whatever it raises
+            words = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"document {doc_id} cannot be shown ({words})") from error
         images[doc_id] = [image for image in shown if isinstance(image, Image.Image)]
     return images
 

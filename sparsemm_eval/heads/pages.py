@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sparsemm_eval.engine.requests import image_hash, truncated_images
+from sparsemm_eval.engine.requests import image_hash, open_image, truncated_images
 from sparsemm_eval.errors import UserError, one_line
 from sparsemm_eval.families import Box
 from sparsemm_eval.stored import NotUnderstood, read_json_as, read_json_lines
@@ -202,7 +202,8 @@ def read_image(file: Path | io.BytesIO, name: str) -> Image.Image:
         If it cannot be read, or is cut off; `name` says which it is.
     """
     try:
-        with truncated_images(False), Image.open(file) as image:
+        opened = open_image(file) if isinstance(file, Path) else Image.open(file)
+        with truncated_images(False), opened as image:
             return image.convert("RGB")
     except _UNREADABLE as error:
         raise UserError(f"{name} cannot be read ({one_line(error)})") from error
@@ -323,7 +324,7 @@ def _lines(path: Path, count: int) -> Iterator[tuple[_Line, tuple[Chunk, ...], s
             raise UserError(f"{where}: {field or 'line'}: {first['msg']}") from error
         chunks = tuple(Chunk(chunk.text, chunk.box) for chunk in line.chunks)
         try:
-            with Image.open(path.parent / line.image) as image:
+            with open_image(path.parent / line.image) as image:
                 _check(chunks, image.size)
         except _UNREADABLE as error:
             raise UserError(f"{where}: {one_line(error)}") from error

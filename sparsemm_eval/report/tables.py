@@ -179,7 +179,7 @@ def fidelity_table(frame: pd.DataFrame) -> Table:
     ----------
     frame : DataFrame
         One model's cells on one task: method, label, budget, compared, same_answer,
-        first_difference, kl_full.
+        first_difference, kl_full, kl_missing.
     """
     columns = {
         "same answer": ("same_answer", ".3f"),
@@ -187,7 +187,16 @@ def fidelity_table(frame: pd.DataFrame) -> Table:
         "KL (nats)": ("kl_full", ".2e"),
         "n": ("compared", ".0f"),
     }
-    return _listed(frame[frame["budget"].notna()], columns)
+    cells = in_order(frame[frame["budget"].notna()], ("method", "label", "budget"))
+    table = _listed(cells, columns)
+    known = cells["compared"] - cells["kl_missing"]
+    table.text["KL (nats)"] = [
+        f"{text} (n={count:.0f})" if text and missing else text
+        for text, count, missing in zip(
+            table.text["KL (nats)"], known, cells["kl_missing"], strict=True
+        )
+    ]
+    return table
 
 
 def _listed(cells: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> Table:

@@ -24,12 +24,14 @@ def fidelity(cell: Mapping[str, Answer], full: Mapping[str, Answer]) -> dict[str
         compared: documents that both answered; same_answer: share of them with equal text;
         first_difference: index of the first new token that differs, mean over the answers whose
         tokens differ; kl_full: KL divergence in nats of the cell's next-token distribution from
-        full KV's, mean over the documents where it was measured. None where there is nothing to
-        take a mean of.
+        full KV's, mean over the documents where it was measured; kl_missing: documents where it
+        was not, as full KV had its answer already when theirs was computed. None where there is
+        nothing to take a mean of.
     """
     both = _frame(cell).join(_frame(full).add_suffix("_full"), how="inner")
     if both.empty:
-        return {"compared": 0, "same_answer": None, "first_difference": None, "kl_full": None}
+        nothing = dict.fromkeys(("same_answer", "first_difference", "kl_full"))
+        return {"compared": 0, **nothing, "kl_missing": 0}
     places = pd.Series(
         [_first_difference(*pair) for pair in zip(both["tokens"], both["tokens_full"], strict=True)]
     )
@@ -38,6 +40,8 @@ def fidelity(cell: Mapping[str, Answer], full: Mapping[str, Answer]) -> dict[str
         "same_answer": float((both["text"] == both["text_full"]).mean()),
         "first_difference": _mean(places),
         "kl_full": _mean(both["kl"]),
+        # An answer without a token has no second one to compare.
+        "kl_missing": int((both["tokens"].map(bool) & both["kl"].isna()).sum()),
     }
 
 

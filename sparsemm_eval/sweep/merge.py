@@ -147,7 +147,7 @@ def _grid_and_plan(folders: Sequence[Path]) -> tuple[Grid, Plan]:
     jobs = [job for job in grid.jobs() if (job.model.name, job.task) in begun]
     order = [(job.model.name, job.task) for job in jobs]
     cells = sorted(plan.cells, key=lambda cell: order.index((cell.model, cell.task)))
-    return grid, Plan(planned_jobs(jobs, counts), tuple(cells), plan.plugins)
+    return grid, Plan(planned_jobs(jobs, counts), tuple(cells), plan.plugins, plan.allow_failed)
 
 
 def _check_folder(folder: Path) -> None:

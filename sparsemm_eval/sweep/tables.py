@@ -21,7 +21,7 @@ from sparsemm_eval.report.tables import (
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 from sparsemm_eval.tiny.chance import constant_answer_score
 
-FIDELITY = ("compared", "same_answer", "first_difference", "kl_full")
+FIDELITY = ("compared", "same_answer", "first_difference", "kl_full", "kl_missing")
 _COLUMNS = [
     "model", "task", "metric", "method", "label", "budget", "score", "stderr", "samples",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", *FIDELITY,

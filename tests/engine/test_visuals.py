@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from sparsemm_eval.engine.tasks import visuals
+from sparsemm_eval.errors import UserError
 
 
 def test_they_are_those_of_the_documents_asked_for() -> None:
@@ -22,3 +23,12 @@ def test_they_are_those_of_the_documents_asked_for() -> None:
 def test_what_is_not_there_is_said(task: str, docs: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         visuals(task, docs)
+
+
+def test_a_document_that_the_task_cannot_show_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'convert'")
+
+    monkeypatch.setattr("lmms_eval.api.task.ConfigurableTask.doc_to_visual", fail)
+    with pytest.raises(UserError, match=r"document 3 cannot be shown \(AttributeError"):
+        visuals("docvqa_mini", [3])

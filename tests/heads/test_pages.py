@@ -1,6 +1,7 @@
 """Pages from drawn documents, synthdog, COCO and JSONL; and what is said of bad ones."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.pages import Chunk, Page, drawn_pages, pages_for, read_pages
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import PAGE
@@ -203,3 +205,11 @@ def _png() -> bytes:
     file = BytesIO()
     picture().save(file, "PNG")
     return file.getvalue()
+
+
+def test_an_image_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    line = {"image": "pipe.png", "chunks": []}
+    (tmp_path / "pages.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match="is no file but a folder, a pipe"):
+        list(read_pages(str(tmp_path / "pages.jsonl"), 1))

@@ -167,14 +167,17 @@ def test_fidelity_of_tokens_and_divergence() -> None:
     full = made(("a", [1, 2, 3], 0.0), ("b", [1], 0.0), ("c", None, 0.0), ("d", [4, 4], 0.0))
     cell = made(("a", [1, 2, 4], 0.5), ("x", [1, 7], 1.5), ("c", None, None), ("d", [4, 4], None))
     assert fidelity(cell, full) == {
-        "compared": 4, "same_answer": 0.75, "first_difference": 1.5, "kl_full": 1.0
+        "compared": 4, "same_answer": 0.75, "first_difference": 1.5, "kl_full": 1.0,
+        "kl_missing": 1,
     }  # fmt: skip
     assert fidelity(cell, {}) == {
-        "compared": 0, "same_answer": None, "first_difference": None, "kl_full": None
+        "compared": 0, "same_answer": None, "first_difference": None, "kl_full": None,
+        "kl_missing": 0,
     }  # fmt: skip
     unmeasured = {"1": Answer("1", "c", "t", "test 1", "x")}
     assert fidelity(unmeasured, unmeasured) == {
-        "compared": 1, "same_answer": 1.0, "first_difference": None, "kl_full": None
+        "compared": 1, "same_answer": 1.0, "first_difference": None, "kl_full": None,
+        "kl_missing": 0,
     }  # fmt: skip
 
 
