@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -134,7 +133,7 @@ class Checkpoint:
         """Tokenizer and image processor, padding on the left."""
         try:
             processor = AutoProcessor.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except Exception as error:  # transformers raises what it likes on a file's content
             raise UserError(
                 f"pretrained={self.pretrained}: its processor cannot be read ({one_line(error)})"
                 f"{_own_code(self.folder)}"
@@ -182,6 +181,14 @@ class Checkpoint:
                 f"pretrained={self.pretrained}: its weight files lack {len(missing)} tensors that "
                 f"its config.json asks for, such as {missing[0]}"
             )
+        layers = self.shape.layers
+        if more := [
+            name for name in sorted(info["unexpected_keys"]) if f".layers.{layers}." in name
+        ]:
+            raise UserError(
+                f"pretrained={self.pretrained}: its weights do not fit its config.json: they have "
+                f"{more[0]}, and num_hidden_layers is {layers}; take both from one model"
+            )
         use_head_budget_attention(model)
         return model.eval()
 
@@ -215,9 +222,7 @@ class Checkpoint:
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        OSError, ValueError, LookupError, TypeError, AttributeError, StrictDataclassError
-    ) as error:  # fmt: skip
+    except Exception as error:  # transformers raises what it likes on a file's content
         raise UserError(
             f"pretrained={pretrained}: its config.json cannot be read ({one_line(error)})"
             f"{_own_code(folder)}"

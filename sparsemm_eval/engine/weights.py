@@ -12,9 +12,7 @@ from transformers import PreTrainedConfig
 
 from sparsemm_eval.errors import UserError, one_line
 
-# Tensors of a text decoder, whatever stands before; towers for images have layers of their own.
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.k_proj\.weight$")
-_EMBEDDING = re.compile(r"(?:^|\.)embed_tokens\.weight$")
+_EMBEDDING = re.compile(r"(?P<decoder>(?:.*\.)?)embed_tokens\.weight")
 _TOWERS = ("vision", "visual", "audio")
 
 
@@ -60,32 +58,40 @@ def _shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _unfit(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig) -> Iterator[str]:
-    """What of a text decoder is stored in another shape than the config says."""
+    """What of a text decoder is stored otherwise than the config says.
+
+    Only what no checkpoint of any architecture has is told here. Layers may be of several kinds,
+    and more of them than are run (to predict several tokens): what is left is seen when weights are
+    loaded.
+    """
     text = config.get_text_config()
-    decoder = {
-        name: shape
-        for name, shape in shapes.items()
-        if not any(tower in part for part in name.split(".") for tower in _TOWERS)
-    }
+    embeddings = [
+        found
+        for name in shapes
+        if (found := _EMBEDDING.fullmatch(name)) and not any(one in name for one in _TOWERS)
+    ]
+    if len(embeddings) != 1:
+        return
+    (embedding,) = embeddings
+    shape, wanted = shapes[embedding[0]], (text.vocab_size, text.hidden_size)
+    if shape != wanted:
+        yield f"{embedding[0]} is of {shape}, and vocab_size and hidden_size are {wanted}"
+    layers = re.compile(rf"{re.escape(embedding['decoder'])}layers\.(\d+)\.(.*)")
+    found = [(part, name) for name in shapes if (part := layers.fullmatch(name))]
+    numbers = {int(part[1]) for part, _ in found}
+    if numbers and not numbers.issuperset(range(text.num_hidden_layers)):
+        yield f"they have {len(numbers)} layers, num_hidden_layers is {text.num_hidden_layers}"
     heads = getattr(text, "num_attention_heads", None)
     kv_heads = getattr(text, "num_key_value_heads", None)
     kv_heads = heads if kv_heads is None else kv_heads
     head_dim = getattr(text, "head_dim", None) or (heads and text.hidden_size // heads)
-    layers = set()
-    for name, shape in decoder.items():
-        if _EMBEDDING.search(name):
-            wanted = (text.vocab_size, text.hidden_size)
-            what = "vocab_size and hidden_size"
-        elif (found := _LAYER.search(name)) and heads and head_dim:
-            layers.add(int(found[1]))
-            wanted = (kv_heads * head_dim, text.hidden_size)
-            what = "KV heads times their size and hidden_size"
-        else:
-            continue
-        if shape != wanted:
-            yield f"{name} is of {shape}, and {what} are {wanted}"
-    if layers and len(layers) != text.num_hidden_layers:
-        yield f"they have {len(layers)} layers, and num_hidden_layers is {text.num_hidden_layers}"
+    keys = {name: shapes[name] for part, name in found if part[2] == "self_attn.k_proj.weight"}
+    if heads and head_dim and len(set(keys.values())) == 1:
+        wanted = (kv_heads * head_dim, text.hidden_size)
+        for name, shape in keys.items():
+            if shape != wanted:
+                words = "KV heads times their size and hidden_size"
+                yield f"{name} is of {shape}, and {words} are {wanted}"
 
 
 def _indexed(index: Path, pretrained: str) -> set[str]:

@@ -10,8 +10,10 @@ import torch
 from engine.fixtures import change_config, sentence
 from engine.llava_checkpoints import build_llava
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2VLConfig
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.weights import _unfit
 
 
 def truncate(path: Path, share: float) -> None:
@@ -298,8 +300,7 @@ def test_flash_attention_without_its_package(
     [
         ({"vocab_size": 7}, "vocab_size and hidden_size"),
         ({"hidden_size": 64}, "hidden_size"),
-        ({"num_hidden_layers": 3}, "they have 5 layers, and num_hidden_layers is 3"),
-        ({"num_hidden_layers": 6, "max_window_layers": 6}, "num_hidden_layers is 6"),
+        ({"num_hidden_layers": 6, "max_window_layers": 6}, "5 layers, num_hidden_layers is 6"),
         ({"num_key_value_heads": 1}, "KV heads times their size"),
     ],
     ids=str,
@@ -315,6 +316,43 @@ def test_weights_that_do_not_fit_the_config(
     with pytest.raises(ValueError, match=words) as caught:
         Checkpoint(folder, "qwen2_vl")
     assert f"pretrained={folder}: its weights do not fit its config.json" in sentence(caught)
+
+
+def test_more_layers_than_are_run_are_found_as_they_are_loaded(folder: Path) -> None:
+    """Not before: some checkpoints have layers that transformers knows not to run."""
+    config = json.loads((folder / "config.json").read_text())
+    changed = {"num_hidden_layers": 3}
+    if "layer_types" in config["text_config"]:
+        changed["layer_types"] = ["full_attention"] * 3
+    change_config(folder, "text_config", **changed)
+    with pytest.raises(ValueError, match=r"they have .*layers\.3\..*num_hidden_layers is 3"):
+        Checkpoint(folder, "qwen2_vl").load()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model.connector.perceiver_resampler.layers.0.self_attn.k_proj.weight": (4, 4)},
+        {"model.layers.5.self_attn.k_proj.weight": (4, 4)},  # to predict a second token
+        {"model.layers.1.linear_attn.in_proj.weight": (3, 3)},
+    ],
+    ids=str,
+)
+def test_layers_of_other_kinds_are_no_misfit(extra: dict[str, tuple[int, ...]]) -> None:
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 8,
+        }
+    )  # fmt: skip
+    shapes = {
+        "model.embed_tokens.weight": (9, 8),
+        "model.layers.0.self_attn.k_proj.weight": (4, 8),
+        "model.layers.1.mlp.up_proj.weight": (8, 8),
+        "visual.layers.0.self_attn.k_proj.weight": (2, 2),
+    }
+    assert list(_unfit(shapes, config)) == []
+    assert list(_unfit(shapes | extra, config)) == []
 
 
 def test_a_tower_of_another_size_is_found_as_it_is_loaded(folder: Path) -> None:
