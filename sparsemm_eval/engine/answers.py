@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from sparsemm_eval.errors import UserError
 
 # Files that a writer begins at most for one batch of answers: others may set its own aside.
 _FILES_A_BATCH = 5
+# Seconds after which a file's time tells whether it was written to since.
+_SETTLED = 2
 
 
 @dataclass(frozen=True)
@@ -290,29 +293,57 @@ def tally(folder: Path) -> tuple[dict[str, Tally], dict[Path, str]]:
     broken: dict[Path, str] = {}
     for path in _files(folder):
         try:
-            try:
-                rows = answer_file.check(path, keep=True)
-            except answer_file.Broken as error:
-                broken[path] = str(error)
-                rows = answer_file.sound_rows(path)
-            except UserError as error:  # of another format: a run stops there, to look does not
-                broken[path] = str(error).removeprefix(f"{path}: ")
-                continue
+            found = path.stat()
+            stamp = found.st_size, found.st_mtime_ns, found.st_ino
+            # What was written a moment ago may be written again within one tick of the clock.
+            settled = time.time() - found.st_mtime > _SETTLED
+            rows, cause = (_known_outcomes if settled else _outcomes)(path, stamp)
         except FileNotFoundError:
             continue  # another process has set it aside
-        for _, cell, _, doc_id, text, error, record, *_ in rows:
-            if text is None:
+        if cause:
+            broken[path] = cause
+        for cell, doc_id, error, seconds in rows:
+            if error is not None:
                 failed[cell][doc_id] = error
                 continue
             done[cell].add(doc_id)
-            seconds = json.loads(record).get("seconds")
-            if isinstance(seconds, int | float):
+            if seconds is not None:
                 times[cell].append(seconds)
     tallies = {}
     for cell in (*done, *failed):
         causes = {doc: cause for doc, cause in failed[cell].items() if doc not in done[cell]}
         tallies[cell] = Tally(frozenset(done[cell]), causes, sum(times[cell]), len(times[cell]))
     return tallies, broken
+
+
+def _outcomes(
+    path: Path, stamp: tuple[int, ...]
+) -> tuple[tuple[tuple[str, str, str | None, float | None], ...], str]:
+    """Cell, document, cause of a failure and seconds of each answer of a file; its damage.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stamp : tuple of int
+        Size, time and inode of its content, by which `_known_outcomes` knows it.
+    """
+    try:
+        rows, cause = answer_file.check(path, keep=True), ""
+    except answer_file.Broken as error:
+        rows, cause = answer_file.sound_rows(path), str(error)
+    except UserError as error:  # of another format: a run stops there, to look does not
+        rows, cause = [], str(error).removeprefix(f"{path}: ")
+    outcomes = []
+    for _, cell, _, doc_id, text, error, record, *_ in rows:
+        seconds = None if text is None else json.loads(record).get("seconds")
+        timed = seconds if isinstance(seconds, int | float) else None
+        outcomes.append((cell, doc_id, (error or "") if text is None else None, timed))
+    return tuple(outcomes), cause
+
+
+# A sweep looks before each of its jobs, and `status --watch` for hours: most files are as before.
+_known_outcomes = lru_cache(maxsize=10_000)(_outcomes)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -351,7 +351,9 @@ def test_a_method_that_gives_no_numbers_is_said_in_its_own_sentence(
         raise UserError("method=mine: Mine gives a score that is NaN")
 
     monkeypatch.setattr(Runner, "decode_batch", broken)
-    with pytest.raises(UserError, match=r"^method=mine: Mine gives a score that is NaN$"):
+    with pytest.raises(
+        UserError, match=r"^docvqa_mini: method=mine: Mine gives a score that is NaN$"
+    ):
         answer(runner_for(reader, answers), TASK, samples=9)
 
 

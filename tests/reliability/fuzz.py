@@ -226,7 +226,7 @@ def _pages(folder: Path) -> None:
     """Pages of a chase, as it would go on from them."""
     from sparsemm_eval.heads.visual_scores import PageRecords
 
-    (path,) = folder.iterdir()
+    path = folder / "a.pages.jsonl"
     known = json.loads((folder.parent / "pristine" / "pages.json").read_text())
     for page in PageRecords(path, PAGE_SETTINGS).done:
         if [page.digest, page.answer_tokens, page.scores.tolist()] not in known:
@@ -267,7 +267,7 @@ def _picture(folder: Path) -> None:
         def apply_chat_template(self, *_: object, **__: object) -> str:
             return ""
 
-    (path,) = folder.iterdir()
+    path = folder / f"a.{folder.name}"
     content = [{"type": "image", "url": str(path)}]
     try:
         _, (image,) = read_chat(Processor(), [{"role": "user", "content": content}])
