@@ -213,7 +213,8 @@ def _resumed(folder: Path) -> None:
     os.lseek(1, 0, os.SEEK_SET)
     for name in ("table.md", "kept.md"):
         text = (folder / name).read_text(encoding="utf-8")
-        print(re.sub(r" *\d\.\d\de[+-]\d\d( \(n=\d\))?", "KL", text).replace("-", ""))
+        text = re.sub(r"\d\.\d\de[+-]\d\d( \(n=\d\))?", "KL", text)
+        print(re.sub(r"[ -]+", " ", text))  # columns are as wide as what stands in them
 
 
 def _scores(folder: Path) -> None:
