@@ -62,10 +62,10 @@ def scored_answers(results: Path, samples: Path) -> str | None:
     Broken
         If it, or its samples file, is not as its checksums say.
     """
-    if not results.is_file():
-        return None
     try:
         content = read_json(results)
+    except NoFile:
+        return None
     except NotUnderstood as error:
         raise Broken(f"{results}: not a readable results file ({error})") from error
     if not isinstance(content, dict):

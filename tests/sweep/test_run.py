@@ -438,7 +438,7 @@ def test_a_broken_answers_file_is_set_aside_and_computed_again(
 
 
 @pytest.mark.parametrize("which", ["results", "samples"])
-@pytest.mark.parametrize("how", ["cut", "changed", "emptied"])
+@pytest.mark.parametrize("how", ["cut", "changed", "emptied", "a folder"])
 @pytest.mark.usefixtures("no_weights")
 def test_a_broken_results_or_samples_file_is_made_again(
     whole: tuple[Sweep, Path], copy: Path, which: str, how: str
@@ -449,8 +449,12 @@ def test_a_broken_results_or_samples_file_is_made_again(
     path = results if which == "results" else samples
     text = path.read_text()
     changed = re.sub(r"0\.\d+", "0.999", text, count=1) if "0." in text else text.replace("a", "b")
-    path.write_text({"cut": text[:-99], "changed": changed, "emptied": ""}[how])
-    assert path.read_text() != text
+    if how == "a folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text({"cut": text[:-99], "changed": changed, "emptied": ""}[how])
+        assert path.read_text() != text
     (broken,) = status(copy).broken
     assert broken.startswith(f"{path}: ")
     done = run_sweep(grid(), copy, "x")
