@@ -4,6 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine takes longer for an example, and that is no fault of what is tested.
+settings.register_profile("busy", deadline=None)
+settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,7 +21,10 @@ def _one_thread() -> Iterator[None]:
 
 
 # Minutes each: begun last, one of them would keep a whole run waiting for a single worker.
-LONG = ("test_jobs.py", "test_slurm.py", "test_whole_runs.py", "test_demo.py")
+LONG = (
+    "test_jobs.py", "test_slurm.py", "test_whole_runs.py", "test_demo.py", "test_run.py",
+    "test_killed_sweep.py", "test_acceptance.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -505,7 +505,7 @@ def _samples_files(
     if "/" in task or not os.path.lexists(file):
         return (), []
     try:
-        if written not in (None, file_hash(file)):
+        if written is not None and written != file_hash(file):
             raise NotUnderstood("it was cut off or changed since it was written")
     except NotUnderstood as error:
         return (), [Unreadable(str(file), f"{error}, so that its samples are not used")]
