@@ -87,6 +87,7 @@ class Checkpoint:
         self.dtype, self.device_map = dtype, device_map
         self.attn_implementation = attn_implementation
         self.folder = find_folder(self.pretrained, revision)
+        _check_files(self.folder, self.pretrained)
         self.config = _read_config(self.folder, self.pretrained)
         if model_type not in (None, self.config.model_type):
             raise UserError(
@@ -217,6 +218,14 @@ class Checkpoint:
     def scores_cache(self) -> Path:
         """Where a chase on this very checkpoint leaves its scores."""
         return cache_folder() / "head_scores" / f"{self.hash}.json"
+
+
+def _check_files(folder: Path, pretrained: str) -> None:
+    """Raise UserError for a pipe or a folder in a file's place: a reader might wait for ever."""
+    for pattern in FILES:
+        for path in sorted(folder.glob(pattern)):
+            if not path.is_file():
+                raise UserError(f"pretrained={pretrained}: {path.name} in it is no file")
 
 
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:

@@ -1,6 +1,8 @@
 """A checkpoint that cannot be used is refused in one sentence, before any weight is loaded."""
 
 import json
+import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -382,3 +384,16 @@ def test_heads_and_layers_that_cannot_be(
     with pytest.raises(ValueError, match=f"pretrained={folder}: ") as caught:
         Checkpoint(folder, "qwen2_vl")
     sentence(caught)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "lost link"])
+def test_what_is_no_file_is_not_waited_for(folder: Path, name: str, kind: str) -> None:
+    path = folder / name
+    path.unlink()
+    if kind == "lost link":
+        path.symlink_to("nowhere")
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(name)} in it is no file"):
+        Checkpoint(folder)
