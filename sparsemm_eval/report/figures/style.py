@@ -40,8 +40,7 @@ METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "local": {"color": "#56B4E9", "marker": "v"},
     "streaming": {"color": "#E69F00", "marker": "P"},
 }
-_MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">")
-_FILLED = ("full", "none", "left")
+_MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">", "h", "8", "d", "X", "H")
 # Dashes are not among them: they tell the paper's curves, drawn behind one's own.
 PAPER_LINE = {"linestyle": (0, (4, 2)), "linewidth": 0.9, "marker": "None", "zorder": 1.5}
 _LINES: tuple[Any, ...] = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -63,13 +62,13 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     Returns
     -------
     dict of str to dict
-        ``color``, ``marker``, ``linestyle`` and ``fillstyle`` by label.
+        ``color``, ``marker`` and ``linestyle`` by label.
     """
     styles: dict[str, dict[str, Any]] = {}
     # Those without settings first: no other curve takes their style from them.
     for label, method in sorted(methods.items(), key=lambda pair: "(" in pair[0]):
         own = {"marker": None, **(METHOD_STYLES.get(method) or _own_style(method))}
-        first = {**own, "linestyle": "-", "fillstyle": "full"}
+        first = {**own, "linestyle": "-"}
         settings = label.partition(" (")[2]
         turns = _variants(first, _number(f"{method} {settings}"))
         for style in turns if settings else chain([first], turns):
@@ -80,13 +79,16 @@ def line_styles(methods: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def _variants(style: dict[str, Any], begin: int) -> Iterator[dict[str, Any]]:
-    """Other markers, fillings and lines of a curve's colour, begun at a number of its own."""
-    looks = [*product((mark for mark in _MARKERS if mark != "x"), _FILLED, _LINES)]
+    """Other markers and lines of a curve's colour, begun at a number of its own.
+
+    Always filled: a hollow one is a value that was read off a figure.
+    """
+    looks = [*product((mark for mark in _MARKERS if mark != "x"), _LINES)]
     for place in range(len(looks)):
-        # A step that shares no divisor with their number, 180: neighbours look quite unlike.
-        marker, filled, line = looks[(begin + 97 * place) % len(looks)]
+        # A step that shares no divisor with their number, 90: neighbours look quite unlike.
+        marker, line = looks[(begin + 97 * place) % len(looks)]
         if marker != style["marker"]:
-            yield {**style, "marker": marker, "fillstyle": filled, "linestyle": line}
+            yield {**style, "marker": marker, "linestyle": line}
 
 
 def _number(name: str) -> int:
