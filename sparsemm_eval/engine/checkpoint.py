@@ -29,6 +29,7 @@ from sparsemm_eval.errors import UserError, check_choice, one_line, short_repr
 from sparsemm_eval.families import Family, family_of
 from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
 from sparsemm_eval.paths import cache_folder, write_whole
+from sparsemm_eval.stored import NoFile, NotUnderstood, read_json
 
 # A file of so many bytes is not read again to know its hash, once it has been as it is for some
 # seconds.
@@ -40,6 +41,11 @@ _FLASH = {
     "flash_attention_2": ("flash_attn", "flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "flash-attn 3"),
 }
+# Of generation_config.json.
+_NUMBERS = frozenset({
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "no_repeat_ngram_size",
+    "num_beams", "num_return_sequences", "repetition_penalty", "temperature", "top_k", "top_p",
+})  # fmt: skip
 
 
 class Checkpoint:
@@ -88,6 +94,7 @@ class Checkpoint:
         self.attn_implementation = attn_implementation
         self.folder = find_folder(self.pretrained, revision)
         _check_files(self.folder, self.pretrained)
+        _check_generation_file(self.folder, self.pretrained)
         self.config = _read_config(self.folder, self.pretrained)
         if model_type not in (None, self.config.model_type):
             raise UserError(
@@ -226,6 +233,33 @@ def _check_files(folder: Path, pretrained: str) -> None:
         for path in sorted(folder.glob(pattern)):
             if not path.is_file():
                 raise UserError(f"pretrained={pretrained}: {path.name} in it is no file")
+
+
+def _check_generation_file(folder: Path, pretrained: str) -> None:
+    """Raise UserError for a default of generation that transformers would only stumble over."""
+    words = f"pretrained={pretrained}: generation_config.json"
+    try:
+        content = read_json(folder / "generation_config.json")
+    except NoFile:
+        return
+    except NotUnderstood as error:
+        raise UserError(f"{words} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{words} cannot be read (it is no object)")
+    for name, value in content.items():
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            fits = all(isinstance(one, int) and not isinstance(one, bool) for one in ids)
+            wanted = "a token's number, or a list of them"
+        elif name in ("use_cache", "do_sample") or name.startswith(("output_", "return_dict")):
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif name in _NUMBERS:
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+            wanted = "a number"
+        else:
+            continue
+        if value is not None and not fits:
+            raise UserError(f"{words} has {name}={short_repr(value)}: it must be {wanted}")
 
 
 def _read_config(folder: Path, pretrained: str) -> PreTrainedConfig:

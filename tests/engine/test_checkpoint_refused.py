@@ -397,3 +397,22 @@ def test_what_is_no_file_is_not_waited_for(folder: Path, name: str, kind: str) -
         os.mkfifo(path) if kind == "pipe" else path.mkdir()
     with pytest.raises(ValueError, match=f"{re.escape(name)} in it is no file"):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"eos_token_id": ""}, "eos_token_id='': it must be a token's number"),
+        ({"pad_token_id": [1, True]}, "pad_token_id="),
+        ({"output_hidden_states": "1_000"}, "it must be true or false"),
+        ({"repetition_penalty": "1e3"}, "repetition_penalty='1e3': it must be a number"),
+        ([1], "it is no object"),
+        ({"eos_token_id": 10**400}, "cannot be read"),
+    ],
+    ids=str,
+)
+def test_defaults_of_generation_that_cannot_be(folder: Path, content: Any, words: str) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"generation_config\.json") as caught:
+        Checkpoint(folder)
+    assert words in sentence(caught)
