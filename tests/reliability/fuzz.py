@@ -601,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", help="SEED/NUMBER: this case alone, with all it says")
+    parser.add_argument("--case", nargs="+", help="SEED/NUMBER: only these, with all they say")
     parser.add_argument("--out", type=Path, help="JSON file for the outcome")
     parser.add_argument("--pristine", type=Path, help="undamaged folders, kept for the next run")
     given = parser.parse_args(arguments)
@@ -611,11 +611,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder), (given.pristine or Path(folder) / "pristine").resolve())
-        if given.case:
-            target, about, seen = fuzz.case(given.case)
+        for case in given.case or ():
+            target, about, seen = fuzz.case(case)
             print(json.dumps({"target": target.name, **about}))
             for name, verdict, done in seen:
                 print(f"--- {name}: {verdict} (exit code {done.code}) {done.fault}\n{done.text}")
+        if given.case:
             return 0
         outcome = run_cases(fuzz, given.seed, given.minutes)
     bad = 0
