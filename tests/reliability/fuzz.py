@@ -590,7 +590,8 @@ def run_cases(fuzz: Fuzz, seed: int, minutes: float, shown: bool = True) -> Outc
         for name, verdict, done in seen:
             if verdict in ("wrong", "crashed"):
                 fault = {**about, "look": name, "verdict": verdict, "fault": done.fault}
-                outcome.faults.append({**fault, "said": done.text[-_SHOWN:]})
+                said = re.sub(r"(/[\w.+-]+)+/(now|site-packages|sparsemm_eval)/", "…/", done.text)
+                outcome.faults.append({**fault, "said": said[-_SHOWN:]})
                 if shown:
                     print(json.dumps(fault), flush=True)
     return outcome
@@ -605,6 +606,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the outcome")
     parser.add_argument("--pristine", type=Path, help="undamaged folders, kept for the next run")
     given = parser.parse_args(arguments)
+    # Of the beginning: a checkout may go on while this runs.
+    made = provenance(shlex.join(["python", *sys.argv]))
     import sparsemm_eval.engine.lmms
     import sparsemm_eval.report.figures
     import sparsemm_eval.sweep.sweep  # noqa: F401  once, for all children
@@ -625,7 +628,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bad += tallied.wrong + tallied.crashed
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
-        made = provenance(shlex.join(["python", *sys.argv]))
         by_target = {name: vars(tallied) for name, tallied in outcome.by_target.items()}
         content = {**made, "minutes": given.minutes, "seed": given.seed}
         content |= {"targets": by_target, "faults": outcome.faults}
