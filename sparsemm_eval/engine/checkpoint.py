@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from contextlib import suppress
 from functools import cached_property
@@ -276,8 +275,8 @@ def _own_code(folder: Path) -> str:
     """Where a checkpoint names code of its own, as words of a sentence; "" if nowhere."""
     files = []
     for path in sorted(folder.glob("*.json")):
-        with suppress(OSError, ValueError, RecursionError):
-            content = json.loads(path.read_text(encoding="utf-8"))
+        with suppress(NotUnderstood):
+            content = read_json(path)
             if isinstance(content, dict) and "auto_map" in content:
                 files.append(path.name)
     if not files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.stored import NotUnderstood, read_json
 
 _EMBEDDING = re.compile(r"(?P<decoder>(?:.*\.)?)embed_tokens\.weight")
 _TOWERS = ("vision", "visual", "audio")
@@ -97,8 +97,8 @@ def _unfit(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig) -> Iter
 def _indexed(index: Path, pretrained: str) -> set[str]:
     """Names of the weight files that an index lists."""
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return set(read_json(index)["weight_map"].values())
+    except (NotUnderstood, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"pretrained={pretrained}: {index.name} is broken ({one_line(error)})"
         ) from error
