@@ -183,9 +183,9 @@ def test_the_tokens_are_those_of_training(
     page, asked = drawn_again(name, 1, image.tobytes())
     question = asked[task.doc_to_text(document)]
     messages = ConfigurableMessagesTask._build_user_turn([image], task.doc_to_text(document))
-    prompt, images = read_chat(processor, messages, Family())
+    read = read_chat(processor, messages, Family())
     inputs = processor(
-        text=[prompt], images=list(images), return_tensors="pt", add_special_tokens=False
+        text=[read.prompt], images=list(read.images), return_tensors="pt", add_special_tokens=False
     )
     room = len(question.prompt) + len(question.answer) + 1
     batch = pack(family, [page], [[(Kind.VALUE, question)]], room)

@@ -66,15 +66,36 @@ class Request:
         settings = json.dumps(self.generation, sort_keys=True, default=str)
         return mark, self.document, self.task, settings
 
-    def read(
-        self, processor: ProcessorMixin, family: Family
-    ) -> tuple[str, tuple[Image.Image, ...]]:
-        """Prompt and images, as `read_chat`.
+    def read(self, processor: ProcessorMixin, family: Family) -> Reading:
+        """As `read_chat`.
 
         Code of others runs here on a document's data: the data set's, the task's, the chat
         template's, PIL's. Whatever it raises is about this sample.
         """
         return read_chat(processor, self.messages(self.documents[self.number]), family)
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A document as a model is to read it.
+
+    Parameters
+    ----------
+    prompt : str
+        Through the chat template, image placeholders included.
+    images : tuple of Image
+        In the order of their placeholders.
+    hashes : tuple of str
+        `image_hash` of each.
+    digest : str
+        SHA-256 of what the document shows and asks, before any setting of a model's: alike for
+        every checkpoint, family and protocol, and for calibration and evaluation.
+    """
+
+    prompt: str
+    images: tuple[Image.Image, ...]
+    hashes: tuple[str, ...]
+    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,21 +136,19 @@ class Memo:
     """
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, ...], Mapping[str, Any]] = {}
+        self._known: dict[tuple[str, ...], tuple[Mapping[str, Any], str]] = {}
 
-    def find(self, request: Request) -> Mapping[str, Any] | None:
-        """Parts of a sample that was read before, or None."""
-        return self._parts.get(request.place)
+    def find(self, request: Request) -> tuple[Mapping[str, Any], str] | None:
+        """Parts and digest of a sample that was read before, or None."""
+        return self._known.get(request.place)
 
-    def keep(self, request: Request, parts: Mapping[str, Any]) -> None:
-        """Remember a sample's parts."""
+    def keep(self, request: Request, parts: Mapping[str, Any], digest: str) -> None:
+        """Remember a sample's parts, and its document's digest."""
         if request.place is not None:
-            self._parts[request.place] = parts
+            self._known[request.place] = parts, digest
 
 
-def read_chat(
-    processor: ProcessorMixin, messages: list[dict], family: Family
-) -> tuple[str, tuple[Image.Image, ...]]:
+def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -> Reading:
     """Messages through the chat template, and the images they show, in order, decoded; as a
     family's settings have them.
 
@@ -150,7 +169,20 @@ def read_chat(
     )
     for image in images:
         image.load()  # some are decoded on first use only: a broken one is to be found here
-    return _prompt(processor, chat), tuple(family.read_image(image, processor) for image in images)
+    shown = tuple(family.read_image(image, processor) for image in images)
+    own = tuple(map(image_hash, images))
+    hashes = tuple(
+        known if one is image else image_hash(one)
+        for known, one, image in zip(own, shown, images, strict=True)
+    )
+    asked = [
+        content.text
+        for message in ChatMessages(messages=messages).messages
+        for content in message.content
+        if content.type == "text"
+    ]
+    digest = hashlib.sha256(json.dumps([asked, own]).encode()).hexdigest()
+    return Reading(_prompt(processor, chat), shown, hashes, digest)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -27,10 +27,10 @@ from sparsemm_eval.engine.memory import (
 )
 from sparsemm_eval.engine.requests import (
     Memo,
+    Reading,
     Request,
     Sample,
     check_template,
-    image_hash,
     truncated_images,
 )
 from sparsemm_eval.errors import UserError, one_line
@@ -54,10 +54,13 @@ class Answers:
         In the order of the requests; failures too.
     computed : frozenset of str
         Keys of those that were not there before.
+    digests : mapping
+        By task and document: `Reading.digest` of those that could be read.
     """
 
     answers: list[Answer]
     computed: frozenset[str]
+    digests: Mapping[tuple[str, str], str]
 
     @property
     def failed(self) -> list[Answer]:
@@ -216,6 +219,7 @@ class _Pass:
         self.order: list[list[str]] = [[] for _ in cells]
         self.computed: list[set[str]] = [set() for _ in cells]
         self.queued: list[set[str]] = [set() for _ in cells]
+        self.digests: dict[tuple[str, str], str] = {}  # of documents, by task and document
         self.words: dict[str, list[str]] = {}  # of the cells, by task
         self.repeats: Counter[str] = Counter()
         # Samples by generation settings and the cells that lack them.
@@ -230,12 +234,13 @@ class _Pass:
         # The task's settings, no document's: what cannot be ends the run.
         options, until = generation_options(request.generation, self.runner.family.max_new_tokens)
         memo, chat = self.runner.memo, None
-        parts = memo.find(request)
-        if parts is None:
+        known = memo.find(request)
+        if known is None:
             if (chat := self._read(request)) is None:
                 return
-            parts = _parts(request, chat, options, until)
-            memo.keep(request, parts)
+            known = _parts(request, chat, options, until), chat.digest
+            memo.keep(request, *known)
+        parts, self.digests[request.task, request.document] = known
         parts = self._numbered(parts)
         keys = [self.runner.key(cell, parts) for cell in self.cells]
         lacking = tuple(
@@ -252,7 +257,8 @@ class _Pass:
         for place in lacking:
             self.queued[place].add(keys[place])
         batch = self.waiting[options, lacking]
-        batch.append(Sample(request.task, request.document, *chat, options, until, parts))
+        read = chat.prompt, chat.images
+        batch.append(Sample(request.task, request.document, *read, options, until, parts))
         if len(batch) == self.runner.batch_size:
             self._compute(self.waiting.pop((options, lacking)), lacking)
 
@@ -262,7 +268,7 @@ class _Pass:
             self._compute(self.waiting.pop((options, lacking)), lacking)
         self.runner.store.close()
         return [
-            Answers([answers[key] for key in order], frozenset(computed))
+            Answers([answers[key] for key in order], frozenset(computed), self.digests)
             for answers, order, computed in zip(
                 self.answers, self.order, self.computed, strict=True
             )
@@ -285,8 +291,8 @@ class _Pass:
                 "those that fit are used and not computed again"
             )
 
-    def _read(self, request: Request) -> tuple[str, tuple] | None:
-        """Prompt and images of a request; None if the sample failed."""
+    def _read(self, request: Request) -> Reading | None:
+        """A request's document; None if the sample failed."""
         try:
             with truncated_images(self.runner.truncated_images):
                 return request.read(self.runner.processor, self.runner.family)
@@ -528,15 +534,14 @@ class _Failure:
 
 def _parts(
     request: Request,
-    chat: tuple[str, tuple],
+    chat: Reading,
     options: tuple[tuple[str, Any], ...],
     until: tuple[str, ...],
 ) -> dict[str, Any]:
     """All that decides an answer beside the cell."""
-    prompt, images = chat
     return {
-        "prompt": prompt,
-        "images": [image_hash(image) for image in images],
+        "prompt": chat.prompt,
+        "images": list(chat.hashes),
         "repeat": 0,
         "task": request.task,
         "document": request.document,

@@ -105,6 +105,22 @@ def requests_of(
     )
 
 
+def load_task(task: str, manager: TaskManager) -> Task:
+    """A task with its data, as a run has it.
+
+    Raises
+    ------
+    UserError
+        Naming the task, if its data cannot be loaded.
+    """
+    try:
+        return get_task_dict([task], manager, "chat")[task]
+    except Exception as error:  # whatever the task's code or its data set raises
+        cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
+        words = f"{type(cause).__name__}: {one_line(cause)}"
+        raise UserError(f"{task}: its data cannot be loaded ({words})") from error
+
+
 def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Task]]:
     """Tasks by name, out of the groups they are in."""
     for name, task in tasks.items():
@@ -262,21 +278,43 @@ def obstacle(manager: TaskManager, task: str) -> str | None:
     """Why a task cannot be answered and scored here, in one sentence; None if it can."""
     try:
         check_tasks([task])
-        config = _config(manager, task)
-        check_generation(task, config.get("generation_kwargs"))
+        config = check_answerable(manager, task)
     except UserError as error:
         return str(error)
+    return _unscorable(task, config)
+
+
+def check_answerable(manager: TaskManager, task: str) -> dict[str, Any]:
+    """Refuse a task whose documents cannot be read and answered here, scored or not.
+
+    Returns
+    -------
+    dict
+        The task's configuration.
+
+    Raises
+    ------
+    UserError
+        In one sentence.
+    """
+    config = _config(manager, task)
+    check_generation(task, config.get("generation_kwargs"))
     kind = config.get("output_type") or "generate_until"
     if kind != "generate_until":
-        return (
+        raise UserError(
             f"{task} is of output_type {kind}, and a compressed cache is measured by what is "
             "generated on it: choose tasks of output_type generate_until"
         )
     if _shows_videos(config):
-        return (
+        raise UserError(
             f"{task} shows videos, and only images and text are read here: choose tasks without "
             "videos"
         )
+    return config
+
+
+def _unscorable(task: str, config: Mapping[str, Any]) -> str | None:
+    """What lacks here for a task's metrics, in one sentence; None if nothing does."""
     metrics = [metric for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
     names = [str(metric.get("metric")) for metric in metrics]
     if names and all("submission" in name for name in names):

@@ -11,14 +11,14 @@ from accelerate import PartialState
 from datasets import load_dataset_builder
 from huggingface_hub import constants as hub
 from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
-from lmms_eval.tasks import TaskManager, get_task_dict
+from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
-from tenacity import RetryError
 
 from sparsemm_eval.bench.machine import device_name
 from sparsemm_eval.engine.cell import CHECKPOINT_SETTINGS
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.engine.tasks import load_task
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.sweep.grid import ModelSpec
 
 # An answer's row, its index entries and its line in a samples file; generous.
@@ -110,12 +110,7 @@ def count_documents(manager: TaskManager, tasks: Iterable[str], samples: int | N
     """
     counts = {}
     for task in tasks:
-        try:
-            count = len(get_task_dict([task], manager)[task].eval_docs)
-        except Exception as error:  # whatever the task's code or its data set raises
-            cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
-            words = f"{type(cause).__name__}: {one_line(cause)}"
-            raise UserError(f"{task}: its data cannot be loaded ({words})") from error
+        count = len(load_task(task, manager).eval_docs)
         counts[task] = count if samples is None else min(count, samples)
     return counts
 

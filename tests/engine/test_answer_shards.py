@@ -186,14 +186,14 @@ def test_a_sample_that_fails_leaves_the_others_theirs(
     read = Request.read
 
     def broken(request: Request, *given: Any) -> Any:
-        prompt, images = read(request, *given)
-        if image_hash(images[0]) == lost:
+        found = read(request, *given)
+        if image_hash(found.images[0]) == lost:
             raise OSError("image file is truncated")
-        return prompt, images
+        return found
 
     runner = runner_for(reader, answers)
     answer(runner, TASK, samples=2)
-    lost = next(parts for _, parts in sorted(runner.memo._parts.items()))["images"][0]
+    lost = next(parts for _, (parts, _) in sorted(runner.memo._known.items()))["images"][0]
     monkeypatch.setattr(Request, "read", broken)
     with pytest.raises(SampleFailures, match="1 samples failed"):
         answer(runner_for(reader, answers / "again"), TASK, samples=3)
@@ -233,14 +233,14 @@ def test_ranks_share_a_shard(answers: Path) -> None:
 def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Count the images that are hashed and the prompts that are read."""
     calls: Counter[str] = Counter()
-    for module, name in ((reading, "read_chat"), (runners, "image_hash")):
-        function = getattr(module, name)
+    for name in ("read_chat", "image_hash"):
+        function = getattr(reading, name)
 
         def counted(*given: Any, _name: str = name, _function: Any = function) -> Any:
             calls[_name] += 1
             return _function(*given)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(reading, name, counted)
     return calls
 
 
@@ -280,15 +280,15 @@ def test_a_memo_knows_data_sets_apart() -> None:
         return Request(**{**given, "generation": {}, "documents": documents, **changed})
 
     memo = Memo()
-    memo.keep(request(), {"prompt": "p"})
-    assert memo.find(request()) == {"prompt": "p"}
+    memo.keep(request(), {"prompt": "p"}, "d")
+    assert memo.find(request()) == ({"prompt": "p"}, "d")
     other = Documents()
     other._fingerprint = "two"
     assert memo.find(request(other)) is None
     assert memo.find(request(document="test 1")) is None
     assert memo.find(request(task="another")) is None
     assert memo.find(request(generation={"max_new_tokens": 9})) is None
-    memo.keep(request([]), {"prompt": "p"})
+    memo.keep(request([]), {"prompt": "p"}, "d")
     assert memo.find(request([])) is None
 
 

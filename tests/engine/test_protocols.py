@@ -154,9 +154,12 @@ def fed_by(model: SparseMM, documents: list[dict[str, Any]]) -> Seen:
     """What ours feeds, likewise."""
     runner, fed = model.runner, Seen()
     for document in documents:
-        prompt, images = read_chat(runner.processor, to_messages(document), runner.family)
+        read = read_chat(runner.processor, to_messages(document), runner.family)
         inputs = runner.processor(
-            text=[prompt], images=list(images), return_tensors="pt", add_special_tokens=False
+            text=[read.prompt],
+            images=list(read.images),
+            return_tensors="pt",
+            add_special_tokens=False,
         )
         options, _ = generation_options({}, runner.family.max_new_tokens)
         fed.inputs.append(dict(inputs))

@@ -263,6 +263,7 @@ def _checkpoint(folder: Path) -> None:
 def _picture(folder: Path) -> None:
     """A picture as a sample's: its pixels, or the sample's failure."""
     from sparsemm_eval.engine.requests import read_chat
+    from sparsemm_eval.families import Family
 
     class Processor:
         def apply_chat_template(self, *_: object, **__: object) -> str:
@@ -271,7 +272,8 @@ def _picture(folder: Path) -> None:
     path = folder / f"a.{folder.name}"
     content = [{"type": "image", "url": str(path)}]
     try:
-        _, (image,) = read_chat(Processor(), [{"role": "user", "content": content}])
+        messages = [{"role": "user", "content": content}]
+        (image,) = read_chat(Processor(), messages, Family()).images
         print(image.mode, image.size, hash(image.convert("RGB").tobytes()))
     except Exception as error:  # noqa: BLE001 each is a failed sample
         print(f"{path.name} failed: {error!r}")
