@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.families import PLAIN, Family, family_settings
 from sparsemm_eval.methods import (
+    FROM_FILES,
     MASK_MODES,
     HeadMask,
     Method,
@@ -54,7 +55,8 @@ def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
     checkpoint : Checkpoint
         Whose shape and head scores it is for.
     settings : mapping
-        ``method``, what it reads, ``head_scores``, ``mask_heads`` and ``mask_mode``.
+        ``method``, what it reads, ``head_scores`` and ``sensitivity`` as names of files,
+        ``mask_heads`` and ``mask_mode``.
 
     Raises
     ------
@@ -69,8 +71,9 @@ def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
     check_choice("mask_mode", mode, MASK_MODES)
     path = settings.get("head_scores")
     chosen = canonical_settings(name, settings)
-    if "head_scores" in method_settings(name):
-        chosen["head_scores"] = checkpoint.head_scores(path)
+    readers = {"head_scores": checkpoint.head_scores, "sensitivity": checkpoint.sensitivity}
+    for setting in readers.keys() & set(method_settings(name)):
+        chosen[setting] = readers[setting](settings.get(setting))
     method = make_method(name, checkpoint.shape, **chosen)
     if heads is None:
         return Cell(method)
@@ -99,7 +102,7 @@ def make_family(family: type[Family], settings: Mapping[str, Any]) -> Family:
 def model_settings() -> list[str]:
     """Settings of a model that no method reads: checkpoint, run, mask, families' own."""
     return [
-        *CHECKPOINT_SETTINGS, *RUN_SETTINGS, "head_scores", *MASK_SETTINGS, "protocol",
+        *CHECKPOINT_SETTINGS, *RUN_SETTINGS, *FROM_FILES, *MASK_SETTINGS, "protocol",
         *sorted(family_settings()),
     ]  # fmt: skip
 

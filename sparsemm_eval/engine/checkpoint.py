@@ -26,7 +26,15 @@ from sparsemm_eval.engine.hub import FILES, find_folder
 from sparsemm_eval.engine.weights import check_weights
 from sparsemm_eval.errors import UserError, check_choice, one_line, short_repr
 from sparsemm_eval.families import Family, family_of
-from sparsemm_eval.methods import HeadScores, ModelShape, find_head_scores
+from sparsemm_eval.methods import (
+    HeadScores,
+    ModelShape,
+    Sensitivity,
+    find_scores,
+    read_head_scores,
+)
+from sparsemm_eval.methods.sensitivity import FILE_NAME as SENSITIVITY_FILE
+from sparsemm_eval.methods.sensitivity import WORD
 from sparsemm_eval.paths import cache_folder, write_whole
 from sparsemm_eval.stored import NoFile, NotUnderstood, read_json
 
@@ -210,20 +218,46 @@ class Checkpoint:
     def head_scores(self, path: str | Path | None = None) -> HeadScores:
         """The given score file, or the one found for this checkpoint.
 
+        Parameters
+        ----------
+        path : str or Path, optional
+            A score file or a sensitivity file, or ``sensitivity`` for the checkpoint's own; a
+            mixture may stand behind it, as in ``sensitivity@share``.
+
         Raises
         ------
         FileNotFoundError, ValueError
             If there is none, or it does not fit.
         """
-        command = f"sparsemm-eval chase --model {self.pretrained}"
         # lmms-eval makes a number of a name such as 2026.
-        given = None if path is None else str(path)
-        found = given or find_head_scores(self.folder, self.scores_cache(), command)
-        return HeadScores.read(found, self.shape)
+        word, _, mixture = ("" if path is None else str(path)).partition("@")
+        if word == WORD:
+            return self.sensitivity().head_scores(mixture or "root")
+        command = f"sparsemm-eval chase --model {self.pretrained}"
+        places = (self.folder / "head_scores.json", self.scores_cache())
+        found = str(path) if word else find_scores("head_scores", *places, command)
+        return read_head_scores(found, self.shape)
+
+    def sensitivity(self, path: str | Path | None = None) -> Sensitivity:
+        """The given sensitivity file, or the one found for this checkpoint.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it does not fit.
+        """
+        command = f"sparsemm-eval sensitivity --model {self.pretrained} --data TASKS"
+        beside = self.folder / SENSITIVITY_FILE
+        found = path or find_scores(WORD, beside, self.sensitivity_cache(), command)
+        return Sensitivity.read(str(found), self.shape)
 
     def scores_cache(self) -> Path:
         """Where a chase on this very checkpoint leaves its scores."""
         return cache_folder() / "head_scores" / f"{self.hash}.json"
+
+    def sensitivity_cache(self) -> Path:
+        """Where the command leaves the sensitivity of this very checkpoint."""
+        return cache_folder() / "head_scores" / f"{self.hash}.sensitivity.json"
 
 
 def _check_files(folder: Path, pretrained: str) -> None:

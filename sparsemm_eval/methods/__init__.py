@@ -8,10 +8,11 @@ from sparsemm_eval.methods.head_mask import (
     read_head_mask,
     visual_heads,
 )
-from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_head_scores
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_scores
 from sparsemm_eval.methods.method import Method, keep_rows, row_lengths, tokens_per_head
 from sparsemm_eval.methods.plugins import Plugin, load_plugin
 from sparsemm_eval.methods.registry import (
+    FROM_FILES,
     Setting,
     canonical_settings,
     check_method,
@@ -30,9 +31,12 @@ from sparsemm_eval.methods.scoring import (
     Recency,
     Scorer,
     SinksAndRecent,
+    scorer_of_layer,
 )
+from sparsemm_eval.methods.sensitivity import Sensitivity, read_head_scores
 
 __all__ = [
+    "FROM_FILES",
     "MASK_MODES",
     "Allocation",
     "Checks",
@@ -47,11 +51,12 @@ __all__ = [
     "Ranking",
     "Recency",
     "Scorer",
+    "Sensitivity",
     "Setting",
     "SinksAndRecent",
     "canonical_settings",
     "check_method",
-    "find_head_scores",
+    "find_scores",
     "keep_rows",
     "load_plugin",
     "make_method",
@@ -60,8 +65,10 @@ __all__ = [
     "method_settings",
     "random_heads",
     "read_head_mask",
+    "read_head_scores",
     "register_method",
     "row_lengths",
+    "scorer_of_layer",
     "settings_of",
     "shown_name",
     "tokens_per_head",

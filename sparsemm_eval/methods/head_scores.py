@@ -135,6 +135,11 @@ class HeadScores:
         shape = np.array(self.values.shape, dtype="<i8").tobytes()
         return hashlib.sha256(shape + self.values.astype("<f8").tobytes()).hexdigest()
 
+    @classmethod
+    def alike(cls, shape: ModelShape) -> "HeadScores":
+        """Equal scores, for checks of settings without a model."""
+        return cls(np.ones((shape.layers, shape.query_heads)))
+
     def check_shape(self, shape: ModelShape, source: str = "head scores") -> None:
         """Raise UserError unless these are scores for a model of this shape."""
         layers, heads = self.values.shape
@@ -219,29 +224,32 @@ def _check_unchanged(content: str, path: Path) -> None:
         )
 
 
-def find_head_scores(checkpoint: Path, cached: Path, chase_command: str) -> Path:
-    """The score file used when none is given.
+def find_scores(setting: str, beside: Path, cached: Path, command: str) -> Path:
+    """The file used for a setting when none is given.
 
     Parameters
     ----------
-    checkpoint : Path
-        Folder of the checkpoint; ``head_scores.json`` there comes first.
+    setting : str
+        ``head_scores`` or ``sensitivity``.
+    beside : Path
+        The file's place beside the checkpoint; comes first.
     cached : Path
-        Where a chase on this very checkpoint leaves its scores; comes second.
-    chase_command : str
-        The command that would make them, for the error.
+        Where the command leaves it for this very checkpoint; comes second.
+    command : str
+        What would make it, for the error.
 
     Raises
     ------
     FileNotFoundError
         If neither exists: scores are never made up.
     """
-    for path in (checkpoint / FILE_NAME, cached):
+    for path in (beside, cached):
         if path.is_file():
             return path
+    what = "head scores" if setting == "head_scores" else setting
+    also = " a published score file" if setting == "head_scores" else " a file of it"
     raise FileNotFoundError(
-        f"no head scores for {checkpoint}: run `{chase_command}`, or give a published score file "
-        "by head_scores=PATH"
+        f"no {what} for {beside.parent}: run `{command}`, or give{also} by {setting}=PATH"
     )
 
 

@@ -16,12 +16,13 @@ from sparsemm_eval.methods.allocation import (
     LayerAllocation,
     Prompt,
 )
-from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
+from sparsemm_eval.methods.head_scores import ModelShape
 from sparsemm_eval.methods.scoring import (
     Checks,
     Ranking,
     Scorer,
     is_plain_tensor,
+    scorer_of_layer,
 )
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Method:
             Naming the method, if the scores have another shape or are no floats; that they are
             finite and not negative is added to the checks.
         """
-        scores = self.scorer(query, key)
+        scores = scorer_of_layer(self.scorer, layer)(query, key)
         wanted = (key.shape[0], key.shape[1] - self.scorer.window)
         scorer = f"method={self.name}: {type(self.scorer).__name__}"
         plain = is_plain_tensor(scores)
@@ -190,7 +191,8 @@ class Method:
         for part in (self.scorer, self.allocation):
             for field in fields(part):
                 value = getattr(part, field.name)
-                values[field.name] = value.digest if isinstance(value, HeadScores) else value
+                # Of what was read from a file: what decides anything of it.
+                values[field.name] = getattr(value, "digest", value)
         return dict(sorted(values.items()))
 
     def __str__(self) -> str:

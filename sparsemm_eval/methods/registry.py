@@ -18,7 +18,7 @@ from sparsemm_eval.methods.allocation import (
     Pyramid,
     Uniform,
 )
-from sparsemm_eval.methods.head_scores import ModelShape
+from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 from sparsemm_eval.methods.method import Method
 from sparsemm_eval.methods.plugins import is_ours, load_installed, note_registered, source_digest
 from sparsemm_eval.methods.scoring import (
@@ -26,6 +26,7 @@ from sparsemm_eval.methods.scoring import (
     Recency,
     SinksAndRecent,
 )
+from sparsemm_eval.methods.sensitivity import ByRules, BySensitivity, Sensitivity
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ class _Entry:
             return ()
         scorer, allocation = ([_setting(field) for field in fields(p)] for p in self.parts())
         rounding = Setting("allocation", "str", "paper")
-        return (Setting("budget", "int", MISSING), *scorer, rounding, *allocation)
+        every = (Setting("budget", "int", MISSING), *scorer, rounding, *allocation)
+        return tuple(dict.fromkeys(every))
 
     def source(self) -> str:
         """Where its classes are from: equal for classes that are defined anew by the same code."""
         return " and ".join(f"{part.__module__}.{part.__qualname__}" for part in self.parts())
 
+
+# Settings that are read from files of a checkpoint.
+FROM_FILES = {"head_scores": HeadScores, "sensitivity": Sensitivity}
 
 _registry: dict[str, _Entry] = {}
 
@@ -116,7 +121,8 @@ def register_method(
     outside = tuple(module for module in modules if not is_ours(module))
     entry = _Entry(allocation, scorer, budgeted, label, outside, tuple(map(source_digest, outside)))
     names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
-    twice = sorted({field for field in names if names.count(field) > 1})
+    # One file may say both how heads score and what they are given.
+    twice = sorted({name for name in names if names.count(name) > 1} - set(FROM_FILES))
     if name in _registry and _registry[name].source() != entry.source():
         raise UserError(
             f"method {name!r} is registered already, by {_registry[name].source()}; choose another "
@@ -138,7 +144,8 @@ def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()
     if "__dataclass_fields__" not in vars(part) or not part.__dataclass_params__.frozen:
         raise UserError(f"{given} must be a frozen dataclass: put @dataclass(frozen=True) above it")
     known = {field.name for field in fields(part)}
-    wanted = () if bases else ("window", "least_budget", "__call__")
+    scores = "of_layer" if hasattr(part, "of_layer") else "__call__"
+    wanted = () if bases else ("window", "least_budget", scores)
     missing = [want for want in wanted if want not in known and not hasattr(part, want)]
     missing += sorted(getattr(part, "__abstractmethods__", ()))
     if missing:
@@ -223,7 +230,7 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
         ``budget`` (mean tokens per KV head, window included), ``allocation`` ("paper" or
         "exact") and the fields of the method's scorer and allocation: ``window``,
         ``kernel_size``, ``pooling``, ``group_reduction``, ``ratio``, ``floor``, ``seed``,
-        ``head_scores``, ``sinks``.
+        ``head_scores``, ``sensitivity``, ``sinks``.
 
     Raises
     ------
@@ -318,3 +325,4 @@ register_method("adakv", Adaptive)
 register_method("random", ByRandomScore)
 register_method("local", Uniform, scorer=Recency)
 register_method("streaming", Uniform, scorer=SinksAndRecent)
+register_method("sensitivity", BySensitivity, scorer=ByRules)

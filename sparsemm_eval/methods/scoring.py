@@ -9,6 +9,7 @@ Settings are read from these classes before torch is there: only what computes i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -37,7 +38,16 @@ class Scorer(Protocol):
         """The smallest budget this scorer can serve."""
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scores [H, n - window] from query [Hq, window or more, d] and key [H, n, d]."""
+        """Scores [H, n - window] from query [Hq, window or more, d] and key [H, n, d].
+
+        A scorer that scores layers unlike each other has in its place a method `of_layer`, which
+        gives what scores a layer.
+        """
+
+
+def scorer_of_layer(scorer: Scorer, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """What scores a layer: the scorer itself, or what its `of_layer` gives."""
+    return scorer.of_layer(layer) if hasattr(scorer, "of_layer") else scorer
 
 
 class Checks:
@@ -186,20 +196,43 @@ class ObservationWindow:
         import torch
         import torch.nn.functional as F
 
-        heads, n, dim = key.shape
-        w = self.window
-        exact = torch.promote_types(key.dtype, torch.float32)
-        grouped = query[:, -w:].reshape(heads, -1, dim)  # [H, G * w, d]
-        logits = _products(grouped, key, exact).mul_(dim**-0.5).view(heads, -1, w, n)
-        future = torch.ones(w, w, dtype=torch.bool, device=key.device).triu(1)
-        logits[..., n - w :].masked_fill_(future, -torch.inf)
+        n, w = key.shape[1], self.window
+        weights = attention_weights(query, key, w)
         # Summed in float64, where a few float32 weights add up without rounding: else the order of
         # summation, which differs by column and device, would decide between equal tokens.
-        rows = logits.softmax(-1)[..., : n - w].mean(-2, dtype=torch.float64)  # [H, G, n - w]
+        rows = weights[..., : n - w].mean(-2, dtype=torch.float64)  # [H, G, n - w]
         scores = rows.mean(1) if self.group_reduction == "mean" else rows.amax(1)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         half = self.kernel_size // 2
-        return pool(scores.to(exact)[:, None], self.kernel_size, 1, half)[:, 0]
+        return pool(scores.to(weights.dtype)[:, None], self.kernel_size, 1, half)[:, 0]
+
+
+def attention_weights(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """What the last queries of one prompt attend to: softmax, causal, over all keys.
+
+    Parameters
+    ----------
+    query : Tensor
+        [Hq, m, d] with m >= window, after RoPE; only the last ``window`` rows are read.
+    key : Tensor
+        [H, n, d] after RoPE, n >= window.
+    window : int
+        Queries.
+
+    Returns
+    -------
+    Tensor
+        [H, G, window, n], float32 or better.
+    """
+    import torch
+
+    heads, n, dim = key.shape
+    exact = torch.promote_types(key.dtype, torch.float32)
+    grouped = query[:, -window:].reshape(heads, -1, dim)  # [H, G * window, d]
+    logits = _products(grouped, key, exact).mul_(dim**-0.5).view(heads, -1, window, n)
+    future = torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1)
+    logits[..., n - window :].masked_fill_(future, -torch.inf)
+    return logits.softmax(-1)
 
 
 def _products(query: Tensor, key: Tensor, exact: torch.dtype) -> Tensor:

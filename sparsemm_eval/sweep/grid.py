@@ -10,7 +10,6 @@ from dataclasses import MISSING, dataclass
 from itertools import product
 from typing import Annotated, Any
 
-import numpy as np
 import yaml
 from pydantic import (
     BaseModel,
@@ -26,8 +25,8 @@ from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import families, protocols
 from sparsemm_eval.methods import (
+    FROM_FILES,
     MASK_MODES,
-    HeadScores,
     Method,
     ModelShape,
     Setting,
@@ -407,9 +406,10 @@ _SHAPE = ModelShape(32, 32, 8)
 
 
 def _make(name: str, settings: Mapping[str, Any]) -> Method:
-    reads_scores = "head_scores" in method_settings(name)
-    scores = {"head_scores": HeadScores(np.ones((32, 32)))} if reads_scores else {}
-    return make_method(name, _SHAPE, **settings, **scores)
+    # Files are read with the checkpoint that they are of.
+    known = method_settings(name)
+    files = {file: kind.alike(_SHAPE) for file, kind in FROM_FILES.items() if file in known}
+    return make_method(name, _SHAPE, **{**settings, **files})
 
 
 def _setting(method: str, name: str) -> Setting:
@@ -419,7 +419,7 @@ def _setting(method: str, name: str) -> Setting:
 def _all_settings() -> list[str]:
     """Every setting of any method that a grid can give."""
     every = (setting.name for method in method_names() for setting in settings_of(method))
-    return [name for name in dict.fromkeys(every) if name != "head_scores"]
+    return list(dict.fromkeys(every))
 
 
 _TYPES = {"int": (int, "an integer"), "float": (int | float, "a number")}
