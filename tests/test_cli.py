@@ -14,8 +14,10 @@ from loguru import logger
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.engine import checkpoint
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.methods import HeadScores
+from sparsemm_eval.heads.calibration import documents_hash
+from sparsemm_eval.methods import HeadScores, Sensitivity
 from sparsemm_eval.sweep.process import ENDING
 from sparsemm_eval.tiny import default_checkpoint
 
@@ -31,6 +33,49 @@ def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     assert HeadScores.read(output).values.shape == (5, 8)
 
 
+def test_sensitivity_writes_its_file_and_how_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a second run finds all there already: not even the weights are loaded."""
+    output = tmp_path / "made" / "scores.json"
+    words = ["sensitivity", "--data", "docvqa_mini,gqa_mini", "-n", "2", "--window", "8"]
+    words += ["--budgets", "", "-o", str(output)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "prompts: 2 of 2 of docvqa_mini, 2 of 2 of gqa_mini; " in done.stdout
+    assert f"wrote {output}" in done.stdout
+    found = Sensitivity.read(output)
+    beside = json.loads((output.parent / "scores.provenance.json").read_text())
+    assert (beside["scores"], beside["data"]) == ("scores.json", "docvqa_mini,gqa_mini")
+    assert (beside["window"], beside["budgets"], beside["dtype"]) == (8, [], "float32")
+    assert beside["data_sha256"] == documents_hash(found.documents)
+    assert beside["kinds"]["gqa_mini"] == {
+        "documents": 2,
+        "of": 2,
+        "which": "2 drawn with seed 1; the benchmark's is 0",
+        "answer_tokens": found.kinds["gqa_mini"].answer_tokens,
+    }
+    assert set(beside["versions"]) >= {"torch", "transformers", "lmms-eval"}
+    before = output.read_text()
+    output.unlink()
+    fail = lambda *_, **__: pytest.fail("weights were loaded")  # noqa: E731
+    monkeypatch.setattr(checkpoint.AutoModelForImageTextToText, "from_pretrained", fail)
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert output.read_text() == before
+
+
+def test_sensitivity_of_text_alone(tmp_path: Path) -> None:
+    """Asked in a file, and read as head scores by a method."""
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(f'{{"question": "{n} + {n} is what?"}}\n' for n in range(3)))
+    output = tmp_path / "scores.json"
+    words = ["sensitivity", "--data", str(data), "--window", "2", "--budgets", "4"]
+    done = CliRunner().invoke(app, [*words, "-o", str(output)])
+    assert done.exit_code == 0, done.output
+    assert "prompts: 3 of 3 of sums" in done.stdout
+    assert list(Sensitivity.read(output).tables) == [4]
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["demo", "--samples", "0"], "samples=0"),
     (["demo", "--budgets", "8"], "budget=8 is too small for window=8"),
@@ -40,6 +85,8 @@ def test_chase_writes_scores_and_says_what_it_read(tmp_path: Path) -> None:
     (["mask", "-o", "m", "--shares", "few"], "shares='few'"),
     (["mask", "-o", "m", "--mode", "key"], "mode='key': it must be one of query, output"),
     (["chase", "--model", str(default_checkpoint()), "--data", "books"], "data='books'"),
+    (["sensitivity", "--data", "docvqa_vla"], "there is no task docvqa_vla"),
+    (["sensitivity", "--data", "seedbench_ppl"], "is of output_type multiple_choice"),
     (["draw", "--heads", "9-9"], "heads='9-9'"),
     (["draw", "--device", "cuda:99"], "device='cuda:99': it must be one of auto, cpu"),
     (["chase", "--model", "embedded:gpt"], "pretrained='embedded:gpt': it must be one of"),
@@ -55,11 +102,21 @@ def test_bad_input_is_one_sentence_and_exit_code_1(
     assert done.output.count("\n") == 1
 
 
+def shown_line(output: str) -> str:
+    """The one line of JSON in a help."""
+    (line,) = [line for line in output.splitlines() if line.strip().startswith("{")]
+    return line
+
+
+def test_the_help_of_sensitivity_shows_a_line_of_its_data_whole() -> None:
+    done = CliRunner().invoke(app, ["sensitivity", "--help"], env={"COLUMNS": "80"})
+    assert set(json.loads(shown_line(done.output))) == {"question", "image", "kind"}
+
+
 def test_the_help_of_chase_shows_a_line_of_its_data_whole() -> None:
     """On a terminal of usual width, to be copied from there."""
     done = CliRunner().invoke(app, ["chase", "--help"], env={"COLUMNS": "80"})
-    (line,) = [line for line in done.output.splitlines() if line.strip().startswith("{")]
-    page = json.loads(line)
+    page = json.loads(shown_line(done.output))
     assert set(page) == {"image", "chunks"}
     assert {name for chunk in page["chunks"] for name in chunk} == {"text", "box"}
 

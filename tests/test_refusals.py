@@ -69,6 +69,9 @@ LONG = {
     "submit good.yaml": "every finished answer is safe, submit it again to go on",
     "mask -o masked": "every finished answer is safe, run it again to go on",
     "chase": "every finished page is safe, run it again to go on",
+    "sensitivity --data docvqa_mini": (
+        "everything that was computed is safe, run it again to go on"
+    ),
     "draw": "",
     "merge sweep_folder -o merged": "nothing is finished, run it again into a new folder",
     "figure paper -o out": "",

@@ -12,14 +12,17 @@ import typer
 
 from sparsemm_eval.cli.common import (
     ANSWERS_SAFE,
+    IncludePath,
     PluginNames,
+    folders,
+    integers,
     load_plugins,
     numbers,
     one_sentence,
     quiet,
     words,
 )
-from sparsemm_eval.errors import check_choice
+from sparsemm_eval.errors import UserError, check_choice, check_int
 
 if TYPE_CHECKING:
     from sparsemm_eval.engine.checkpoint import Checkpoint
@@ -95,6 +98,91 @@ def chase(
         typer.echo(f"wrote {path}")
         for warning in scores.warnings():
             typer.echo(f"warning: {warning}", err=True)
+
+
+# Likewise.
+_ASKED = '{"question": "What is it?", "image": "photo.png", "kind": "photos"}'
+
+
+@app.command(epilog=f"A line of a JSONL file for --data:\n\n{_ASKED}")
+def sensitivity(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="What is read: lmms-eval tasks, comma-separated; a folder of images; or a JSONL "
+            "file of lines as below, with or without an image, whose path is from its folder."
+        ),
+    ],
+    model: Model = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Its file; default: where runs will find it."),
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Prompts of each kind at most.")] = 32,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="For which tables are searched, comma-separated; '' leaves it at the scores."
+        ),
+    ] = "64,32,16",
+    window: Annotated[
+        int, typer.Option(help="Newest tokens that a starved head keeps, and that observe.")
+    ] = 32,
+    question: Annotated[
+        str | None, typer.Option(help='Of a folder\'s images; default: "Describe this image."')
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Where an answer ends, where its task ends it no earlier.")
+    ] = 64,
+    dtype: Dtype = "float32",
+    device: Device = "",
+    include_path: IncludePath = None,
+    plugin: PluginNames = None,
+) -> None:
+    """Find what each KV head is worth to any kind of prompts: no labels, no boxes, any family.
+
+    A run that was cut off goes on from OUTPUT.records.jsonl; so does one with more prompts. A
+    task's documents are others than those that it is scored on, as far as it has such.
+    """
+    with one_sentence("everything that was computed is safe, run it again to go on"):
+        from sparsemm_eval.heads.calibration import (
+            check_calibration,
+            read_calibration,
+            summary,
+            write_sensitivity,
+        )
+
+        load_plugins(plugin)
+        tables = integers("budgets", budgets) if budgets.strip() else []
+        for budget in tables:
+            check_int("budget", budget, least=2)
+        check_int("window", window, least=1)
+        check_int("max_new_tokens", max_new_tokens, least=1)
+        check_calibration(data, count, question)
+        own_tasks = folders(include_path)
+        if missing := [folder for folder in own_tasks if not folder.is_dir()]:
+            raise UserError(f"include_path={missing[0]}: there is no such folder")
+        if output is not None and output.is_dir():
+            raise UserError(f"output={output}: it is a folder; give the name of a file")
+        checkpoint = _checkpoint(model, dtype, device)
+        quiet()
+        from sparsemm_eval.heads.sensitivity import measure
+
+        family = checkpoint.family()
+        calibration = read_calibration(data, count, own_tasks, question)
+        path = output or checkpoint.sensitivity_cache()
+        found = measure(
+            checkpoint,
+            calibration.prompts(checkpoint, family, max_new_tokens),
+            calibration.total,
+            window=window,
+            budgets=tables,
+            records=path.with_name(f"{path.stem}.records.jsonl"),
+        )
+        command = shlex.join(["sparsemm-eval", *sys.argv[1:]])
+        write_sensitivity(found, path, checkpoint, calibration, max_new_tokens, command)
+        typer.echo(summary(found, calibration))
+        typer.echo(f"wrote {path}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ is kept by its hash, which evaluation computes alike: `sparsemm_eval.engine.requ
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,7 +24,9 @@ from sparsemm_eval.engine.generation import generation_options
 from sparsemm_eval.engine.requests import Request, check_template, open_image, truncated_images
 from sparsemm_eval.errors import UserError, check_int, one_line, printable, short_repr
 from sparsemm_eval.heads.pages import read_image
-from sparsemm_eval.paths import tasks_folder
+from sparsemm_eval.methods.head_scores import provenance_file
+from sparsemm_eval.paths import tasks_folder, write_whole
+from sparsemm_eval.report.provenance import file_hash, provenance
 from sparsemm_eval.stored import NotUnderstood, read_json_lines
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from sparsemm_eval.engine.checkpoint import Checkpoint
     from sparsemm_eval.families import Family
+    from sparsemm_eval.methods import Sensitivity
 
 DEFAULT_QUESTION = "Describe this image."
 # Where an answer ends at the latest: what a head is needed for shows in its first words.
@@ -158,13 +163,6 @@ class Calibration:
 
         return map(read, requests)
 
-    def provenance(self) -> dict[str, Any]:
-        """Which documents of each kind these are."""
-        return {
-            source.kind: {"documents": len(source.requests), "which": source.where}
-            for source in self.sources
-        }
-
 
 def calibration_prompts(
     checkpoint: Checkpoint,
@@ -259,6 +257,70 @@ def documents_hash(documents: Mapping[str, Iterable[str]]) -> str:
     """SHA-256 over the digests of all documents, kind by kind."""
     lines = [f"{kind} {digest}" for kind, digests in documents.items() for digest in digests]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_sensitivity(
+    found: Sensitivity,
+    path: Path,
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    max_new_tokens: int,
+    command: str,
+) -> None:
+    """Write a sensitivity file, and beside it how it was made.
+
+    Parameters
+    ----------
+    found : Sensitivity
+        What was measured on some or all of the prompts.
+    path : Path
+        Its file; provenance goes to ``<stem>.provenance.json``.
+    checkpoint : Checkpoint
+        The model.
+    calibration : Calibration
+        What there was to read.
+    max_new_tokens : int
+        Where answers ended at the latest.
+    command : str
+        What makes the file again.
+    """
+    found.write(path)
+    offered = {source.kind: source for source in calibration.sources}
+    beside = {
+        "scores": path.name,
+        "scores_sha256": file_hash(path),
+        "checkpoint_hash": checkpoint.hash,
+        "model_type": checkpoint.config.model_type,
+        "dtype": checkpoint.dtype,
+        "window": found.window,
+        "budgets": sorted(found.tables),
+        "max_new_tokens": max_new_tokens,
+        "data": calibration.data,
+        "data_sha256": documents_hash(found.documents),
+        "kinds": {
+            name: {
+                "documents": len(set(kind.documents)),
+                "of": len(offered[name].requests),
+                "which": offered[name].where,
+                "answer_tokens": kind.answer_tokens,
+            }
+            for name, kind in found.kinds.items()
+        },
+        **provenance(command),
+    }
+    write_whole(provenance_file(path), json.dumps(beside, indent=2) + "\n")
+
+
+def summary(found: Sensitivity, calibration: Calibration) -> str:
+    """What was read, and how few heads hold most of what can be lost."""
+    offered = {source.kind: len(source.requests) for source in calibration.sources}
+    read = [f"{kind.prompts} of {offered[name]} of {name}" for name, kind in found.kinds.items()]
+    share = np.sort(found.share(), axis=None)[::-1]
+    few = [str(1 + int((np.cumsum(share) < part - 1e-9).sum())) for part in (0.5, 0.8, 0.95)]
+    return (
+        f"prompts: {', '.join(read)}; {', '.join(few)} of {share.size} KV heads hold 50, 80, 95% "
+        "of the sensitivity"
+    )
 
 
 def _words(data: str) -> list[str]:

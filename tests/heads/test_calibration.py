@@ -107,9 +107,8 @@ def test_miniatures_are_drawn_apart_from_the_benchmarks(reader: Checkpoint) -> N
                 "pad_token_id": reader.processor.tokenizer.pad_token_id,
             }
             assert prompt.images[0].mode == scored[0].images[0].mode
-    stated = calibration.provenance()
-    assert stated["gqa_mini"]["which"] == "3 drawn with seed 1; the benchmark's is 0"
-    assert stated["gqa_mini"]["documents"] == 3
+    where = [source.where for source in calibration.sources]
+    assert where == ["3 drawn with seed 1; the benchmark's is 0"] * len(tasks)
 
 
 def test_a_document_has_one_digest_however_it_is_read(tmp_path: Path) -> None:

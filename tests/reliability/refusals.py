@@ -26,7 +26,7 @@ from sparsemm_eval.sweep.plan import Plan, PlannedCell, PlannedJob
 
 COMMANDS = (
     "demo", "sweep", "eval", "submit", "cancel", "merge", "status", "table", "figure", "report",
-    "chase", "draw", "mask", "doctor", "bench", "bench kernels", "bench efficiency",
+    "chase", "sensitivity", "draw", "mask", "doctor", "bench", "bench kernels", "bench efficiency",
 )  # fmt: skip
 GRID = """\
 models: [{name: reader, pretrained: "embedded:qwen2vl"}]
@@ -100,6 +100,21 @@ CASES = [
     Case("chase --model ./nowhere", "pretrained=./nowhere"),
     Case("chase --model embedded:gpt", "it must be one of embedded:qwen2vl"),
     Case("chase --dtype int8", "dtype='int8'"),
+    Case("sensitivity", "Missing option", 2),
+    Case("sensitivity --data nowhere/photos", "there is no such file or folder"),
+    Case("sensitivity --data photos.jsonl", "there is no such file or folder"),
+    Case("sensitivity --data empty", "it holds no images"),
+    Case("sensitivity --data asked.jsonl", "asked.jsonl:2: image none.png: it cannot be read"),
+    Case("sensitivity --data docvqa_mini --budgets many", "it must be integers"),
+    Case("sensitivity --data docvqa_mini --budgets 1", "budget=1: it must be an integer of at"),
+    Case("sensitivity --data docvqa_mini --window 0", "window=0"),
+    Case("sensitivity --data docvqa_mini --max-new-tokens 0", "max_new_tokens=0"),
+    Case("sensitivity --data docvqa_mini --question Why", "bring their own questions"),
+    Case("sensitivity --data docvqa_mini -o empty", "output=empty: it is a folder"),
+    Case("sensitivity --data docvqa_mini --include_path nowhere", "there is no such folder"),
+    Case("sensitivity --data docvqa_mini --model ./nowhere", "pretrained=./nowhere"),
+    Case("sensitivity --data docvqa_mini --model embedded:gpt", "it must be one of embedded:"),
+    Case("sensitivity --data docvqa_mini --dtype int8", "dtype='int8'"),
     Case("draw --question What", "a question or box without its image"),
     Case("draw --image nowhere.png --question What", "nowhere.png"),
     Case("mask -o m --shares few", "it must be numbers"),
@@ -116,6 +131,8 @@ def prepare(folder: Path) -> None:
     for name, text in GRIDS.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     (folder / "empty").mkdir()
+    lines = '{"question": "What is it?"}\n{"question": "And this?", "image": "none.png"}\n'
+    (folder / "asked.jsonl").write_text(lines, encoding="utf-8")
     jobs = tuple(PlannedJob(f"m@t@{n + 1}of3", "m", "t", n, 3, 2) for n in range(3))
     cells = tuple(
         PlannedCell("m", "t", f"t {name}", name, {"method": name}, 6, f"cells/{name}_results.json")
