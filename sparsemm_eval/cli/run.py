@@ -66,15 +66,14 @@ def demo(
         refuse_other_grid(grid, out, replace=True)
         check_libraries()
         quiet()
-        from sparsemm_eval.report.tables import empty_line
         from sparsemm_eval.sweep.demo import run_demo
-        from sparsemm_eval.sweep.tables import uncompressed_cells
+        from sparsemm_eval.sweep.tables import warnings_of
 
         done = run_demo(out, grid, masked, demo_command(), plugins, allow_failed)
         typer.echo(done.markdown)
         for path in done.files:
             typer.echo(f"wrote {path}")
-        for line in filter(None, (uncompressed_cells(done.frame), empty_line(done.frame))):
+        for line in warnings_of(done.frame):
             typer.echo(f"sparsemm-eval: {line}", err=True)
 
 
@@ -131,9 +130,8 @@ def sweep(
         refuse_other_grid(chosen, folder)
         check_libraries()
         quiet()
-        from sparsemm_eval.report.tables import empty_line
         from sparsemm_eval.sweep.sweep import leave_ranks, run_sweep
-        from sparsemm_eval.sweep.tables import uncompressed_cells
+        from sparsemm_eval.sweep.tables import warnings_of
 
         words = [word for word in sys.argv[1:] if word not in ("--wait", "--only-scores")]
         command = shlex.join(["sparsemm-eval", *words])
@@ -146,7 +144,7 @@ def sweep(
         typer.echo(done.status)
         for path in done.files:
             typer.echo(f"wrote {path}")
-        for line in filter(None, (uncompressed_cells(done.frame), empty_line(done.frame))):
+        for line in warnings_of(done.frame):
             typer.echo(f"sparsemm-eval: {line}", err=True)
         for lost in done.left_out:
             typer.echo(f"left out: {lost.cause}")

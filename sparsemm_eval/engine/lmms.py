@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sparsemm_eval.cache import check_backend
 from sparsemm_eval.choices import BACKENDS
-from sparsemm_eval.engine.answers import AnswerStore
+from sparsemm_eval.engine.answers import Answer, AnswerStore
 from sparsemm_eval.engine.cell import (
     CHECKPOINT_SETTINGS,
     RUN_SETTINGS,
@@ -42,7 +42,13 @@ from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.provenance import EMPTY_ANSWERS, FAILED_SAMPLES, OURS
+from sparsemm_eval.report.provenance import (
+    CALIBRATED,
+    CALIBRATION_SCORED,
+    EMPTY_ANSWERS,
+    FAILED_SAMPLES,
+    OURS,
+)
 
 DEFAULT_ANSWERS = "results/answers"
 
@@ -158,11 +164,18 @@ class CellModel(lmms):
         self._was_asked = False
 
     def _report(self, answered: Answers, failed: Mapping[str, set[str]]) -> None:
-        """State what was kept, what failed or is empty, and whether any was compressed at all."""
+        """State what was kept, what failed or is empty, what the method was calibrated on, and
+        whether any was compressed at all.
+        """
         finished = [answer for answer in answered.answers if answer.error is None]
         flaws = {f"{FAILED_SAMPLES}/{task}": len(of_task) for task, of_task in failed.items()}
         empty = Counter(answer.task for answer in finished if not answer.text)
         flaws |= {f"{EMPTY_ANSWERS}/{task}": count for task, count in empty.items()}
+        flaws |= self._calibrated(finished, answered.digests)
+        # lmms-eval writes what the first rank says.
+        flaws = _over_ranks(flaws, self.world_size)
+        kinds = self.method.calibration.items()
+        flaws |= {f"{CALIBRATED}/{kind}": len(set(documents)) for kind, documents in kinds}
         records = [answer.record for answer in finished]
         if not records:
             if flaws:
@@ -195,6 +208,25 @@ class CellModel(lmms):
                 f"{self.method.name} left {whole} of {count} samples uncompressed: their prompts "
                 f"fit budget={budget}, so this is mostly a full-KV result"
             )
+
+    def _calibrated(
+        self, finished: Sequence[Answer], digests: Mapping[tuple[str, str], str]
+    ) -> dict[str, int]:
+        """By task, how many of its scored documents the method was calibrated on."""
+        if not (kinds := self.method.calibration):
+            return {}
+        known = {digest for documents in kinds.values() for digest in documents}
+        scored = {(answer.task, answer.doc_id) for answer in finished}
+        shared = Counter(task for task, doc in scored if digests[task, doc] in known)
+        for task in sorted({task for task, _ in scored}):
+            if task in kinds or shared[task]:
+                # Of many cells tables say it for all.
+                logger.bind(of_cell=True).warning(
+                    f"{self.method.name} was calibrated on {', '.join(kinds)}, and {shared[task]} "
+                    f"of the documents of {task} that are scored are among its "
+                    f"{len(known)} documents"
+                )
+        return {f"{CALIBRATION_SCORED}/{task}": count for task, count in shared.items()}
 
 
 class SparseMM(CellModel):
@@ -451,6 +483,16 @@ def _sample_line(sample: Mapping[str, Any]) -> str:
     if responses not in (filtered, [filtered]):
         line["resps"] = responses
     return json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n"
+
+
+def _over_ranks(counts: dict[str, int], world_size: int) -> dict[str, int]:
+    """Counts of all ranks together."""
+    if world_size == 1:
+        return counts
+    # Not accelerate's gather_object: under torchrun on CPUs it gathers nothing.
+    gathered: list[dict[str, int]] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(gathered, counts)
+    return dict(sum(map(Counter, gathered), Counter()))
 
 
 def _ranks() -> tuple[int, int]:

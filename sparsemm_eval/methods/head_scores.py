@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,9 @@ class HeadScores:
     ----------
     values : array_like
         [L, Hq], finite and non-negative, not all zero. Larger means: looks at the image more.
+    documents : mapping
+        Digests of the documents they were calibrated on, by kind; none where that is not known. No
+        answer depends on it.
 
     Raises
     ------
@@ -111,6 +115,7 @@ class HeadScores:
     """
 
     values: np.ndarray
+    documents: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         values = np.array(self.values, dtype=np.float64)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -194,6 +194,18 @@ class Method:
                 # Of what was read from a file: what decides anything of it.
                 values[field.name] = getattr(value, "digest", value)
         return dict(sorted(values.items()))
+
+    @property
+    def calibration(self) -> Mapping[str, tuple[str, ...]]:
+        """Digests of the documents that what it reads from a file was calibrated on, by kind.
+
+        Empty where nothing was, or nothing is known of it.
+        """
+        for part in (self.scorer, self.allocation):
+            for field in fields(part):
+                if documents := getattr(getattr(part, field.name), "documents", None):
+                    return documents
+        return {}
 
     def __str__(self) -> str:
         inside = ",".join(f"{name}={_short(value)}" for name, value in self.settings.items())

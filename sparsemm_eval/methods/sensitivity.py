@@ -296,7 +296,8 @@ class Sensitivity:
             )
         weights = dict(map(_weighted, named)) or None
         of_kv = self.share(_POWERS[word], weights)
-        return HeadScores(np.repeat(of_kv / self.shape.group_size, self.shape.group_size, axis=1))
+        of_query = np.repeat(of_kv / self.shape.group_size, self.shape.group_size, axis=1)
+        return HeadScores(of_query, self.documents)
 
     def tokens(self, budget: int) -> np.ndarray:
         """Unrounded tokens of each head at a budget, [L, H] float64.

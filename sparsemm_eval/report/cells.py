@@ -16,12 +16,13 @@ COLUMNS = (
     "model", "task", "benchmark", "metric", "metric_label", "higher_is_better", "bounded",
     "percent", "method", "label", "budget", "ratio", "allocation", "seed", "window", "settings",
     "score", "spread", "seeds", "stderr", "samples", "expected", "failed", "empty",
+    "calibrated", "calibration_scored",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "source",
     "digits", "file", "files_of", "samples_files",
 )  # fmt: skip
 _NUMBERS = (
     "budget", "ratio", "seed", "window", "score", "spread", "stderr", "samples", "expected",
-    "failed", "empty",
+    "failed", "empty", "calibration_scored",
     "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
 )  # fmt: skip
 # How a cell is computed, not what: no answer depends on these but by rounding.

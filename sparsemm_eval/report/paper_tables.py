@@ -27,7 +27,7 @@ from sparsemm_eval.report.resampling import RESAMPLES
 from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import BEST, COMPARED, LEVEL, add_statistics
-from sparsemm_eval.report.tables import empty_line, side_by_side
+from sparsemm_eval.report.tables import calibration_lines, empty_line, side_by_side
 
 NO_SCORES = pd.DataFrame({"cell": [], "doc_id": [], "score": []})
 _RAW = (
@@ -186,7 +186,8 @@ def _marked(cells: pd.DataFrame) -> pd.DataFrame:
 def _captions(
     cells: pd.DataFrame, shown: Sequence[str], against: str, compared: pd.DataFrame
 ) -> tuple[str, ...]:
-    """What stands below a table, in two lines: its marks; its samples and tests.
+    """What stands below a table, in lines: its marks; its samples and tests; which cells were
+    calibrated on what they are scored on.
 
     Parameters
     ----------
@@ -200,7 +201,7 @@ def _captions(
         The same cells with statistics against that.
     """
     lines = (_marks_explained(cells), _tests_explained(cells, shown, against, compared))
-    return tuple(line for line in lines if line)
+    return (*filter(None, lines), *calibration_lines(cells))
 
 
 def _marks_explained(cells: pd.DataFrame) -> str:

@@ -22,6 +22,10 @@ OURS = "sparsemm_eval"
 FAILED_SAMPLES = "failed_samples"
 # Likewise: how many of its samples have an answer without a word in it, which is scored as it is.
 EMPTY_ANSWERS = "empty_answers"
+# Likewise, followed by a kind of prompts: how many documents of it the method was calibrated on.
+CALIBRATED = "calibration_documents"
+# Likewise, followed by a task: how many of its scored documents are among those.
+CALIBRATION_SCORED = "calibration_documents_scored"
 _PACKAGES = ("sparsemm-eval", "torch", "transformers", "lmms-eval", "accelerate", "flash-attn")
 
 

@@ -20,6 +20,8 @@ from sparsemm_eval.report.inputs import PAPER, check_inputs
 from sparsemm_eval.report.names import find_benchmark, last_part, top_score
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.provenance import (
+    CALIBRATED,
+    CALIBRATION_SCORED,
     EMPTY_ANSWERS,
     FAILED_SAMPLES,
     OURS,
@@ -434,6 +436,13 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
     throughput = _dict(content, "throughput")
     failed = _count(task, throughput, f"avg_{FAILED_SAMPLES}/{task}") or 0
     empty = _count(task, throughput, f"avg_{EMPTY_ANSWERS}/{task}") or 0
+    calibrated = f"avg_{CALIBRATED}/"
+    kinds = {
+        printable(name.removeprefix(calibrated)[:_LONGEST]): _count(task, throughput, name) or 0
+        for name in throughput
+        if name.startswith(calibrated)
+    }
+    seen = _count(task, throughput, f"avg_{CALIBRATION_SCORED}/{task}") or 0
     samples = None if samples is None else max(samples - failed, 0)
     rows = []
     for metric in dict.fromkeys(metric for metric in first if metric in scores):
@@ -457,6 +466,8 @@ def _scored(content: Mapping[str, Any], task: str) -> list[dict[str, Any]]:
                 "expected": expected,
                 "failed": failed,
                 "empty": empty,
+                "calibrated": kinds,
+                "calibration_scored": seen,
             }
         )
     return rows

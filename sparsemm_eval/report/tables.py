@@ -13,8 +13,8 @@ from sparsemm_eval.report.markup import Table, to_markdown
 from sparsemm_eval.report.names import distinct, in_order, labels_in_order, top_score
 
 __all__ = [
-    "empty_line",
-    "fidelity_table", "kept_table", "overview_table", "score_tables", "side_by_side",
+    "calibration_lines", "empty_line",
+    "fidelity_table", "kept_table", "notes_below", "overview_table", "score_tables", "side_by_side",
     "silenced_table", "to_markdown",
 ]  # fmt: skip
 
@@ -163,6 +163,11 @@ def missing_line(frame: pd.DataFrame) -> str:
     return f"{MISSING} Without {count} that failed and have no answer."
 
 
+def notes_below(cells: pd.DataFrame) -> list[str]:
+    """What stands below a table of one model's cells on one task, a paragraph each."""
+    return [*filter(None, [missing_line(cells)]), *calibration_lines(cells)]
+
+
 def missing_notes(frame: pd.DataFrame) -> list[str]:
     """As `missing_line`, a sentence each model and task that lacks samples."""
     return [
@@ -170,6 +175,42 @@ def missing_notes(frame: pd.DataFrame) -> list[str]:
         for (model, task), cells in frame.groupby(["model", "task"], sort=False)
         if (line := missing_line(cells))
     ]
+
+
+def calibration_lines(frame: pd.DataFrame) -> list[str]:
+    """Which cells were calibrated on what they are scored on: a sentence each model and method.
+
+    That is where a cell's task is one of the kinds of prompts that its method was calibrated on, or
+    documents of it are scored. None where there is nothing to say.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        Cells of any models and tasks.
+    """
+    if frame.empty:
+        return []
+    own = [
+        task in (kinds or {}) or scored > 0
+        for task, kinds, scored in zip(
+            frame["task"], frame["calibrated"], frame["calibration_scored"], strict=True
+        )
+    ]
+    lines = []
+    for (model, label), cells in frame[own].groupby(["model", "label"], sort=False):
+        named = []
+        for task, of_task in cells.groupby("task", sort=False):
+            first, scored = of_task.iloc[0], int(of_task["calibration_scored"].max())
+            documents = first["calibrated"].get(task)
+            count = "all" if pd.isna(first["samples"]) else f"the {first['samples']:.0f}"
+            if documents is None:
+                named.append(f"{scored} of {count} documents of {task} that are scored")
+            else:
+                among = f"{scored or 'none'} of them among {count} scored"
+                named.append(f"{task} ({documents:.0f} documents, {among})")
+        whose = f"{model}: " if frame["model"].nunique() > 1 else ""
+        lines.append(f"{whose}{label} was calibrated on {', '.join(named)}.")
+    return lines
 
 
 def fidelity_table(frame: pd.DataFrame) -> Table:

@@ -26,7 +26,8 @@ from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
 from sparsemm_eval.report.tables import (
-    missing_line,
+    calibration_lines,
+    notes_below,
     overview_table,
     score_tables,
     to_markdown,
@@ -159,7 +160,8 @@ def _tables(frame: pd.DataFrame, chance: Mapping[str, tuple[str, float]], window
         budgets = sorted(of_model["budget"].dropna().unique())
         shown = OVERVIEW if OVERVIEW in budgets else budgets[len(budgets) // 2]
         parts.append(to_markdown(overview_table(of_model, int(shown), chance)))
+        parts += calibration_lines(of_model)
         by_task = of_model.groupby("task", sort=False)
         for (title, table), (_, cells) in zip(score_tables(of_model, chance), by_task, strict=True):
-            parts += [f"### {title}", to_markdown(table), *filter(None, [missing_line(cells)])]
+            parts += [f"### {title}", to_markdown(table), *notes_below(cells)]
     return "\n\n".join(parts) + "\n"

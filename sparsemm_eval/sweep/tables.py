@@ -12,9 +12,11 @@ import pandas as pd
 from sparsemm_eval.paths import tasks_folder, write_whole
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.tables import (
+    calibration_lines,
+    empty_line,
     fidelity_table,
     kept_table,
-    missing_line,
+    notes_below,
     score_tables,
     to_markdown,
 )
@@ -52,7 +54,15 @@ def write_tables(
         What was written.
     """
     kept = [
-        f"# What each cell really kept\n\n{name}, {task}\n\n{to_markdown(kept_table(cells))}\n"
+        "\n\n".join(
+            [
+                "# What each cell really kept",
+                f"{name}, {task}",
+                to_markdown(kept_table(cells)),
+                *calibration_lines(cells),
+            ]
+        )
+        + "\n"
         for (name, task), cells in frame.groupby(["model", "task"], sort=False)
     ]
     settings = [name for name in ("ratio", "allocation", "seed") if frame[name].notna().any()]
@@ -79,6 +89,18 @@ def chance_of(tasks: Iterable[str]) -> dict[str, tuple[str, float]]:
         for task in tasks
         if task.endswith("_mini") and task.removesuffix("_mini") in BENCHMARKS
     }
+
+
+def warnings_of(frame: pd.DataFrame) -> list[str]:
+    """What should keep one from taking scores as they stand, a line each for all cells.
+
+    Parameters
+    ----------
+    frame : DataFrame
+        One row a scored cell; none if none was scored.
+    """
+    lines = (uncompressed_cells(frame), empty_line(frame))
+    return [*filter(None, lines), *calibration_lines(frame)]
 
 
 def uncompressed_cells(frame: pd.DataFrame) -> str | None:
@@ -123,8 +145,7 @@ def sweep_tables(frame: pd.DataFrame, name: str) -> str:
                 continue
             ((title, table),) = score_tables(cells, chance)
             count = f"{cells['samples'].max():.0f} samples."
-            missing = missing_line(cells)
-            parts += [f"### {title}", count, to_markdown(table), *filter(None, [missing])]
+            parts += [f"### {title}", count, to_markdown(table), *notes_below(cells)]
             if cells["compared"].sum() > 0:
                 parts.append(to_markdown(fidelity_table(cells)))
     return "\n\n".join(parts) + "\n"

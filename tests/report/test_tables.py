@@ -8,15 +8,19 @@ import pytest
 from PIL import Image
 from report.scored import by_name
 
-from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.cells import Filters, join_seeds
 from sparsemm_eval.report.figures.silenced import score_over_silenced
+from sparsemm_eval.report.page import write_page
+from sparsemm_eval.report.paper_tables import written_table
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load, parse_model_args
 from sparsemm_eval.report.tables import (
+    calibration_lines,
     empty_line,
     kept_table,
     missing_line,
     missing_notes,
+    notes_below,
     overview_table,
     score_tables,
     silenced_table,
@@ -91,6 +95,61 @@ def test_scores_without_samples_that_failed_are_marked(tmp_path: Path) -> None:
     assert missing_line(frame.iloc[2:]) == ""
     (note,) = missing_notes(frame)
     assert note.endswith(", docvqa_mini: " + missing_line(frame))
+
+
+def calibrated(path: Path, scored: int = 0, **kinds: int) -> Path:
+    """State in a results file what its method was calibrated on."""
+    content = json.loads(path.read_text())
+    content["throughput"] |= {
+        f"avg_calibration_documents/{kind}": float(count) for kind, count in kinds.items()
+    }
+    if scored:
+        content["throughput"]["avg_calibration_documents_scored/docvqa_mini"] = float(scored)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"gqa_mini": 9}, []),
+    ({"docvqa_mini": 12, "gqa_mini": 9},
+     ["SnapKV was calibrated on docvqa_mini (12 documents, none of them among the 50 scored)."]),
+    ({"docvqa_mini": 12, "scored": 3},
+     ["SnapKV was calibrated on docvqa_mini (12 documents, 3 of them among the 50 scored)."]),
+    ({"mine": 12, "scored": 3},
+     ["SnapKV was calibrated on 3 of the 50 documents of docvqa_mini that are scored."]),
+])  # fmt: skip
+def test_what_was_calibrated_on_what_it_is_scored_on_is_said(
+    given: dict, words: list[str], tmp_path: Path
+) -> None:
+    """Once a method, below every table of its cells."""
+    paths = [results_file(tmp_path, "method=fullkv", 0.99, 359.0)]
+    for budget in (64, 32):
+        path = results_file(tmp_path, f"method=snapkv,budget={budget}", 0.7, 64.0)
+        paths.append(calibrated(path, **given))
+    results = load(paths)
+    cells = join_seeds(results.cells)
+    assert calibration_lines(cells) == notes_below(cells) == words
+    assert calibration_lines(results.cells.iloc[:1]) == []
+    for form in ("markdown", "latex", "html"):
+        text = written_table([str(path) for path in paths], Filters(), form).text
+        assert text.count("calibrated on") == len(words), form
+    page = write_page(results, tmp_path / "page").read_text()
+    # Below the leaderboard's title and below the table.
+    assert page.count("calibrated on") == 2 * len(words)
+    assert all(word in page for word in words)
+
+
+def test_the_cells_of_two_models_are_told_apart(tmp_path: Path) -> None:
+    paths = [
+        calibrated(results_file(tmp_path, f"method=snapkv,budget=64,pretrained={name}", 0.7, 64.0),
+                   docvqa_mini=count)
+        for name, count in (("one", 1), ("two", 2))
+    ]  # fmt: skip
+    assert calibration_lines(load(paths).cells) == [
+        f"{name}: SnapKV was calibrated on docvqa_mini ({count} documents, none of them among the "
+        "50 scored)."
+        for name, count in (("one", 1), ("two", 2))
+    ]
 
 
 def with_empty(path: Path, count: int) -> Path:

@@ -25,7 +25,7 @@ from sparsemm_eval.report.paper_tables import applicable, paper_table
 from sparsemm_eval.report.results import Results
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
-from sparsemm_eval.report.tables import empty_line, missing_notes
+from sparsemm_eval.report.tables import calibration_lines, empty_line, missing_notes
 
 TITLE = "KV-cache compression of vision-language models"
 _CURVES = {
@@ -94,7 +94,8 @@ def write_page(
         tables=_tables(joined, scores),
         figures=_figures(cells),
         notes=(
-            *scored.notes, *missing_notes(joined), *filter(None, [empty_line(joined)])
+            *scored.notes, *missing_notes(joined), *calibration_lines(joined),
+            *filter(None, [empty_line(joined)]),
         ),
         browser={**browser, "notes": [*notes, *browser["notes"]]},
         runs=runs(results.files),
