@@ -64,6 +64,31 @@ def test_sensitivity_writes_its_file_and_how_it_was_made(
     assert output.read_text() == before
 
 
+def test_sensitivity_goes_on_only_from_what_was_asked_alike(tmp_path: Path) -> None:
+    """More prompts add to the records; other lengths of answers are computed anew, or refused."""
+    output = tmp_path / "scores.json"
+    records = tmp_path / "scores.records.jsonl"
+
+    def made(*more: str) -> dict:
+        words = ["sensitivity", "--data", "docvqa_mini", "--budgets", "", "-o", str(output), *more]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        return json.loads((tmp_path / "scores.provenance.json").read_text())["kinds"]["docvqa_mini"]
+
+    short = made("-n", "2", "--window", "8", "--max-new-tokens", "3")
+    assert short["answer_tokens"] == 4  # those after the first, of two answers
+    before = records.read_text()
+    whole = made("-n", "2", "--window", "8")
+    assert whole["answer_tokens"] > 4
+    assert records.read_text().startswith(before)
+    assert made("-n", "2", "--window", "8", "--max-new-tokens", "3") == short
+    assert made("-n", "3", "--window", "8")["documents"] == 3
+    words = ["sensitivity", "--data", "docvqa_mini", "-o", str(output), "--window", "9"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1
+    assert "holds records with another window" in done.output
+
+
 def test_sensitivity_of_text_alone(tmp_path: Path) -> None:
     """Asked in a file, and read as head scores by a method."""
     data = tmp_path / "sums.jsonl"

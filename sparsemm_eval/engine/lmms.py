@@ -174,8 +174,9 @@ class CellModel(lmms):
         flaws |= self._calibrated(finished, answered.digests)
         # lmms-eval writes what the first rank says.
         flaws = _over_ranks(flaws, self.world_size)
-        kinds = self.method.calibration.items()
-        flaws |= {f"{CALIBRATED}/{kind}": len(set(documents)) for kind, documents in kinds}
+        if kinds := self.method.calibration:
+            self._warn_of_calibration({answer.task for answer in finished}, flaws)
+            flaws |= {f"{CALIBRATED}/{kind}": len(set(own)) for kind, own in kinds.items()}
         records = [answer.record for answer in finished]
         if not records:
             if flaws:
@@ -218,15 +219,21 @@ class CellModel(lmms):
         known = {digest for documents in kinds.values() for digest in documents}
         scored = {(answer.task, answer.doc_id) for answer in finished}
         shared = Counter(task for task, doc in scored if digests[task, doc] in known)
-        for task in sorted({task for task, _ in scored}):
-            if task in kinds or shared[task]:
+        return {f"{CALIBRATION_SCORED}/{task}": count for task, count in shared.items()}
+
+    def _warn_of_calibration(self, tasks: Collection[str], counts: Mapping[str, int]) -> None:
+        """Say of which tasks the method was calibrated on what is scored here."""
+        kinds = self.method.calibration
+        documents = len({digest for own in kinds.values() for digest in own})
+        for task in sorted(tasks):
+            scored = counts.get(f"{CALIBRATION_SCORED}/{task}", 0)
+            if self.rank == 0 and (task in kinds or scored):
                 # Of many cells tables say it for all.
                 logger.bind(of_cell=True).warning(
-                    f"{self.method.name} was calibrated on {', '.join(kinds)}, and {shared[task]} "
-                    f"of the documents of {task} that are scored are among its "
-                    f"{len(known)} documents"
+                    f"{self.method.name} was calibrated on {documents} documents "
+                    f"({', '.join(kinds)}), of which {scored} are among those of {task} that are "
+                    "scored"
                 )
-        return {f"{CALIBRATION_SCORED}/{task}": count for task, count in shared.items()}
 
 
 class SparseMM(CellModel):

@@ -311,10 +311,10 @@ class _Rows:
 
     def answer(self, prompt: CalibrationPrompt) -> list[int]:
         """Tokens of the answer on the whole cache."""
-        known = self.records.find(prompt.digest, "answer")
+        known = self.records.find(_place(prompt), "answer")
         if known is None:
             known = self._read(prompt).answer
-            self.records.write(prompt.digest, "answer", known)
+            self.records.write(_place(prompt), "answer", known)
         return known
 
     def mean(
@@ -328,11 +328,11 @@ class _Rows:
         rules = np.broadcast_to(rules, counts.shape)
         asked = hashlib.sha256(np.stack([rules, counts]).astype("<i8").tobytes())
         asked.update(str(clamp).encode())
-        known = self.records.find(prompt.digest, asked.hexdigest())
+        known = self.records.find(_place(prompt), asked.hexdigest())
         if known is None:
             each = self._read(prompt).divergence(np.ascontiguousarray(rules), counts)
             known = each.clip(max=clamp).mean(1).tolist()
-            self.records.write(prompt.digest, asked.hexdigest(), known)
+            self.records.write(_place(prompt), asked.hexdigest(), known)
         return np.array(known)
 
     def objective(self, rules: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -364,7 +364,7 @@ class _Rows:
             # Some templates write it themselves.
             add_special_tokens=not (bos and prompt.prompt.startswith(bos)),
         ).to(model.device, model.dtype)
-        known = self.records.find(prompt.digest, "answer")
+        known = self.records.find(_place(prompt), "answer")
         read = AnsweredPrompt(model, inputs, self.window, prompt.options, known)
         if self.room is None:
             self.room = free_memory(model) / 4
@@ -372,6 +372,11 @@ class _Rows:
             self.room -= read.bytes()
             self.held[prompt.digest] = read
         return read
+
+
+def _place(prompt: CalibrationPrompt) -> str:
+    """What records know a prompt by: its document, and where its answer ends at the latest."""
+    return f"{prompt.digest} {prompt.options['max_new_tokens']}"
 
 
 class Records:

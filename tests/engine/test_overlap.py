@@ -66,8 +66,8 @@ def test_scored_documents_that_were_calibrated_on_are_counted(
     }
     (line,) = [line for line in lines if "calibrated" in line]
     assert line == (
-        f"WARNING sparsemm was calibrated on mine, more, and 2 of the documents of {TASK} that "
-        "are scored are among its 4 documents"
+        "WARNING sparsemm was calibrated on 4 documents (mine, more), of which 2 are among those "
+        f"of {TASK} that are scored"
     )
 
 
