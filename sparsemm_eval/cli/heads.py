@@ -33,7 +33,13 @@ Model = Annotated[
     str | None,
     typer.Option(help="Checkpoint: a folder, a hub repository or embedded:qwen2vl (default)."),
 ]
-Scores = Annotated[Path | None, typer.Option(help="Score file; default: the checkpoint's own.")]
+Scores = Annotated[
+    Path | None,
+    typer.Option(
+        help="Score or sensitivity file, or visual or sensitivity: the checkpoint's own; default: "
+        "visual."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[
     str, typer.Option(help="Where the model lies, such as cuda:1; default: CUDA where it is.")
@@ -198,8 +204,8 @@ def draw(
     heads: Annotated[
         str | None, typer.Option(help="Heads to draw, such as 3-1,4-0, not the best and worst.")
     ] = None,
-    best: Annotated[int, typer.Option(help="Heads of the highest visual scores.")] = 3,
-    worst: Annotated[int, typer.Option(help="Heads of the lowest visual scores.")] = 3,
+    best: Annotated[int, typer.Option(help="Heads of the highest scores.")] = 3,
+    worst: Annotated[int, typer.Option(help="Heads of the lowest scores.")] = 3,
     head_scores: Scores = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path(
         "results/heads"
@@ -209,7 +215,11 @@ def draw(
     device: Device = "",
     plugin: PluginNames = None,
 ) -> None:
-    """Draw what the heads look at while a question is answered: over the image, and all at once."""
+    """Draw what the heads look at while a question is answered: over the image, and all at once.
+
+    Where the checkpoint has a sensitivity file, or --head-scores is one, also which heads serve
+    which kind of prompts.
+    """
     with one_sentence():
         from sparsemm_eval.heads.scene import read_scene
 

@@ -31,10 +31,9 @@ from sparsemm_eval.methods import (
     ModelShape,
     Sensitivity,
     find_scores,
-    read_head_scores,
 )
 from sparsemm_eval.methods.sensitivity import FILE_NAME as SENSITIVITY_FILE
-from sparsemm_eval.methods.sensitivity import WORD
+from sparsemm_eval.methods.sensitivity import VISUAL, WORD, find_sensitivity
 from sparsemm_eval.paths import cache_folder, write_whole
 from sparsemm_eval.stored import NoFile, NotUnderstood, read_json
 
@@ -216,27 +215,48 @@ class Checkpoint:
         self.__dict__.pop("model", None)
 
     def head_scores(self, path: str | Path | None = None) -> HeadScores:
-        """The given score file, or the one found for this checkpoint.
+        """The given scores, or the visual ones found for this checkpoint.
 
         Parameters
         ----------
         path : str or Path, optional
-            A score file or a sensitivity file, or ``sensitivity`` for the checkpoint's own; a
-            mixture may stand behind it, as in ``sensitivity@share``.
+            A score file or a sensitivity file, or by a word the checkpoint's own: ``visual`` as
+            when none is given, or ``sensitivity``. A mixture may stand behind a sensitivity, as in
+            ``sensitivity@share``.
 
         Raises
         ------
         FileNotFoundError, ValueError
             If there is none, or it does not fit.
         """
-        # lmms-eval makes a number of a name such as 2026.
-        word, _, mixture = ("" if path is None else str(path)).partition("@")
-        if word == WORD:
-            return self.sensitivity().head_scores(mixture or "root")
+        if (found := self.sensitivity_of(path)) is not None:
+            sensitivity, mixture = found
+            return sensitivity.head_scores(mixture)
+        if _is_given(path):
+            return HeadScores.read(str(path), self.shape)
         command = f"sparsemm-eval chase --model {self.pretrained}"
         places = (self.folder / "head_scores.json", self.scores_cache())
-        found = str(path) if word else find_scores("head_scores", *places, command)
-        return read_head_scores(found, self.shape)
+        return HeadScores.read(find_scores("head_scores", *places, command), self.shape)
+
+    def sensitivity_of(self, path: str | Path | None) -> tuple[Sensitivity, str] | None:
+        """The sensitivity that given head scores are of, and their mixture; None if of none.
+
+        Parameters
+        ----------
+        path : str or Path or None
+            As for `head_scores`.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If it is the checkpoint's own and there is none, or it does not fit.
+        """
+        if not _is_given(path):
+            return None
+        word, _, mixture = str(path).partition("@")
+        if word == WORD:
+            return self.sensitivity(), mixture or "root"
+        return find_sensitivity(str(path), self.shape)
 
     def sensitivity(self, path: str | Path | None = None) -> Sensitivity:
         """The given sensitivity file, or the one found for this checkpoint.
@@ -258,6 +278,12 @@ class Checkpoint:
     def sensitivity_cache(self) -> Path:
         """Where the command leaves the sensitivity of this very checkpoint."""
         return cache_folder() / "head_scores" / f"{self.hash}.sensitivity.json"
+
+
+def _is_given(head_scores: str | Path | None) -> bool:
+    """Whether head scores are others than the checkpoint's own visual ones."""
+    # lmms-eval makes a number of a name such as 2026.
+    return head_scores is not None and str(head_scores) not in ("", VISUAL)
 
 
 def _check_files(folder: Path, pretrained: str) -> None:

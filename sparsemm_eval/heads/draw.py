@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +23,8 @@ from sparsemm_eval.heads.maps import (
 )
 from sparsemm_eval.heads.regions import find_regions, image_positions, regions_of
 from sparsemm_eval.heads.scene import Scene
-from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.heads.sensitivity_maps import sensitivity_maps
+from sparsemm_eval.methods import HeadScores, ModelShape, Sensitivity
 from sparsemm_eval.report.names import last_part
 
 Head = tuple[int, int]
@@ -189,14 +191,15 @@ def draw(
         What is asked.
     out : Path
         Folder of the pictures: attention.png (chosen heads over the image), all_heads.png,
-        regions.png, scores.png and scores.svg.
+        regions.png, scores.png and scores.svg; where the checkpoint has a sensitivity file, or one
+        is given, sensitivity.png and sensitivity.svg.
     heads : str, optional
         Those laid over the image, as `parse_heads` reads them; else the best and worst.
     best, worst : int
-        How many of the highest and of the lowest visual score.
+        How many of the highest and of the lowest score.
     head_scores : Path, optional
-        Score file; default: the checkpoint's own. Where heads are named and there is none, no
-        scores are drawn, and a line says so.
+        As for `Checkpoint.head_scores`; default: the checkpoint's own visual ones. Where heads are
+        named and there is none, no scores are drawn, and a line says so.
     max_new_tokens : int
         Where the answer ends at the latest.
 
@@ -208,6 +211,8 @@ def draw(
     regions_of(checkpoint.config.model_type)
     named = None if heads is None else parse_heads(heads, checkpoint.shape)
     notes = []
+    given = checkpoint.sensitivity_of(head_scores)
+    sensitivity, mixture = given or (_own_sensitivity(checkpoint), "root")
     try:
         scores = checkpoint.head_scores(head_scores)
     except FileNotFoundError as error:
@@ -223,11 +228,26 @@ def draw(
     files = _draw_attention(name, scene, looks, chosen, captions, out)
     if scores is not None:
         files += [out / "scores.png", out / "scores.svg"]
+        word = "visual score" if given is None else "sensitivity"
+        title = f"{name}: {concentration(scores, word)}"
+        title += "" if given is None else f"\nmixture: {mixture}"
         kv_scores = scores.per_kv_head(checkpoint.shape.kv_heads)
         for path in files[-2:]:
-            score_maps(scores.values, kv_scores, f"{name}: {concentration(scores)}", path)
+            score_maps(scores.values, kv_scores, title, path, word)
+    if sensitivity is not None:
+        files += [out / "sensitivity.png", out / "sensitivity.svg"]
+        title = f"{name}: what each kind of prompts loses where a KV head alone sees only the "
+        title += f"newest {sensitivity.window} tokens"
+        for path in files[-2:]:
+            sensitivity_maps(sensitivity, title, path, mixture)
     lines = [caption.replace("\n", ", ") for caption in captions]
     return Drawn(looks.answer, (*lines, *notes), tuple(files))
+
+
+def _own_sensitivity(checkpoint: Checkpoint) -> Sensitivity | None:
+    with suppress(FileNotFoundError):
+        return checkpoint.sensitivity()
+    return None
 
 
 def _draw_attention(
@@ -287,11 +307,11 @@ def _caption(head: Head, looks: ImageAttention, scores: HeadScores | None, box: 
     return words
 
 
-def concentration(scores: HeadScores) -> str:
-    """How few heads hold most of the score."""
+def concentration(scores: HeadScores, word: str = "visual score") -> str:
+    """How few heads hold most of the score, which is called by a word."""
     held = np.cumsum(np.sort(scores.values, axis=None)[::-1]) / scores.values.sum()
     few = [str(1 + int((held < share - 1e-9).sum())) for share in (0.5, 0.8, 0.95)]
-    return f"{', '.join(few)} of {held.size} query heads hold 50, 80, 95% of the visual score"
+    return f"{', '.join(few)} of {held.size} query heads hold 50, 80, 95% of the {word}"
 
 
 def _plain(text: str) -> str:

@@ -10,8 +10,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -21,7 +22,7 @@ _COLOURS = "viridis"
 _OUTLINE = "#D55E00"  # Okabe and Ito's vermilion: told apart from all of viridis and from grey
 _GRID, _FILL = "#0072B2", "#F0E442"
 _COLUMNS = 3
-_WIDTH, _LINE, _BAR = 6.6, 0.17, 0.7  # inches: figure, line of a title, colour bar
+WIDTH, BAR, _LINE = 6.6, 0.7, 0.17  # inches: figure, colour bar, line of a title
 _DPI = 200
 _HELD_IMAGE = 0.55  # how much of the image is left below the colours
 
@@ -88,8 +89,8 @@ def chosen_heads(
     """
     rows, columns = -(-len(maps) // _COLUMNS), min(_COLUMNS, len(maps))
     lines = 1 + max(caption.count("\n") for caption in captions)
-    panel = (_WIDTH - _BAR) / columns * pixels.shape[0] / pixels.shape[1]
-    figure = _figure(rows * (panel + lines * _LINE + 0.1), title)
+    panel = (WIDTH - BAR) / columns * pixels.shape[0] / pixels.shape[1]
+    figure = titled_figure(rows * (panel + lines * _LINE + 0.1), title)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -109,7 +110,7 @@ def chosen_heads(
         axes.set_title(caption, fontsize=7.5)
     bar = figure.colorbar(shown, ax=grid, fraction=0.02, pad=0.01, ticks=[0, 1])
     bar.ax.set_yticklabels(["0", "head's\nmost"], fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def contact_sheet(maps: np.ndarray, title: str, box: Box | None, path: Path) -> None:
@@ -131,8 +132,8 @@ def contact_sheet(maps: np.ndarray, title: str, box: Box | None, path: Path) -> 
     sheet = np.full((layers, height + gap, heads, width + gap), np.nan, dtype=np.float32)
     sheet[:, :height, :, :width] = maps.transpose(0, 2, 1, 3)
     sheet = sheet.reshape(layers * (height + gap), heads * (width + gap))
-    across = _WIDTH - _BAR - 0.4
-    figure = _figure(across * sheet.shape[0] / sheet.shape[1] + 0.4, title)
+    across = WIDTH - BAR - 0.4
+    figure = titled_figure(across * sheet.shape[0] / sheet.shape[1] + 0.4, title)
     axes = figure.add_subplot()
     shown = axes.imshow(
         sheet,
@@ -159,11 +160,17 @@ def contact_sheet(maps: np.ndarray, title: str, box: Box | None, path: Path) -> 
     axes.set_ylabel("layer", fontsize=8)
     bar = figure.colorbar(shown, ax=axes, fraction=0.02, pad=0.01, ticks=[0, maps.max()])
     bar.ax.set_yticklabels(["0", "most of\nany head"], fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def score_maps(scores: np.ndarray, per_kv_head: np.ndarray, title: str, path: Path) -> None:
-    """Draw the visual score of every query head and, where they differ, of every KV head.
+def score_maps(
+    scores: np.ndarray,
+    per_kv_head: np.ndarray,
+    title: str,
+    path: Path,
+    word: str = "visual score",
+) -> None:
+    """Draw the score of every query head and, where they differ, of every KV head.
 
     Parameters
     ----------
@@ -175,24 +182,32 @@ def score_maps(scores: np.ndarray, per_kv_head: np.ndarray, title: str, path: Pa
         Title of the figure.
     path : Path
         Where it goes; the ending chooses the format.
+    word : str
+        What the scores are.
     """
-    panels = [(scores, "query head", "visual score of each query head")]
+    panels = [(scores, "query head", f"{word} of each query head")]
     if scores.shape != per_kv_head.shape:
         panels.append((per_kv_head, "KV head", "of each KV head: sum over its query heads"))
-    figure = _figure(2.6 if len(panels) == 2 else 3.4, title)
+    figure = titled_figure(2.6 if len(panels) == 2 else 3.4, title)
     for axes, (values, name, caption) in zip(
         np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
     ):
-        shown = axes.imshow(values, cmap=_COLOURS, vmin=0, aspect="auto", interpolation="nearest")
+        shown = head_map(axes, values, Normalize(0), name)
         axes.set_title(caption, fontsize=8)
-        axes.set_xlabel(name, fontsize=8)
-        axes.set_ylabel("layer", fontsize=8)
-        axes.tick_params(labelsize=7)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
         bar = figure.colorbar(shown, ax=axes, fraction=0.06, pad=0.02)
         bar.ax.tick_params(labelsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def head_map(axes: Axes, values: np.ndarray, norm: Normalize, name: str) -> AxesImage:
+    """Draw values [layers, heads] as an image, with axes that count them."""
+    shown = axes.imshow(values, cmap=_COLOURS, norm=norm, aspect="auto", interpolation="nearest")
+    axes.set_xlabel(name, fontsize=8)
+    axes.set_ylabel("layer", fontsize=8)
+    axes.tick_params(labelsize=7)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    return shown
 
 
 def token_regions(
@@ -221,8 +236,8 @@ def token_regions(
     views = {"tile": "the image"}
     if "base" in regions.parts:
         views = {"base": "base image", "tile": "tiles"}
-    panel = _WIDTH / len(views) * pixels.shape[0] / pixels.shape[1]
-    figure = _figure(panel + _LINE + 0.1, title)
+    panel = WIDTH / len(views) * pixels.shape[0] / pixels.shape[1]
+    figure = titled_figure(panel + _LINE + 0.1, title)
     panels = np.atleast_1d(figure.subplots(1, len(views)))
     for axes, (part, name) in zip(panels, views.items(), strict=True):
         axes.set_axis_off()
@@ -238,16 +253,16 @@ def token_regions(
         _outline(axes, box)
         words = f"{name}: {len(outlines)} tokens"
         axes.set_title(words if box is None else f"{words}, {len(stressed)} on the box", fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _figure(height: float, title: str) -> Figure:
+def titled_figure(height: float, title: str) -> Figure:
     """An empty figure with room below its title for what is `height` inches high."""
     lines = [textwrap.shorten(line, 240, placeholder=" …") for line in title.split("\n")]
     words = "\n".join(textwrap.fill(line, 98) for line in lines)
     height += (words.count("\n") + 1) * _LINE + 0.2
     # A receipt is many times as high as it is wide; its panels become narrower instead.
-    figure = Figure(figsize=(_WIDTH, min(height, 2 * _WIDTH)), layout="compressed")
+    figure = Figure(figsize=(WIDTH, min(height, 2 * WIDTH)), layout="compressed")
     # No mathtext: a question may hold dollar signs.
     figure.suptitle(words, fontsize=9, parse_math=False)
     return figure
@@ -270,7 +285,8 @@ def _around(box: Box, pad: float) -> tuple[np.ndarray, float, float]:
     return np.array([x0 - pad, y0 - pad]), x1 - x0 + 2 * pad, y1 - y0 + 2 * pad
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; the ending of its path chooses the format."""
     # The same numbers make the same file: no date, no random names in an SVG.
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with mpl.rc_context({"svg.hashsalt": "sparsemm-eval"}):

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 FILE_NAME = "head_scores.sensitivity.json"
 # As settings name the file that lies beside a checkpoint, or where the command leaves it.
 WORD = "sensitivity"
+# Likewise, for its visual scores.
+VISUAL = "visual"
 FORMAT = "sparsemm-eval sensitivity 1"
 # So many newest tokens come before all others, so that an answer has its question.
 RECENT = 4
@@ -430,20 +432,22 @@ def _weighted(named: str) -> tuple[str, float]:
     return kind, float(weight) if star else 1.0
 
 
-def read_head_scores(name: str | Path, shape: ModelShape | None = None) -> HeadScores:
-    """Head scores from a score file or a sensitivity file, whose mixture may stand behind an "@".
+def find_sensitivity(
+    name: str | Path, shape: ModelShape | None = None
+) -> tuple[Sensitivity, str] | None:
+    """A sensitivity file, and the mixture that stands behind an "@"; None if the file is no such.
 
     Parameters
     ----------
     name : str or Path
         Such as ``scores.json`` or ``sensitivity.json@share+docvqa_val``.
     shape : ModelShape, optional
-        The model they must fit.
+        The model it must fit.
 
     Raises
     ------
     FileNotFoundError, UserError
-        As `HeadScores.read` and `Sensitivity.read`, or for a mixture of a file that has none.
+        As `Sensitivity.read`, or for a mixture of a file that has none.
     """
     path, mixture = Path(name), None
     if "@" in path.name and not path.exists():
@@ -452,15 +456,35 @@ def read_head_scores(name: str | Path, shape: ModelShape | None = None) -> HeadS
     try:
         content = read_json(path)
     except NotUnderstood:
-        content = None  # the reader below says what is wrong with it
+        content = None  # who reads it as another file says what is wrong with it
     if isinstance(content, dict) and "format" in content:
-        return Sensitivity.read(path, shape).head_scores(mixture or "root")
+        return Sensitivity.read(path, shape), mixture or "root"
     if mixture is not None:
         raise UserError(
             f"head_scores={name}: a mixture is chosen of a sensitivity file, and {path} is none; "
             "leave out what stands behind @"
         )
-    return HeadScores.read(path, shape)
+    return None
+
+
+def read_head_scores(name: str | Path, shape: ModelShape | None = None) -> HeadScores:
+    """Head scores from a score file, or as a mixture of a sensitivity file.
+
+    Parameters
+    ----------
+    name, shape
+        As for `find_sensitivity`.
+
+    Raises
+    ------
+    FileNotFoundError, UserError
+        As `HeadScores.read` and `find_sensitivity`.
+    """
+    found = find_sensitivity(name, shape)
+    if found is None:
+        return HeadScores.read(name, shape)
+    sensitivity, mixture = found
+    return sensitivity.head_scores(mixture)
 
 
 @dataclass(frozen=True)

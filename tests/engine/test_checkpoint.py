@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsemm_eval.engine import checkpoint
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.methods import HeadScores, ModelShape, Sensitivity
+from sparsemm_eval.methods.sensitivity import Kind
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -313,3 +314,27 @@ def test_scores_of_another_model(folder: Path, shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="use scores chased on this model") as caught:
         Checkpoint(folder, "qwen2_vl").head_scores()
     assert str(path) in sentence(caught)
+
+
+def test_words_name_the_checkpoints_own_scores(folder: Path) -> None:
+    found = Checkpoint(folder, "qwen2_vl")
+    with pytest.raises(FileNotFoundError, match="sparsemm-eval sensitivity --model"):
+        found.head_scores("sensitivity@share")
+    scores().write(folder / "head_scores.json")
+    losses = {"a": np.eye(5, 4), "b": np.arange(20.0).reshape(5, 4)}
+    kinds = {name: Kind(loss, 1, 3) for name, loss in losses.items()}
+    sensitivity = Sensitivity(found.shape, 8, kinds, np.zeros((5, 4), dtype=np.int64))
+    for path in (folder / "head_scores.sensitivity.json", folder / "other.json"):
+        sensitivity.write(path)
+    assert found.head_scores("visual") == found.head_scores("") == scores()
+    assert found.sensitivity_of(None) is found.sensitivity_of("visual") is None
+    assert found.sensitivity_of(folder / "head_scores.json") is None
+    for name in ("sensitivity", str(folder / "other.json")):
+        for mixture in ("root", "share+b", "root+a+b*2"):
+            wanted = sensitivity.head_scores(mixture)
+            assert found.head_scores(f"{name}@{mixture}") == wanted
+            assert found.sensitivity_of(f"{name}@{mixture}") == (sensitivity, mixture)
+        assert found.head_scores(name) == sensitivity.head_scores("root")
+    with pytest.raises(ValueError, match="leave out what stands behind @") as caught:
+        found.head_scores(folder / "head_scores.json@share")
+    sentence(caught)

@@ -23,7 +23,8 @@ from sparsemm_eval.heads.draw import (
     rank_heads,
 )
 from sparsemm_eval.heads.scene import Scene, drawn_scene, read_scene
-from sparsemm_eval.methods import HeadScores, ModelShape
+from sparsemm_eval.methods import HeadScores, ModelShape, Sensitivity
+from sparsemm_eval.methods.sensitivity import RULES, Kind
 from sparsemm_eval.tiny import default_checkpoint
 
 SHAPE = ModelShape(layers=3, query_heads=4, kv_heads=2)
@@ -66,7 +67,7 @@ def check_pictures(files: tuple[Path, ...]) -> None:
 def test_all_pictures_of_the_embedded_model(reader: Checkpoint, tmp_path: Path) -> None:
     drawn = draw(reader, drawn_scene(), tmp_path / "new" / "folder", best=2, worst=2)
     names = ["attention.png", "all_heads.png", "regions.png", "scores.png", "scores.svg"]
-    assert [path.name for path in drawn.files] == names
+    assert [path.name for path in drawn.files][:5] == names
     check_pictures(drawn.files)
     scores = reader.head_scores().values
     best = "-".join(map(str, np.unravel_index(scores.argmax(), scores.shape)))
@@ -97,6 +98,40 @@ def test_named_heads_need_no_scores_and_it_is_said(llava: Checkpoint, tmp_path: 
         draw(llava, scene, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nowhere.json: there is no such file"):
         draw(llava, scene, tmp_path, heads="2-3", head_scores=tmp_path / "nowhere.json")
+
+
+def sensitivity_of(shape: ModelShape) -> Sensitivity:
+    """Random losses of two kinds of prompts, one of which loses nothing, and a table."""
+    chance = np.random.default_rng(0)
+    size = (shape.layers, shape.kv_heads)
+    kinds = {"a": Kind(chance.random(size), 2, 9), "b": Kind(np.zeros(size), 2, 4)}
+    table = np.full(size, 9)
+    table[0] += np.arange(shape.kv_heads) * 2 - shape.kv_heads + 1
+    return Sensitivity(shape, 8, kinds, chance.integers(len(RULES), size=size), {9: table})
+
+
+def test_a_sensitivity_file_is_drawn_where_one_is_given_or_found(
+    llava: Checkpoint, tmp_path: Path
+) -> None:
+    scene = Scene(photo(57, 40), "What?")
+    names = ["attention", "all_heads", "regions", "scores", "scores", "sensitivity", "sensitivity"]
+    given = tmp_path / "given.json"
+    sensitivity_of(llava.shape).write(given)
+    for file in (given, tmp_path / "given.json@share+a"):
+        drawn = draw(llava, scene, tmp_path / "one", head_scores=file, max_new_tokens=2)
+        assert [path.stem for path in drawn.files] == names
+        check_pictures(drawn.files)
+    assert "sensitivity of each query head" in (tmp_path / "one" / "scores.svg").read_text()
+    # Found, and named by its word.
+    sensitivity_of(llava.shape).write(llava.folder / "head_scores.sensitivity.json")
+    drawn = draw(llava, scene, tmp_path / "two", heads="0-1", max_new_tokens=2)
+    assert [path.stem for path in drawn.files] == [*names[:3], *names[5:]]
+    drawn = draw(llava, scene, tmp_path / "two", head_scores=Path("sensitivity"), max_new_tokens=2)
+    assert [path.stem for path in drawn.files] == names
+    HeadScores(np.eye(*llava.head_scores("sensitivity").values.shape)).write(given)
+    drawn = draw(llava, scene, tmp_path / "two", head_scores=given, max_new_tokens=2)
+    assert [path.stem for path in drawn.files] == names
+    assert "visual score of each query head" in (tmp_path / "two" / "scores.svg").read_text()
 
 
 def test_best_heads_come_first_and_worst_last_from_the_end() -> None:
