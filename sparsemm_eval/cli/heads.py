@@ -155,6 +155,7 @@ def sensitivity(
             check_calibration,
             read_calibration,
             summary,
+            warnings_of,
             write_sensitivity,
         )
 
@@ -189,6 +190,8 @@ def sensitivity(
         write_sensitivity(found, path, checkpoint, calibration, max_new_tokens, command)
         typer.echo(summary(found, calibration))
         typer.echo(f"wrote {path}")
+        for warning in warnings_of(calibration):
+            typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()

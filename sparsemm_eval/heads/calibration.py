@@ -81,11 +81,15 @@ class Source:
         What is asked of each.
     where : str
         Which documents these are, for the record.
+    apart : int, optional
+        A run of so many of the task's first samples shares none of them; None where all of its
+        samples are others.
     """
 
     kind: str
     requests: tuple[Request, ...]
     where: str
+    apart: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,6 +315,25 @@ def write_sensitivity(
     write_whole(provenance_file(path), json.dumps(beside, indent=2) + "\n")
 
 
+def warnings_of(calibration: Calibration) -> list[str]:
+    """What evaluation must heed so that it shares no document, a sentence each kind."""
+    sentences = []
+    for source in calibration.sources:
+        if source.apart is None:
+            continue
+        apart = (
+            f"score its first {source.apart} samples at most (--limit {source.apart}, or "
+            f"samples: {source.apart} in a grid)"
+            if source.apart
+            else "calibrate on fewer (-n), and score those that come before them"
+        )
+        sentences.append(
+            f"{source.kind}: it was calibrated on {source.where}; {apart}, or tables will say how "
+            "many are shared"
+        )
+    return sentences
+
+
 def summary(found: Sensitivity, calibration: Calibration) -> str:
     """What was read, and how few heads hold most of what can be lost."""
     offered = {source.kind: len(source.requests) for source in calibration.sources}
@@ -343,6 +366,7 @@ def _unscored(task: str, manager: TaskManager, count: int) -> Source:
     loaded = load_task(task, manager)
     config, name = loaded.config, task.removesuffix("_mini")
     scored, training = config.test_split or config.validation_split, config.training_split
+    apart = None
     if name in BENCHMARKS and Path(manager.task_index[task]["yaml_path"]).parent == tasks_folder():
         split, documents, numbers = "drawn", _Drawn(name), range(count)
         where = f"{count} drawn with seed {CALIBRATION_SEED}; the benchmark's is {DEFAULT_SEED}"
@@ -354,11 +378,12 @@ def _unscored(task: str, manager: TaskManager, count: int) -> Source:
         split, documents = scored, loaded.eval_docs
         numbers = range(max(len(documents) - count, 0), len(documents))
         where = f"the last {len(numbers)} of {len(documents)} of {split}, the split that is scored"
+        apart = numbers.start
     if not numbers:
         raise UserError(f"{task}: there are no documents in {split}; calibrate on another task")
     asked = loaded.doc_to_messages, config.generation_kwargs or {}
     requests = (Request(task, f"{split} {n}", documents, n, *asked) for n in numbers)
-    return Source(task, tuple(requests), where)
+    return Source(task, tuple(requests), where, apart)
 
 
 @dataclass(frozen=True)

@@ -198,19 +198,26 @@ def calibration_lines(frame: pd.DataFrame) -> list[str]:
     ]
     lines = []
     for (model, label), cells in frame[own].groupby(["model", "label"], sort=False):
-        named = []
+        alike: dict[tuple[float | None, int, str], list[str]] = {}
         for task, of_task in cells.groupby("task", sort=False):
-            first, scored = of_task.iloc[0], int(of_task["calibration_scored"].max())
-            documents = first["calibrated"].get(task)
+            first = of_task.iloc[0]
             count = "all" if pd.isna(first["samples"]) else f"the {first['samples']:.0f}"
-            if documents is None:
-                named.append(f"{scored} of {count} documents of {task} that are scored")
-            else:
-                among = f"{scored or 'none'} of them among {count} scored"
-                named.append(f"{task} ({documents:.0f} documents, {among})")
+            scored = int(of_task["calibration_scored"].max())
+            alike.setdefault((first["calibrated"].get(task), scored, count), []).append(task)
         whose = f"{model}: " if frame["model"].nunique() > 1 else ""
-        lines.append(f"{whose}{label} was calibrated on {', '.join(named)}.")
+        parts = [_calibrated(tasks, *numbers) for numbers, tasks in alike.items()]
+        lines.append(f"{whose}{label} was calibrated on {', '.join(parts)}.")
     return lines
+
+
+def _calibrated(tasks: Sequence[str], documents: float | None, scored: int, count: str) -> str:
+    """Tasks of equal numbers: kinds of so many documents, or none where they are no kinds."""
+    each = " each" if len(tasks) > 1 else ""
+    names = ", ".join(tasks)
+    if documents is None:
+        return f"{scored} of {count} documents{each} of {names} that are scored"
+    among = f"{scored or 'none'} of them among {count} scored"
+    return f"{names} ({documents:.0f} documents{each}, {among})"
 
 
 def fidelity_table(frame: pd.DataFrame) -> Table:

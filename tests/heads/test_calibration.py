@@ -26,6 +26,7 @@ from sparsemm_eval.heads.calibration import (
     check_calibration,
     documents_hash,
     read_calibration,
+    warnings_of,
 )
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
@@ -149,6 +150,11 @@ def test_the_last_of_the_split_that_is_scored(reader: Checkpoint, tmp_path: Path
     own_task(tmp_path, {"test": 9, "train": 9}, doc_to_visual="!own")
     calibration = read_calibration("own", 3, [tmp_path])
     assert calibration.sources[0].where == "the last 3 of 9 of test, the split that is scored"
+    (warning,) = warnings_of(calibration)
+    assert "score its first 6 samples at most (--limit 6" in warning
+    (warning,) = warnings_of(read_calibration("own", 20, [tmp_path]))
+    assert "the last 9 of 9 of test" in warning
+    assert "calibrate on fewer (-n)" in warning
     digests = {prompt.digest for prompt in calibration.prompts(reader)}
     manager = task_manager(["own"], [tmp_path])
     some, every = (
@@ -163,6 +169,7 @@ def test_a_training_split_comes_first(reader: Checkpoint, tmp_path: Path) -> Non
     own_task(tmp_path, {"test": 3, "train": 5}, doc_to_visual="!own", training_split="train")
     calibration = read_calibration("own", 2, [tmp_path])
     assert calibration.sources[0].where == "the first 2 of 5 of its training split, train"
+    assert warnings_of(calibration) == []
     assert ["train 0?" in one.prompt for one in calibration.prompts(reader)] == [True, False]
 
 

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 from report.scored import by_name
+from report.scored import cell as made_up
 
-from sparsemm_eval.report.cells import Filters, join_seeds
+from sparsemm_eval.report.cells import Filters, cells_frame, join_seeds
 from sparsemm_eval.report.figures.silenced import score_over_silenced
 from sparsemm_eval.report.page import write_page
 from sparsemm_eval.report.paper_tables import written_table
@@ -137,6 +138,23 @@ def test_what_was_calibrated_on_what_it_is_scored_on_is_said(
     # Below the leaderboard's title and below the table.
     assert page.count("calibrated on") == 2 * len(words)
     assert all(word in page for word in words)
+
+
+def test_tasks_of_equal_numbers_are_named_together() -> None:
+    kinds = {f"{name}_mini": 12.0 for name in ("docvqa", "gqa", "vqav2")} | {"mmbench_mini": 3.0}
+    scored = {"vqav2_mini": 5.0, "ocrbench_mini": 2.0, "textvqa_mini": 2.0}
+    tasks = [*kinds, "ocrbench_mini", "textvqa_mini", "chartqa_mini"]
+    cells = cells_frame(
+        made_up("sparsemm", 64, 0.5, task=task, calibrated=kinds,
+             calibration_scored=scored.get(task, 0.0))
+        for task in tasks
+    )  # fmt: skip
+    assert calibration_lines(cells) == [
+        "SparseMM was calibrated on docvqa_mini, gqa_mini (12 documents each, none of them among "
+        "the 200 scored), vqav2_mini (12 documents, 5 of them among the 200 scored), mmbench_mini "
+        "(3 documents, none of them among the 200 scored), 2 of the 200 documents each of "
+        "ocrbench_mini, textvqa_mini that are scored."
+    ]
 
 
 def test_the_cells_of_two_models_are_told_apart(tmp_path: Path) -> None:
