@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from argparse import Namespace
@@ -40,7 +41,7 @@ from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
 from sparsemm_eval.engine.tasks import check_tasks
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import family_settings, find_family
-from sparsemm_eval.methods import Method, load_plugin, method_names
+from sparsemm_eval.methods import FROM_FILES, Method, load_plugin, method_names
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.provenance import (
     CALIBRATED,
@@ -51,6 +52,7 @@ from sparsemm_eval.report.provenance import (
 )
 
 DEFAULT_ANSWERS = "results/answers"
+_LONGEST_NAME = 120  # characters of a file that is named by its cell
 
 
 class CellModel(lmms):
@@ -390,7 +392,11 @@ def make_runner(
 
 def results_path(folder: Path, task: str, cell: Mapping[str, Any]) -> Path:
     """Where in a folder the results file of a cell on a task lies."""
-    name = re.sub(r"[^\w.+-]", "_", "-".join([task, *map(str, cell.values())]))
+    words = "-".join([task, *map(str, cell.values())])
+    name = re.sub(r"[^\w.+-]", "_", words)
+    if FROM_FILES.keys() & cell.keys():
+        # Names of files may be long, and alike but for signs that no file's name should have.
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
     return folder / f"{name}_results.json"
 
 

@@ -204,7 +204,9 @@ class Grid(BaseModel):
         """
         found: dict[tuple, dict[str, Any]] = {}
         for name, settings in self._combinations():
-            made = _make(name, settings).settings
+            made = dict(_make(name, settings).settings)
+            # What is in a file is known with a checkpoint; here it is told apart by its name.
+            made |= {file: settings[file] for file in FROM_FILES if file in settings}
             defaults = {setting.name: setting.default for setting in settings_of(name)}
             cell = {
                 key: value

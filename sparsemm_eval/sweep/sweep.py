@@ -411,7 +411,8 @@ class _Process:
     def _names(self, planned: PlannedCell, cell: Cell) -> dict[str, Any]:
         """What a table's row is called: the method with the settings that vary in this grid."""
         method = cell.method
-        stated = {**planned.settings, **method.settings}
+        # A file by its name, not by the digest of what is in it.
+        stated = {**method.settings, **planned.settings}
         settings = {name: stated[name] for name in self.grid.varied() if name in stated}
         budget = method.budget or float("nan")
         return {"label": method_label(method.name, settings), "budget": budget, **settings}

@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from hostile import hostile, spoilt
@@ -21,7 +20,7 @@ from lmms_eval.tasks import TaskManager
 from sparsemm_eval.engine.cell import model_settings
 from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_settings
+from sparsemm_eval.methods import FROM_FILES, ModelShape, make_method, method_settings
 from sparsemm_eval.paths import tasks_folder
 from sparsemm_eval.sweep.estimate import shape_of
 from sparsemm_eval.sweep.grid import Grid, Job
@@ -106,6 +105,25 @@ def test_silenced_heads_are_an_axis_of_every_method() -> None:
         {"method": "snapkv", "budget": 64, "mask_heads": "visual:0.05", "mask_mode": "output"},
     ]
     assert parse_grid(grid.resolved(), PATH) == grid
+
+
+def test_files_are_told_apart_by_their_names() -> None:
+    names = ["visual", "sensitivity", "sensitivity@share+gqa*2", "some/scores.json"]
+    grid = grid_of(
+        methods=["sparsemm", "snapkv", "sensitivity"], head_scores=names, sensitivity=["a.json"]
+    )
+    budget = {"budget": 64}
+    assert grid.cells() == [
+        *({"method": "sparsemm", **budget, "head_scores": name} for name in names),
+        {"method": "snapkv", **budget},
+        {"method": "sensitivity", **budget, "sensitivity": "a.json"},
+    ]
+    assert grid.varied() == ["head_scores"]
+    assert parse_grid(grid.resolved(), PATH) == grid
+    with pytest.raises(ValueError, match="stands there twice"):
+        grid_of(methods=["sparsemm"], head_scores=["visual", "visual"])
+    with pytest.raises(ValueError, match="none of the methods here reads head_scores"):
+        grid_of(head_scores="visual")
 
 
 def test_jobs_are_models_times_tasks_times_shards_with_names_of_their_own() -> None:
@@ -219,8 +237,8 @@ def test_cells_are_valid_and_differ_and_jobs_cover_every_sample_once(
 
 def method_of(cell: dict[str, Any], shape: ModelShape) -> Any:
     given = {key: value for key, value in cell.items() if key != "method"}
-    if "head_scores" in method_settings(cell["method"]):
-        given["head_scores"] = HeadScores(np.ones((shape.layers, shape.query_heads)))
+    known = method_settings(cell["method"])
+    given |= {file: kind.alike(shape) for file, kind in FROM_FILES.items() if file in known}
     return make_method(cell["method"], shape, **given)
 
 
@@ -392,7 +410,7 @@ def test_the_line_is_that_of_the_value() -> None:
 
 
 def test_a_grid_that_is_not_there_lists_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of ablation_components, ablation_ratio, demo"):
+    with pytest.raises(ValueError, match="one of ablation_components, ablation_ratio, abl"):
         read_grid(tmp_path / "none.yaml")
     broken = tmp_path / "latin.yaml"
     broken.write_bytes("notes: [é]".encode("latin-1"))
@@ -429,8 +447,8 @@ def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
 
 def test_these_grids_are_shipped() -> None:
     assert SHIPPED == [
-        "ablation_components", "ablation_ratio", "demo", "demo_ablations", "efficiency",
-        "paper_general", "paper_ocr",
+        "ablation_components", "ablation_ratio", "ablation_sensitivity", "demo", "demo_ablations",
+        "efficiency", "paper_general", "paper_ocr",
     ]  # fmt: skip
 
 
@@ -463,6 +481,18 @@ def test_the_readmes_grid_can_be() -> None:
     grid = parse_grid(example, PATH)
     assert len(grid.cells()) == 2 * (1 + 3 * 2 + 3 * 2 * 3)  # with and without silenced heads
     assert len(grid.jobs()) == 4 + 1
+
+
+def test_the_ablation_of_sensitivity_leaves_kinds_out() -> None:
+    grid = read_grid("ablation_sensitivity")
+    assert len(grid.cells()) == 1 + 3 * (8 + 1)
+    kinds = {
+        kind.partition("*")[0]
+        for name in grid.axes["head_scores"]
+        for kind in name.partition("+")[2].split("+")
+        if kind
+    }
+    assert kinds == set(grid.tasks)
 
 
 def test_the_demo_grid_is_the_demo() -> None:
