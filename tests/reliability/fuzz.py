@@ -234,6 +234,36 @@ def _pages(folder: Path) -> None:
             raise AssertionError(f"a page that nobody wrote: {page}")
 
 
+def _sensitivity(folder: Path) -> None:
+    """A sensitivity file, as a method and as head scores."""
+    from sparsemm_eval.methods import Sensitivity
+
+    found = Sensitivity.read(folder / "a.json")
+    print(found.digest, found.head_scores("share+one").digest)
+
+
+def _records(folder: Path) -> None:
+    """Records of a sensitivity, as it would go on from them."""
+    from sparsemm_eval.heads.sensitivity import Records
+
+    known = json.loads((folder.parent / "pristine" / "records.json").read_text())
+    records = Records(folder / "a.records.jsonl", PAGE_SETTINGS)
+    for (prompt, asked), found in records._known.items():
+        if [prompt, asked, found] not in known:
+            raise AssertionError(f"a record that nobody wrote: {prompt} {asked} {found}")
+
+
+def _questions(folder: Path) -> None:
+    """Questions of one's own, read as calibration reads them."""
+    from sparsemm_eval.heads.calibration import read_calibration
+
+    for source in read_calibration(str(folder / "asked.jsonl"), 5).sources:
+        for request in source.requests:
+            for part in request.messages(request.documents[request.number])[0]["content"]:
+                shown = part.get("text") or hash(part["url"].tobytes())
+                print(source.kind, request.document, shown)
+
+
 PAGE_SETTINGS = {"schema": 1, "checkpoint": "c" * 64, "data": "drawn"}
 
 
@@ -342,14 +372,19 @@ def _made_sweep(pristine: Path) -> None:
 
 
 def _made_others(pristine: Path) -> None:
-    """Head scores, pages of a chase, an efficiency file, a checkpoint, pictures, lmms-eval's."""
+    """Head scores, pages of a chase, sensitivity and its questions, an efficiency file, a
+    checkpoint, pictures, lmms-eval's.
+    """
+    from sparsemm_eval.heads.sensitivity import Records
     from sparsemm_eval.heads.visual_scores import PageRecords, PageScore
-    from sparsemm_eval.methods import HeadScores
+    from sparsemm_eval.methods import HeadScores, ModelShape, Sensitivity
     from sparsemm_eval.methods.head_scores import provenance_file
+    from sparsemm_eval.methods.sensitivity import Kind
     from sparsemm_eval.tiny import find_checkpoint
 
     made = np.random.default_rng(0)
-    for name in ("scores", "pages", "efficiency", "grid", "png", "jpeg", "theirs"):
+    places = ("scores", "pages", "efficiency", "grid", "png", "jpeg", "theirs", "sensitivity")
+    for name in (*places, "records", "asked"):
         (pristine / name).mkdir()
     scores = pristine / "scores" / "head_scores.json"
     HeadScores(made.random((4, 4))).write(scores)
@@ -359,6 +394,21 @@ def _made_others(pristine: Path) -> None:
     PageRecords(pristine / "pages" / "a.pages.jsonl", PAGE_SETTINGS).write(pages)
     known = [[page.digest, page.answer_tokens, page.scores.tolist()] for page in pages]
     (pristine / "pages.json").write_text(json.dumps(known))
+    worth, rules = made.random((4, 2)), np.zeros((4, 2), dtype=np.int64)
+    kinds = {name: Kind(worth, 2, 9, ("a" * 64, "b" * 64)) for name in ("one", "two")}
+    found = Sensitivity(ModelShape(4, 4, 2), 8, kinds, rules, {16: rules + 16})
+    found.write(pristine / "sensitivity" / "a.json")
+    records = Records(pristine / "records" / "a.records.jsonl", PAGE_SETTINGS)
+    for place in range(20):
+        records.write(f"{place:064x} 64", f"{place:064x}", made.random(3).tolist())
+    known = [[*at, found] for at, found in records._known.items()]
+    (pristine / "records.json").write_text(json.dumps(known))
+    lines = [{"question": "What is it?", "image": "a.png"}, {"question": "1 + 1?", "kind": "sums"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (pristine / "asked" / "asked.jsonl").write_text(text)
+    Image.fromarray(made.integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(
+        pristine / "asked" / "a.png"
+    )
     root = Path(__file__).parent.parent.parent
     shutil.copy(root / "results/efficiency/amd-epyc.json", pristine / "efficiency")
     shutil.copy(pristine / "grid.yaml", pristine / "grid")
@@ -404,6 +454,9 @@ TARGETS = (
            "figure", "--kind", "heads", "--head-scores", "FOLDER/head_scores.json", "--kv-heads",
            "2", "--budgets", "64", "-o", "OUT", "--format", "svg"), 0.2)), exact=False),
     Target("pages of a chase", ("*",), (Look("read", _pages),)),
+    Target("sensitivity", ("*",), (Look("read", _sensitivity),)),
+    Target("records of a sensitivity", ("*",), (Look("read", _records),)),
+    Target("questions", ("*",), (Look("read", _questions),), exact=False),
     Target("efficiency", ("*",), (Look("figure", _command(
            "figure", "FOLDER", "--kind", "efficiency", "-o", "OUT", "--format", "svg"), 0.5),
            ), exact=False),
@@ -417,6 +470,7 @@ TARGETS = (
 _PLACES = {
     "answers": "sweep", "results and samples": "sweep", "plan, grid, jobs, locks": "sweep",
     "results of lmms-eval": "theirs", "head scores": "scores", "pages of a chase": "pages",
+    "sensitivity": "sensitivity", "records of a sensitivity": "records", "questions": "asked",
     "efficiency": "efficiency", "grid": "grid", "checkpoint": "checkpoint",
     "drawn benchmark": "drawn", "compiled op": "op",
 }  # fmt: skip
