@@ -111,6 +111,37 @@ def test_no_image_one_and_two_on_llava(
     assert ask(llava_model(batch_size=batch_size), documents, LONG) == expected
 
 
+def text_only(count: int) -> list[dict[str, Any]]:
+    """Questions without images, of unlike length."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" * 3
+    return [
+        {"images": [], "question": letters[number : 40 + 4 * number]} for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_text_alone(qwen: MakeQwen, stock_reader: Stock, answers: Any, batch_size: int) -> None:
+    """Also right behind prompts with images, whose positions count in another way."""
+    documents = [*pages(batch_size), *text_only(batch_size)]
+    said = ask(qwen(batch_size=batch_size), documents)
+    assert said == [stock_reader.answer(document) for document in documents]
+    ask(qwen(batch_size=batch_size, method="snapkv", budget=24, window=8), documents)
+    kept = [row.record for row in rows(answers)][len(documents) :]
+    assert all(record["kept_per_head"] == 24 < record["prompt_tokens"] for record in kept)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_text_alone_on_llava(
+    llava_model: MakeLlava, stock_llava: Stock, answers: Any, batch_size: int
+) -> None:
+    documents = [*photos(batch_size), *text_only(batch_size)]
+    said = ask(llava_model(batch_size=batch_size), documents, LONG)
+    assert said == [stock_llava.answer(document, LONG) for document in documents]
+    ask(llava_model(batch_size=batch_size, method="snapkv", budget=24, window=8), documents)
+    kept = [row.record for row in rows(answers)][len(documents) :]
+    assert all(record["kept_per_head"] == 24 < record["prompt_tokens"] for record in kept)
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_images_of_any_mode(qwen: MakeQwen, mode: str) -> None:
     (document,) = pages(1)
