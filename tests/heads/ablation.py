@@ -43,6 +43,8 @@ KINDS = (
     "chartqa_mini",
 )  # fmt: skip
 WINDOW, BUDGETS = 8, (64, 32, 16)
+# Prompts that query heads are starved on, as there are more of them.
+TWIN_PROMPTS = 8 * len(KINDS)
 SWEEP = (sys.executable, "-c", "from sparsemm_eval.cli import app; app()", "sweep")
 
 
@@ -111,7 +113,7 @@ def ablation(model: str, counts: Sequence[int], samples: int, folder: Path) -> d
         one[count].write(Path(names[f"{count} prompts"]))
     if shape.group_size > 1:
         twin = Checkpoint(make_twin(checkpoint.folder, folder / f"{model}-twin"), dtype="float32")
-        same = prompts[: max(counts)]
+        same = prompts[:TWIN_PROMPTS]
         records = folder / f"{model}-twin.records.jsonl"
         by_head = [
             (prompt, divergence(twin, prompt, records)) for prompt in tqdm(same, desc="twin")
