@@ -220,8 +220,7 @@ def draw(
 ) -> None:
     """Draw what the heads look at while a question is answered: over the image, and all at once.
 
-    Where the checkpoint has a sensitivity file, or --head-scores is one, also which heads serve
-    which kind of prompts.
+    Where a sensitivity file is found or given, also which heads serve which kind of prompts.
     """
     with one_sentence():
         from sparsemm_eval.heads.scene import read_scene
