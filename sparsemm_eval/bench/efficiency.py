@@ -126,7 +126,8 @@ def checked(options: EfficiencyOptions, kind: str) -> EfficiencyOptions:
     """
     options = options.filled(DEFAULTS[kind] | (QUICK if options.quick else {}))
     options.words("dtype", DTYPES)
-    options.words("methods", method_names())
+    # No random weights have a sensitivity file.
+    options.words("methods", [n for n in method_names() if "sensitivity" not in method_settings(n)])
     options.words("engines", ENGINES)
     for name in ("lengths", "budgets", "rows"):
         options.numbers(name)

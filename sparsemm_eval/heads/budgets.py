@@ -20,11 +20,14 @@ from transformers import AutoConfig
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import (
+    FROM_FILES,
     HeadScores,
     ModelShape,
+    Sensitivity,
     canonical_settings,
     make_method,
     method_settings,
+    read_head_scores,
     shown_name,
     tokens_per_head,
 )
@@ -139,12 +142,12 @@ def head_budgets(
         )
     known = {name: _read_by(name, settings) for name in methods}
     name, shape, scores = _subject(model, head_scores, kv_heads)
-    wanted = any("head_scores" in method_settings(method) for method in methods)
-    if wanted and scores is None:
-        scores = _own_scores(model, shape)
+    wanted = {name for method in methods for name in method_settings(method)} & {*FROM_FILES}
+    files = {} if scores is None else {"head_scores": scores}
+    files |= {name: _own(model, name) for name in sorted(wanted - {*files})}
     panels = []
     for method, own in known.items():
-        given = {"head_scores": scores} if "head_scores" in method_settings(method) else {}
+        given = {name: files[name] for name in wanted if name in method_settings(method)}
         for budget in budgets if "budget" in method_settings(method) else [None]:
             nominal = {} if budget is None else {"budget": budget}
             kept = tokens_per_head(make_method(method, shape, **nominal, **own, **given), tokens)
@@ -154,7 +157,7 @@ def head_budgets(
 
 
 def _read_by(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("budget", "head_scores"):
+    for name in ("budget", *FROM_FILES):
         if name in settings:
             raise UserError(f"settings: {name} has an option of its own")
     return canonical_settings(method, settings)
@@ -164,14 +167,14 @@ def _subject(
     model: str | None, head_scores: Path | None, kv_heads: int | None
 ) -> tuple[str, ModelShape, HeadScores | None]:
     if model is None and head_scores is not None:
-        scores = HeadScores.read(head_scores)
+        scores = read_head_scores(head_scores)
         layers, query_heads = scores.values.shape
         if kv_heads is not None:
             check_int("kv_heads", kv_heads, least=1)
         return head_scores.name, ModelShape(layers, query_heads, kv_heads or query_heads), scores
     source = find_checkpoint(model or str(default_checkpoint()))
     shape = _shape(source)
-    scores = None if head_scores is None else HeadScores.read(head_scores, shape)
+    scores = None if head_scores is None else read_head_scores(head_scores, shape)
     return last_part(source), shape, scores
 
 
@@ -186,11 +189,16 @@ def _shape(source: str) -> ModelShape:
         ) from error
 
 
-def _own_scores(model: str | None, shape: ModelShape) -> HeadScores:
+def _own(model: str | None, setting: str) -> HeadScores | Sensitivity:
+    """What lies beside a checkpoint, or where its command leaves it, for a setting."""
     source = find_checkpoint(model or str(default_checkpoint()))
     if not Path(source).is_dir():
-        raise UserError(f"model={model} is a hub repository: give its head_scores=FILE, too")
-    return Checkpoint(source).head_scores()
+        raise UserError(
+            f"model={model} is a hub repository: download it first, and give its folder, or leave "
+            f"out methods that read its {setting}"
+        )
+    checkpoint = Checkpoint(source)
+    return checkpoint.head_scores() if setting == "head_scores" else checkpoint.sensitivity()
 
 
 def budget_maps(panels: Sequence[HeadBudgets], title: str) -> Figure:

@@ -20,9 +20,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.memory import free_memory
 from sparsemm_eval.errors import UserError, check_int, one_line
-from sparsemm_eval.heads.starved import AnsweredPrompt
+from sparsemm_eval.heads.starved import AnsweredPrompt, room
 from sparsemm_eval.methods import ModelShape, Sensitivity
 from sparsemm_eval.methods.allocation import share_out
 from sparsemm_eval.methods.sensitivity import NEWEST, RECENT, RULES, Kind
@@ -367,7 +366,7 @@ class _Rows:
         known = self.records.find(_place(prompt), "answer")
         read = AnsweredPrompt(model, inputs, self.window, prompt.options, known)
         if self.room is None:
-            self.room = free_memory(model) / 4
+            self.room = room(model)
         if self.room > read.bytes():
             self.room -= read.bytes()
             self.held[prompt.digest] = read

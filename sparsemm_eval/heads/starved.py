@@ -24,9 +24,16 @@ from sparsemm_eval.families import family_of
 from sparsemm_eval.methods import Ranking
 from sparsemm_eval.methods.sensitivity import RULES, rule_scores
 
-# Bytes that rows which are fed together may take beside the model and the prompt: at least, and as
-# a share of the weights'.
+# Bytes beside the model and a prompt: at least, and as a share of the weights'.
 _LEAST_ROOM, _ROOM = 1 << 28, 0.1
+
+
+def room(model: PreTrainedModel) -> float:
+    """Bytes that rows which are fed together may take, and as many that held prompts may.
+
+    Both together are small beside what a plain run of the model takes.
+    """
+    return max(_LEAST_ROOM, _ROOM * sum(parameter.nbytes for parameter in model.parameters()))
 
 
 class SharedPrompt(Cache):
@@ -223,14 +230,13 @@ class AnsweredPrompt:
 
     def _rows_together(self) -> int:
         """Rows that are fed together, for what they take to be small beside the model."""
-        held = sum(parameter.nbytes for parameter in self.model.parameters())
         layer = self.cache.layers[0]
         config = self.model.config.get_text_config()
         tokens = max(1, len(self.answer) - 1)
         weights = 3 * config.num_attention_heads * tokens * (self.n + tokens)
         words = 3 * tokens * config.vocab_size
         a_row = 4 * max(weights, words) + 2 * layer.key.nbytes // max(1, self.n) * tokens
-        return max(1, int(max(_LEAST_ROOM, _ROOM * held) / a_row))
+        return max(1, int(room(self.model) / a_row))
 
     def _log_probabilities(self, rules: np.ndarray, counts: np.ndarray) -> Tensor:
         """[rows, T - 1, V] of the answer's tokens after the first, each fed those before it."""

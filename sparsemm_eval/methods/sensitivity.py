@@ -307,12 +307,6 @@ class Sensitivity:
         The table of the nearest budget by ratio, scaled: each head's tokens beyond its first grow
         and shrink alike.
         """
-        if not self.tables:
-            raise UserError(
-                "method=sensitivity: its file has divergences alone, and no table of tokens: "
-                "search for one by `sparsemm-eval sensitivity … --budgets 64,32,16`, or take "
-                "method=sparsemm,head_scores=FILE"
-            )
         nearest = min(sorted(self.tables), key=lambda known: abs(math.log(known / budget)))
         return 1 + (self.tables[nearest] - 1.0) * (budget - 1) / (nearest - 1)
 
@@ -553,6 +547,12 @@ class BySensitivity(Allocation):
 
     def check(self, shape: ModelShape) -> None:
         self.sensitivity.check_shape(shape)
+        if not self.sensitivity.tables:
+            raise UserError(
+                "method=sensitivity: its file has divergences alone, and no table of tokens: "
+                "search for one by `sparsemm-eval sensitivity … --budgets 64,32,16`, or take "
+                "method=sparsemm,head_scores=FILE"
+            )
 
     def paper(self, prompt: Prompt) -> np.ndarray:
         wants = self.wants(prompt)

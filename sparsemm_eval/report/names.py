@@ -67,7 +67,7 @@ _PARTS = {
 # lmms-eval divides by this number whatever the number of samples; our miniature does not.
 _DIVISORS = {"ocrbench": 1000}
 
-# The paper's names of methods, in its order.
+# The paper's names of methods, in its order, then ours.
 METHOD_NAMES = {
     "fullkv": "FullKV",
     "sparsemm": "SparseMM",
@@ -77,6 +77,7 @@ METHOD_NAMES = {
     "random": "Random",
     "local": "Local",
     "streaming": "StreamingLLM",
+    "sensitivity": "Sensitivity",
 }
 
 # The paper's models, in its order.

@@ -1,5 +1,4 @@
-"""Rows on one shared prompt, against full copies of the cache in which what is not seen is masked."""
-
+"""Rows on one shared prompt, against full copies of the cache in which the unseen is masked."""
 
 import numpy as np
 import pytest

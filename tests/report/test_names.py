@@ -1,11 +1,10 @@
 """Names of models and methods."""
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from sparsemm_eval.families import PLAIN
-from sparsemm_eval.methods import HeadScores, ModelShape, make_method, method_names, method_settings
+from sparsemm_eval.methods import FROM_FILES, ModelShape, make_method, method_names, method_settings
 from sparsemm_eval.report.names import (
     DEFAULTS,
     METHOD_NAMES,
@@ -51,8 +50,7 @@ def test_defaults_are_those_of_the_methods() -> None:
     for name in method_names():
         reads = method_settings(name)
         given = {"budget": 64} if "budget" in reads else {}
-        if "head_scores" in reads:
-            given["head_scores"] = HeadScores(np.ones((1, 1)))
+        given |= {file: kind.alike(shape) for file, kind in FROM_FILES.items() if file in reads}
         settings = make_method(name, shape, **given).settings
         own = {key: value for key, value in settings.items() if key in DEFAULTS}
         assert own == {key: DEFAULTS[key] for key in own}, name
