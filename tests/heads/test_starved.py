@@ -18,13 +18,15 @@ from sparsemm_eval.tiny.documents import PAGE, Split, draw_document, stream, val
 WINDOW = 8
 TOLERANCE = 1e-9
 MODELS = ("embedded:qwen2vl", "embedded:llava_next", "llama-mha", "llama-gqa", "qwen2vl")
+TEXT = ("llama-mha text", "qwen2vl text")
 
 
 def subject(name: str) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """A model in float64 and one prompt with an image."""
     if not name.startswith("embedded:"):
-        model = build(name, dtype=torch.float64)
-        return model, prompt(model, SAMPLES[:1])
+        family, _, text = name.partition(" ")
+        model = build(family, dtype=torch.float64)
+        return model, prompt(model, SAMPLES[2:3] if text else SAMPLES[:1])
     folder = embedded_checkpoints()[name.removeprefix("embedded:")]
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float64).eval()
     _norm_in_float64(model.model.language_model)
@@ -75,7 +77,7 @@ def diverged(whole: torch.Tensor, other: torch.Tensor) -> np.ndarray:
     return (whole.exp() * (whole - other)).sum(-1).numpy()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + TEXT)
 def test_rows_equal_full_copies(name: str) -> None:
     read, _ = answered(name)
     shape = shape_of(read.model)
