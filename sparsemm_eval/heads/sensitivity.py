@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # starved at once, are not looked into.
 NOTHING = 1e-3
 # Two halves of the prompts that give so much of a budget to the same heads have settled.
-SETTLED = 0.9
+SETTLED = 0.95
 # Nats that are rounding.
 _NOISE = 1e-6
 # Prompts of each kind at least before they may.
