@@ -67,7 +67,8 @@ def check_pictures(files: tuple[Path, ...]) -> None:
 def test_all_pictures_of_the_embedded_model(reader: Checkpoint, tmp_path: Path) -> None:
     drawn = draw(reader, drawn_scene(), tmp_path / "new" / "folder", best=2, worst=2)
     names = ["attention.png", "all_heads.png", "regions.png", "scores.png", "scores.svg"]
-    assert [path.name for path in drawn.files][:5] == names
+    names += ["sensitivity.png", "sensitivity.svg"]
+    assert [path.name for path in drawn.files] == names
     check_pictures(drawn.files)
     scores = reader.head_scores().values
     best = "-".join(map(str, np.unravel_index(scores.argmax(), scores.shape)))
