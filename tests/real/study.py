@@ -24,6 +24,12 @@ KEPT = (
     "task", "method", "label", "budget", "samples", "score", "same_answer", "compared",
     "first_difference", "kl_full", "prompt_tokens", "kept_tokens_per_head", "kept_kv_bytes",
 )  # fmt: skip
+MADE = ("commit", "date", "versions", "hardware", "seconds")
+# Of how the scores were made; not where their data lay.
+CALIBRATION = (
+    "checkpoint_hash", "scores_sha256", "data_sha256", "window", "max_new_tokens", "budgets",
+    "kinds", "commit", "date", "versions", "hardware",
+)  # fmt: skip
 # Both from one file: divergences as head scores, and tables of tokens with rules.
 SENSITIVITY = {"sparsemm": "sensitivity, scores", "sensitivity": "sensitivity, joint"}
 
@@ -39,8 +45,7 @@ def read(run: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             about[f"{share}_interval"] = _interval(cell[share], int(cell[count]))
         about["share_kept"] = cell["kept_tokens_per_head"] / cell["prompt_tokens"]
         cells.append(about)
-    made = {name: summary[name] for name in ("commit", "date", "versions", "hardware", "seconds")}
-    return cells, made
+    return cells, {name: summary[name] for name in MADE}
 
 
 def table(cells: list[dict[str, Any]]) -> str:
@@ -84,12 +89,13 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True, help="Folder of both files.")
     parser.add_argument("--scores", type=Path, help="Provenance file of the sensitivity's.")
     given = parser.parse_args()
+    scores = read_json(given.scores) if given.scores else None
     read_runs = {run.name: read(run) for run in given.runs}
     cells = [cell for of_run, _ in read_runs.values() for cell in of_run]
     about = {
         **provenance(shlex.join(["python", *sys.argv])),
         "runs": {name: made for name, (_, made) in read_runs.items()},
-        "calibration": read_json(given.scores) if given.scores else None,
+        "calibration": scores and {name: scores[name] for name in CALIBRATION},
         "cells": cells,
     }
     write_whole(given.out / "facts.json", json.dumps(about, indent=1) + "\n")
