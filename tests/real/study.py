@@ -24,7 +24,8 @@ KEPT = (
     "task", "method", "label", "budget", "samples", "score", "same_answer", "compared",
     "first_difference", "kl_full", "prompt_tokens", "kept_tokens_per_head", "kept_kv_bytes",
 )  # fmt: skip
-MADE = ("commit", "date", "versions", "hardware", "seconds")
+# Not its seconds: answers that were there already took none.
+MADE = ("commit", "date", "versions", "hardware")
 # Of how the scores were made; not where their data lay.
 CALIBRATION = (
     "checkpoint_hash", "scores_sha256", "data_sha256", "window", "max_new_tokens", "budgets",
