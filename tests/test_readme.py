@@ -54,8 +54,8 @@ def test_the_method_of_ones_own_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_family_of_ones_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(family_registry, "_registry", dict(family_registry._registry))
     exec(compile(block("@register_family"), "README.md", "exec"), {"__name__": __name__})
-    family = find_family("llava_onevision")
-    assert (family.lmms_name, family().keyed) == ("onevision_sparsemm", {})
+    family = find_family("llava")
+    assert (family.lmms_name, family().keyed) == ("llava15_sparsemm", {})
 
 
 def test_the_demos_tables_are_those_of_the_committed_run() -> None:

@@ -184,12 +184,12 @@ class Runner:
     def read_batch(self, samples: Sequence[Sample]) -> BatchFeature:
         """Samples through the processor, padded on the left, where the model lies."""
         prompts = [sample.prompt for sample in samples]
-        images = [image for sample in samples for image in sample.images]
+        images = self.family.arrange_images([sample.images for sample in samples])
         bos = self.processor.tokenizer.bos_token
         model = self.checkpoint.model
         return self.processor(
             text=prompts,
-            images=images or None,
+            images=images,
             padding=True,
             return_tensors="pt",
             add_special_tokens=not (bos and prompts[0].startswith(bos)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -140,6 +140,19 @@ class Family:
         read = open_image(file)
         read.load()
         return read
+
+    @classmethod
+    def arrange_images(cls, images: Sequence[Sequence[Image]]) -> list | None:
+        """The images of each prompt of a batch, as the processor takes them.
+
+        By default one list of all, in the order of the prompts.
+
+        Returns
+        -------
+        list or None
+            None where no prompt has any.
+        """
+        return [image for of_prompt in images for image in of_prompt] or None
 
     @classmethod
     def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:

@@ -5,8 +5,11 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
@@ -16,6 +19,7 @@ from transformers import (
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -128,8 +132,34 @@ def _processor(backbone: str) -> LlavaNextProcessor:
     )
 
 
+def build_llava_15(folder: Path, seed: int = 0) -> Path:
+    """Write a LLaVA 1.5 checkpoint, of a family that the package does not know."""
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**_VISION),
+        text_config=LlamaConfig(**_TEXT, num_key_value_heads=2),
+        image_token_index=VOCABULARY["<image>"],
+        image_seq_length=(SIDE // PATCH) ** 2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = VOCABULARY["</s>"]
+    model.save_pretrained(folder)
+    side = {"height": SIDE, "width": SIDE}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=side),
+        _tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATES["llama"],
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
 def build_onevision(folder: Path, seed: int = 0) -> Path:
-    """Write a LLaVA-OneVision checkpoint, of a family that the package does not know."""
+    """Write a LLaVA-OneVision checkpoint; return its folder."""
     vocabulary = {**VOCABULARY, "<video>": len(VOCABULARY)}
     text = {**_TEXT, "num_key_value_heads": 2, "vocab_size": len(vocabulary)}
     vision = SiglipVisionConfig(**_VISION, vision_use_head=False)

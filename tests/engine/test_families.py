@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from engine.fixtures import SHORT, Stock, ask, pages, rows
-from engine.llava_checkpoints import build_onevision
+from engine.llava_checkpoints import build_llava_15
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -21,7 +21,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family, families, find_family, register_family, registry
 from sparsemm_eval.heads.regions import regions_of
 
-FAMILY = '''"""LLaVA-OneVision on a head-budgeted cache."""
+FAMILY = '''"""LLaVA 1.5 on a head-budgeted cache."""
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -30,9 +30,9 @@ from sparsemm_eval.families import Family, register_family
 
 @register_family
 @dataclass(frozen=True)
-class LlavaOneVision(Family):
-    model_type: ClassVar[str] = "llava_onevision"
-    lmms_name: ClassVar[str] = "onevision_sparsemm"
+class Llava15(Family):
+    model_type: ClassVar[str] = "llava"
+    lmms_name: ClassVar[str] = "llava15_sparsemm"
 '''
 
 
@@ -45,8 +45,8 @@ def _outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def onevision(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_onevision(tmp_path_factory.mktemp("families") / "onevision")
+def llava_15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_llava_15(tmp_path_factory.mktemp("families") / "llava_15")
 
 
 @pytest.fixture
@@ -57,30 +57,30 @@ def plugin(tmp_path: Path) -> Path:
 
 
 def test_an_unknown_family_is_refused_before_weights_load(
-    onevision: Path, answers: Path, unloaded: None
+    llava_15: Path, answers: Path, unloaded: None
 ) -> None:
-    with pytest.raises(UserError, match="no family is known for model_type=llava_onevision"):
-        SparseMM(str(onevision), method="fullkv", answers=answers)
+    with pytest.raises(UserError, match="no family is known for model_type=llava:"):
+        SparseMM(str(llava_15), method="fullkv", answers=answers)
 
 
 def test_its_full_kv_is_stock_and_methods_compress(
-    onevision: Path, plugin: Path, answers: Path
+    llava_15: Path, plugin: Path, answers: Path
 ) -> None:
-    given = {"pretrained": str(onevision), "dtype": "float32", "answers": answers, "batch_size": 3}
+    given = {"pretrained": str(llava_15), "dtype": "float32", "answers": answers, "batch_size": 3}
     documents = pages(3)
     full = SparseMM(**given, method="fullkv", plugin=str(plugin))
-    stock = Stock(onevision)
+    stock = Stock(llava_15)
     assert ask(full, documents) == [stock.answer(document) for document in documents]
     ask(SparseMM(**given, method="snapkv", budget=24, window=8), documents)
     kept = {row.cell.split()[2].split("(")[0]: row.record["kept_per_head"] for row in rows(answers)}
     assert kept["snapkv"] == 24 < kept["fullkv"]
-    assert all(row.cell.startswith("onevision_sparsemm ") for row in rows(answers))
-    with pytest.raises(UserError, match="a llava_onevision model lie is not known; it is for"):
-        regions_of("llava_onevision")
+    assert all(row.cell.startswith("llava15_sparsemm ") for row in rows(answers))
+    with pytest.raises(UserError, match="a llava model lie is not known; it is for"):
+        regions_of("llava")
 
 
-def test_through_a_sweep_to_a_table(onevision: Path, plugin: Path, tmp_path: Path) -> None:
-    model = {"name": "mine", "pretrained": str(onevision), "settings": {"dtype": "float32"}}
+def test_through_a_sweep_to_a_table(llava_15: Path, plugin: Path, tmp_path: Path) -> None:
+    model = {"name": "mine", "pretrained": str(llava_15), "settings": {"dtype": "float32"}}
     grid = {
         "models": [model],
         "tasks": ["docvqa_mini"], "methods": ["fullkv", "snapkv"], "budgets": [24], "window": 8,
@@ -94,12 +94,12 @@ def test_through_a_sweep_to_a_table(onevision: Path, plugin: Path, tmp_path: Pat
     assert list(json.loads((out / "plan.json").read_text())["plugins"]) == [str(plugin)]
 
 
-def test_through_lmms_eval_itself(onevision: Path, plugin: Path, tmp_path: Path) -> None:
+def test_through_lmms_eval_itself(llava_15: Path, plugin: Path, tmp_path: Path) -> None:
     """Its own command line, in a process of its own; another source is another answer."""
     for version in (FAMILY, FAMILY + "# another version\n"):
         plugin.write_text(version)
         arguments = (
-            f"pretrained={onevision},plugin={plugin},method=snapkv,budget=24,window=8,"
+            f"pretrained={llava_15},plugin={plugin},method=snapkv,budget=24,window=8,"
             f"dtype=float32,answers={tmp_path / 'answers'}"
         )
         command = [

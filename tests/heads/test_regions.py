@@ -4,13 +4,13 @@ A box is painted white on black, and the visual features that change are the tok
 towers' attention is silenced, so that a feature knows its own pixels and nothing else.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from engine.llava_checkpoints import PATCH, SIDE, build_llava
+from engine.llava_checkpoints import PATCH, SIDE, build_llava, build_onevision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,6 +18,9 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextImageProcessorPil,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -28,8 +31,9 @@ from transformers import (
 )
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.families import Box, Regions
+from sparsemm_eval.families import Box, Regions, family_of
 from sparsemm_eval.families.llava_next import LlavaNextRegions
+from sparsemm_eval.families.llava_onevision import LlavaOnevisionRegions
 from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
 from sparsemm_eval.heads.regions import find_regions, image_positions
 from sparsemm_eval.tiny.training.qwen2_vl import build_config, build_model, build_processor
@@ -38,6 +42,9 @@ FAMILIES = (
     "llava_next",
     "llava_next-pil",
     "llava_next-odd",
+    "llava_onevision",
+    "llava_onevision-pil",
+    "llava_onevision-shrunk",
     "qwen2_vl",
     "qwen2_vl-pil",
     "qwen2_5_vl",
@@ -57,15 +64,17 @@ class Family:
     def read(self, *images: Image.Image, prompts: int = 1) -> dict[str, torch.Tensor]:
         token = self.processor.image_token
         share = len(images) // prompts
+        of_prompts = [images[row * share : (row + 1) * share] for row in range(prompts)]
         return self.processor(
             text=[token * share + "x" * row for row in range(prompts)],
-            images=list(images), padding=True, return_tensors="pt",
+            images=family_of(self.model.config).arrange_images(of_prompts),
+            padding=True, return_tensors="pt",
         )  # fmt: skip
 
     @torch.inference_mode()
     def features(self, *images: Image.Image) -> list[torch.Tensor]:
         """[tokens, channels] of each image."""
-        names = ("pixel_values", "image_sizes", "image_grid_thw")
+        names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
         inputs = {name: x for name, x in self.read(*images).items() if name in names}
         return list(self.model.get_image_features(**inputs).pooler_output)
 
@@ -105,6 +114,19 @@ def _llava(name: str, factory: pytest.TempPathFactory) -> Family:
     return Family(LlavaNextForConditionalGeneration(config).eval(), processor)
 
 
+def _onevision(name: str, factory: pytest.TempPathFactory) -> Family:
+    checkpoint = Checkpoint(build_onevision(factory.mktemp("onevision")), dtype="float32")
+    processor, config = checkpoint.processor, checkpoint.config
+    pil = name.endswith("pil")
+    kind = LlavaOnevisionImageProcessorPil if pil else LlavaOnevisionImageProcessor
+    side = {"height": SIDE, "width": SIDE}
+    processor.image_processor = kind(size=side, image_grid_pinpoints=CANVASES)
+    config.image_grid_pinpoints = CANVASES
+    if name.endswith("shrunk"):  # canvases of three tiles and four are scaled down
+        config.vision_aspect_ratio = processor.vision_aspect_ratio = "anyres_max_2"
+    return Family(LlavaOnevisionForConditionalGeneration(config).eval(), processor)
+
+
 def _qwen(name: str, _: object) -> Family:
     processor = build_processor()
     if name.startswith("qwen2_5"):
@@ -128,6 +150,14 @@ def _qwen(name: str, _: object) -> Family:
     size = {"shortest_edge": 48**2, "longest_edge": 80**2}
     processor.image_processor = kind(patch_size=PATCH, merge_size=2, size=size)
     return Family(model.eval(), processor)
+
+
+MAKE = {
+    "llava_next": _llava,
+    "llava_onevision": _onevision,
+    "qwen2_vl": _qwen,
+    "qwen2_5_vl": _qwen,
+}
 
 
 def _silence(model: PreTrainedModel) -> None:
@@ -154,9 +184,14 @@ def black(size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -
     return image
 
 
-def changed(family: Family, size: tuple[int, int], box: tuple) -> np.ndarray:
-    """[count]: whether painting the box changes a token's feature."""
-    (before,), (after,) = family.features(black(size)), family.features(black(size, box))
+def changed(
+    family: Family, size: tuple[int, int], box: tuple, beside: Sequence[Image.Image] = ()
+) -> np.ndarray:
+    """[count]: whether painting the box changes a token's feature, of the first image or only."""
+    before, *others = family.features(black(size), *beside)
+    after, *same = family.features(black(size, box), *beside)
+    for one, other in zip(others, same, strict=True):
+        assert torch.equal(one, other)
     return (before != after).any(-1).numpy()
 
 
@@ -173,6 +208,8 @@ def pixel_sizes(regions: Regions, size: tuple[int, int]) -> dict[str, tuple[floa
     if isinstance(regions, Qwen2VLRegions):
         side = 2 * PATCH
         return {"tile": (width / regions.columns / side, height / regions.rows / side)}
+    if isinstance(regions, LlavaOnevisionRegions) and not regions.alone:
+        return {"tile": (max(size) / SIDE, max(size) / SIDE)}
     # Any whole patch tells: those at the margin may be cut.
     tiles = regions.boxes[regions.parts == "tile"]
     scale = max((tiles[:, 2:] - tiles[:, :2]).max(), 1e-9) / regions.patch if len(tiles) else 1
@@ -181,17 +218,18 @@ def pixel_sizes(regions: Regions, size: tuple[int, int]) -> dict[str, tuple[floa
 
 @pytest.mark.parametrize("name", FAMILIES)
 @settings(max_examples=40, deadline=None)
-@given(case=images_and_boxes())
+@given(case=images_and_boxes(), two=st.booleans())
 def test_painting_a_box_changes_the_features_of_its_tokens(
-    name: str, case: tuple, family: Callable[[str], Family]
+    name: str, case: tuple, two: bool, family: Callable[[str], Family]
 ) -> None:
     size, box = case
+    beside = [black((50, 40))] if two else []
     try:
-        (regions,) = family(name).regions(black(size))
+        regions = family(name).regions(black(size), *beside)[0]
     except ValueError as error:  # Qwen2-VL's own processor refuses very long images
         assume("aspect ratio" not in str(error))
         raise
-    features = changed(family(name), size, box)
+    features = changed(family(name), size, box, beside)
     assert regions.count == len(features)
     assert not features[regions.parts == "newline"].any()
     for part, pixel in pixel_sizes(regions, size).items():

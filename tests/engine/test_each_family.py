@@ -1,0 +1,186 @@
+"""Families beyond the paper's, each on a tiny random checkpoint of its real classes.
+
+What stock transformers does with a conversation is the oracle: its own way from messages to
+inputs, its own attention and cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cache.models import shape_of
+from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
+from engine.fixtures import change_config, photo
+from engine.llava_checkpoints import build_onevision
+from lmms_eval.evaluator import simple_evaluate
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from sparsemm_eval.engine.decode import decode
+from sparsemm_eval.engine.lmms import SparseMM
+from sparsemm_eval.engine.requests import Sample, read_chat
+from sparsemm_eval.engine.tasks import task_manager
+from sparsemm_eval.errors import UserError
+from sparsemm_eval.heads.starved import AnsweredPrompt
+from sparsemm_eval.methods import make_method
+from sparsemm_eval.methods.sensitivity import RULES
+
+BUILD: Mapping[str, Callable[[Path], Path]] = {
+    "llava_onevision": build_onevision,
+}
+WINDOW, BUDGET, STEPS = 8, 24, 16
+# One image, two, none, and one of another shape; prompts of unlike length.
+CONTENTS = (
+    ((("image", (40, 70)),), "What is it?"),
+    ((("image", (64, 64)), ("text", "And then: "), ("image", (90, 30))), "Which is larger?"),
+    ((), "Name a colour that is not red, and say why it is none."),
+    ((("image", (100, 52)),), "Read."),
+)
+OPTIONS = {"max_new_tokens": STEPS, "do_sample": False}
+
+
+def messages(number: int) -> list[dict[str, Any]]:
+    """One turn of a user's, for lmms-eval and for transformers."""
+    parts, question = CONTENTS[number]
+    content: list[dict[str, Any]] = []
+    for place, (kind, what) in enumerate(parts):
+        if kind == "image":
+            content.append({"type": "image", "url": photo(*what, seed=10 * number + place)})
+        else:
+            content.append({"type": "text", "text": what})
+    content.append({"type": "text", "text": question})
+    return [{"role": "user", "content": content}]
+
+
+class Subject:
+    """A checkpoint on this package's attention, and as transformers alone runs it."""
+
+    def __init__(self, folder: Path, answers: Path) -> None:
+        self.folder = folder
+        given = {"pretrained": str(folder), "dtype": "float32", "answers": answers}
+        self.runner = SparseMM(**given, method="fullkv").runner
+        self.model: PreTrainedModel = self.runner.checkpoint.model
+        self.stock_processor = AutoProcessor.from_pretrained(folder)
+        self.stock = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        for model in (self.model, self.stock):
+            # Every run has its full length.
+            model.generation_config.eos_token_id = None
+            model.generation_config.pad_token_id = 0
+
+    def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
+        """Conversations as an evaluation reads them, padded on the left."""
+        samples = []
+        for number in numbers:
+            chat = read_chat(self.runner.processor, messages(number), self.runner.family)
+            samples.append(Sample("t", str(number), chat.prompt, chat.images, (), (), {}))
+        return dict(self.runner.read_batch(samples))
+
+    def stock_inputs(self, number: int) -> dict[str, Tensor]:
+        """A conversation as transformers reads it."""
+        asked = [
+            {"type": part["type"], **({"image": part["url"]} if "url" in part else part)}
+            for part in messages(number)[0]["content"]
+        ]
+        read = self.stock_processor.apply_chat_template(
+            [{"role": "user", "content": asked}],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
+            return_tensors="pt",
+        )
+        return dict(read)
+
+    def stock_tokens(self, number: int) -> list[int]:
+        inputs = self.stock_inputs(number)
+        out = self.stock.generate(**inputs, **OPTIONS)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def method(self, name: str) -> Any:
+        settings = {} if name == "fullkv" else {"budget": BUDGET, "window": WINDOW}
+        return make_method(name, shape_of(self.model), **settings)
+
+
+@pytest.fixture(scope="module", params=BUILD)
+def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("family")
+    return Subject(BUILD[request.param](folder / request.param), folder / "answers")
+
+
+def test_keep_all_is_stock_token_for_token(subject: Subject) -> None:
+    for number in range(len(CONTENTS)):
+        inputs = subject.read([number])
+        assert torch.equal(inputs["input_ids"], subject.stock_inputs(number)["input_ids"])
+        (full,) = decode(subject.model, inputs, [subject.method("fullkv")], OPTIONS)
+        assert full.tokens[0].tolist() == subject.stock_tokens(number)
+        assert (full.kept == inputs["input_ids"].shape[1]).all()
+
+
+def test_a_left_padded_batch_equals_singles(subject: Subject) -> None:
+    methods = [subject.method("fullkv"), subject.method("snapkv")]
+    numbers = range(len(CONTENTS))
+    together = decode(subject.model, subject.read(numbers), methods, OPTIONS)
+    for number in numbers:
+        alone = decode(subject.model, subject.read([number]), methods, OPTIONS)
+        for batch, single in zip(together, alone, strict=True):
+            assert batch.tokens[number].tolist() == single.tokens[0].tolist()
+            assert batch.prompt_tokens[number] == single.prompt_tokens[0]
+    kept = torch.tensor(together[1].prompt_tokens).clamp(max=BUDGET)
+    assert (together[1].kept == kept[:, None, None]).all()
+    assert max(together[1].prompt_tokens) > BUDGET
+
+
+def test_snapkv_is_the_oracle_and_the_step_is_generate(subject: Subject) -> None:
+    for numbers in ([0], [1], [0, 1, 2, 3]):
+        inputs, method = subject.read(numbers), subject.method("snapkv")
+        options = {"max_new_tokens": STEPS}
+        ours, cache = generate_budgeted(subject.model, inputs, method, **options)
+        (stepped,) = decode(subject.model, inputs, [method], OPTIONS)
+        assert torch.stack(stepped.tokens).tolist() == new_tokens(ours, inputs).tolist()
+        try:
+            masked, oracle = generate_masked(subject.stock, inputs, method, **options)
+        finally:
+            subject.stock.set_attn_implementation({"text_config": "sdpa"})
+        assert torch.equal(cache.kept(), oracle.counts())
+        assert new_tokens(ours, inputs).tolist() == new_tokens(masked, inputs).tolist()
+        assert (logits(ours) - logits(masked)).abs().max() < 1e-4
+
+
+def test_heads_can_be_starved_on_it(subject: Subject) -> None:
+    for number in (1, 2):
+        read = AnsweredPrompt(subject.model, subject.read([number]), WINDOW, OPTIONS)
+        assert read.answer == subject.stock_tokens(number)
+        shape = shape_of(subject.model)
+        everything = np.full((1, shape.layers, shape.kv_heads), 10**6)
+        for rule in range(len(RULES)):
+            rules = np.full_like(everything, rule)
+            assert read.divergence(rules, everything).max() < 1e-6
+        assert read.divergence(rules, np.full_like(everything, WINDOW)).max() > 1e-3
+
+
+def test_through_lmms_eval_to_a_score(subject: Subject, tmp_path: Path) -> None:
+    settings = "dtype=float32,method=snapkv,budget=24,window=8"
+    results = simple_evaluate(
+        model="sparsemm",
+        model_args=f"pretrained={subject.folder},answers={tmp_path / 'answers'},{settings}",
+        tasks=["docvqa_mini"],
+        limit=2,
+        batch_size=2,
+        device="cpu",
+        task_manager=task_manager(["docvqa_mini"]),
+    )
+    assert 0 <= results["results"]["docvqa_mini"]["anls,none"] <= 1
+    assert results["n-samples"]["docvqa_mini"]["effective"] == 2
+
+
+def test_an_unknown_image_layout_is_refused_before_weights_load(
+    tmp_path: Path, unloaded: None
+) -> None:
+    folder = build_onevision(tmp_path / "model")
+    change_config(folder, vision_aspect_ratio="square")
+    with pytest.raises(UserError, match="vision_aspect_ratio='square' in config"):
+        SparseMM(str(folder), method="fullkv", answers=tmp_path / "answers")
