@@ -64,15 +64,59 @@ class Qwen2VLRegions(Regions):
         return np.full(self.rows * self.columns, "tile")
 
 
-@register_family
 @dataclass(frozen=True)
-class Qwen2VL(Family):
-    """A Qwen2VLForConditionalGeneration checkpoint.
+class QwenVL(Family):
+    """What the Qwen-VL families have alike.
 
     Parameters
     ----------
     min_pixels, max_pixels : int, optional
         The area an image is scaled into, in pixels; without them the checkpoint's own hold.
+    """
+
+    regions: ClassVar[type[Regions]] = Qwen2VLRegions
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("min_pixels", "max_pixels"):
+            if (value := getattr(self, name)) is not None:
+                check_int(name, value, least=1)
+
+    def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
+        """Set the area that images are scaled into."""
+        size = dict(processor.image_processor.size)
+        for value, edge in (
+            (self.min_pixels, "shortest_edge"), (self.max_pixels, "longest_edge")
+        ):  # fmt: skip
+            if value is not None:
+                size[edge] = value
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(
+                f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}"
+            )
+        processor = copy(processor)
+        processor.image_processor = copy(processor.image_processor)
+        processor.image_processor.size = type(processor.image_processor.size)(**size)
+        return processor
+
+    @classmethod
+    def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
+        """What the whole model makes of text."""
+        return decoder_logits(model, ids, **given)
+
+
+@register_family
+@dataclass(frozen=True)
+class Qwen2VL(QwenVL):
+    """A Qwen2VLForConditionalGeneration checkpoint.
+
+    Parameters
+    ----------
+    min_pixels, max_pixels : int, optional
+        As of `QwenVL`.
     rounding : {"limits", "loose"}, optional
         Images are scaled before the processor scales them, to sides of whole times 28 pixels, as
         qwen_vl_utils does. Their area is then within min_pixels and max_pixels, or within its own
@@ -81,7 +125,6 @@ class Qwen2VL(Family):
 
     model_type: ClassVar[str] = "qwen2_vl"
     lmms_name: ClassVar[str] = "qwen2vl_sparsemm"
-    regions: ClassVar[type[Regions]] = Qwen2VLRegions
     protocols: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The defaults of its model qwen2_vl.
         "lmms-eval": {
@@ -105,34 +148,12 @@ class Qwen2VL(Family):
     }
     reading: ClassVar[tuple[str, ...]] = (*Family.reading, "rounding")
 
-    min_pixels: int | None = None
-    max_pixels: int | None = None
     rounding: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_pixels", "max_pixels"):
-            if (value := getattr(self, name)) is not None:
-                check_int(name, value, least=1)
         if self.rounding is not None:
             check_choice("rounding", self.rounding, ROUNDING)
-
-    def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """Set the area that images are scaled into."""
-        size = dict(processor.image_processor.size)
-        for value, edge in (
-            (self.min_pixels, "shortest_edge"), (self.max_pixels, "longest_edge")
-        ):  # fmt: skip
-            if value is not None:
-                size[edge] = value
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise UserError(
-                f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}"
-            )
-        processor = copy(processor)
-        processor.image_processor = copy(processor.image_processor)
-        processor.image_processor.size = type(processor.image_processor.size)(**size)
-        return processor
 
     def read_image(self, image: Image, processor: ProcessorMixin) -> Image:
         """An image through JPEG and rounding, where they are set."""
@@ -145,11 +166,6 @@ class Qwen2VL(Family):
             least, most = size["shortest_edge"], size["longest_edge"]
         # PIL's default filter, bicubic.
         return _opaque(image).resize(rounded(image.size, least, most))
-
-    @classmethod
-    def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
-        """What the whole model makes of text."""
-        return decoder_logits(model, ids, **given)
 
 
 @register_family

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cache.models import shape_of
 from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
+from engine.family_checkpoints import build_qwen3, build_qwen25
 from engine.fixtures import change_config, photo
 from engine.llava_checkpoints import build_onevision
 from lmms_eval.evaluator import simple_evaluate
@@ -32,6 +33,8 @@ from sparsemm_eval.methods.sensitivity import RULES
 
 BUILD: Mapping[str, Callable[[Path], Path]] = {
     "llava_onevision": build_onevision,
+    "qwen2_5_vl": build_qwen25,
+    "qwen3_vl": build_qwen3,
 }
 WINDOW, BUDGET, STEPS = 8, 24, 16
 # One image, two, none, and one of another shape; prompts of unlike length.

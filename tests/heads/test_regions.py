@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from engine.family_checkpoints import qwen3_model, qwen25_model
 from engine.llava_checkpoints import PATCH, SIDE, build_llava, build_onevision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -24,8 +25,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLImageProcessorPil,
 )
@@ -48,6 +47,7 @@ FAMILIES = (
     "qwen2_vl",
     "qwen2_vl-pil",
     "qwen2_5_vl",
+    "qwen3_vl",
 )
 # Wide, tall and large canvases; 1 x 1 is one that holds the image in a single tile.
 CANVASES = [[SIDE * rows, SIDE * columns] for rows, columns in
@@ -129,22 +129,8 @@ def _onevision(name: str, factory: pytest.TempPathFactory) -> Family:
 
 def _qwen(name: str, _: object) -> Family:
     processor = build_processor()
-    if name.startswith("qwen2_5"):
-        config = build_config().to_dict()
-        vision = {
-            "depth": 2, "hidden_size": 32, "out_hidden_size": 128, "intermediate_size": 32,
-            "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "window_size": 64,
-            "fullatt_block_indexes": [1],
-        }  # fmt: skip
-        text = {
-            name: value for name, value in config["text_config"].items() if name != "model_type"
-        }
-        tokens = {name: config[name] for name in config if name.endswith("token_id")}
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
-        )
-    else:
-        model = build_model()
+    draw = {"qwen2_5_vl": qwen25_model, "qwen3_vl": qwen3_model}
+    model = draw.get(name, build_model)()
     kind = Qwen2VLImageProcessorPil if name.endswith("pil") else Qwen2VLImageProcessor
     # Small bounds: images are scaled up, left as they are, and scaled down.
     size = {"shortest_edge": 48**2, "longest_edge": 80**2}
@@ -157,6 +143,7 @@ MAKE = {
     "llava_onevision": _onevision,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
+    "qwen3_vl": _qwen,
 }
 
 

@@ -1,0 +1,128 @@
+"""Tiny checkpoints with random weights of today's families, of their real classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from sparsemm_eval.tiny.training.vocabulary import (
+    IM_END,
+    IM_START,
+    IMAGE_PAD,
+    PAD,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    build_tokenizer,
+    chat_template,
+)
+
+PATCH, MERGE = 8, 2
+
+
+def text_settings(**more: Any) -> dict[str, Any]:
+    """Three layers of 4 query and 2 KV heads; weights so wide that answers vary."""
+    return {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 2048,
+        "pad_token_id": VOCABULARY[PAD],
+        "bos_token_id": VOCABULARY[IM_START],
+        "eos_token_id": VOCABULARY[IM_END],
+        **more,
+    }
+
+
+_QWEN_TOKENS = {
+    "image_token_id": VOCABULARY[IMAGE_PAD],
+    "video_token_id": VOCABULARY[VIDEO_PAD],
+    "vision_start_token_id": VOCABULARY[VISION_START],
+    "vision_end_token_id": VOCABULARY[VISION_END],
+}
+_QWEN_VISION = {
+    "depth": 2, "hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 32,
+    "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": MERGE, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def qwen25_model() -> PreTrainedModel:
+    """Draw a Qwen2.5-VL."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    config = Qwen2_5_VLConfig(
+        text_config=text_settings(rope_parameters=rope),
+        vision_config={**_QWEN_VISION, "window_size": 64, "fullatt_block_indexes": [1]},
+        **_QWEN_TOKENS,
+    )
+    return _draw(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def qwen3_model() -> PreTrainedModel:
+    """Draw a Qwen3-VL whose tower adds to the first layer's hidden states."""
+    rope = {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2],
+        "mrope_interleaved": True,
+    }  # fmt: skip
+    config = Qwen3VLConfig(
+        text_config=text_settings(rope_parameters=rope, head_dim=16),
+        vision_config={
+            **_QWEN_VISION, "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        },
+        **_QWEN_TOKENS,
+    )  # fmt: skip
+    return _draw(Qwen3VLForConditionalGeneration, config)
+
+
+def build_qwen25(folder: Path) -> Path:
+    """Write a Qwen2.5-VL checkpoint; return its folder."""
+    videos = Qwen2VLVideoProcessor(patch_size=PATCH, merge_size=MERGE)
+    template = chat_template(VISION_START + IMAGE_PAD + VISION_END)
+    processor = Qwen2_5_VLProcessor(
+        _qwen_images(), build_tokenizer(), videos, chat_template=template
+    )
+    return _write(folder, qwen25_model(), processor)
+
+
+def build_qwen3(folder: Path) -> Path:
+    """Write a Qwen3-VL checkpoint; return its folder."""
+    videos = Qwen3VLVideoProcessor(patch_size=PATCH, merge_size=MERGE)
+    template = chat_template(VISION_START + IMAGE_PAD + VISION_END)
+    processor = Qwen3VLProcessor(_qwen_images(), build_tokenizer(), videos, chat_template=template)
+    return _write(folder, qwen3_model(), processor)
+
+
+def _qwen_images() -> Qwen2VLImageProcessor:
+    size = {"shortest_edge": 32**2, "longest_edge": 96**2}
+    return Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, size=size)
+
+
+def _draw(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(config).eval()
+
+
+def _write(folder: Path, model: PreTrainedModel, processor: Any) -> Path:
+    model.generation_config.eos_token_id = VOCABULARY[IM_END]
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
