@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.paths import write_whole
-from sparsemm_eval.report.names import METHOD_NAMES, find_benchmark
+from sparsemm_eval.report.names import METHOD_NAMES, find_benchmark, in_order
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="without .json and .md")
     given = parser.parse_args()
     results = load(given.results)
-    cells = results.cells[~results.cells["task"].str.startswith(LEFT_OUT)]
+    cells = in_order(results.cells[~results.cells["task"].str.startswith(LEFT_OUT)])
     samples = score_samples(cells).frame
     models = {
         model: compare(some, samples, given.method)
