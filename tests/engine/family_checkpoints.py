@@ -6,13 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3Config,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -24,6 +34,7 @@ from sparsemm_eval.tiny.training.vocabulary import (
     IM_START,
     IMAGE_PAD,
     PAD,
+    UNKNOWN,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
@@ -33,6 +44,7 @@ from sparsemm_eval.tiny.training.vocabulary import (
 )
 
 PATCH, MERGE = 8, 2
+TILE = 48  # side in pixels of the tiles of those that cut images into tiles
 
 
 def text_settings(**more: Any) -> dict[str, Any]:
@@ -113,6 +125,65 @@ def build_qwen3(folder: Path) -> Path:
 def _qwen_images() -> Qwen2VLImageProcessor:
     size = {"shortest_edge": 32**2, "longest_edge": 96**2}
     return Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, size=size)
+
+
+def internvl_model(decoder: str = "qwen2", tile: int = TILE) -> PreTrainedModel:
+    """Draw an InternVL on a decoder of this model_type: 3 x 3 tokens a tile."""
+    text = text_settings(vocab_size=len(VOCABULARY) + len(_INTERNVL_TOKENS))
+    kinds = {
+        "qwen2": lambda: Qwen2Config(**text),
+        "qwen3": lambda: Qwen3Config(**text, head_dim=16),
+    }
+    vision = InternVLVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        image_size=[tile, tile], patch_size=[PATCH, PATCH], initializer_range=0.2,
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision,
+        text_config=kinds[decoder](),
+        image_token_id=len(VOCABULARY),
+        image_seq_length=9,
+        tie_word_embeddings=False,
+    )
+    return _draw(InternVLForConditionalGeneration, config)
+
+
+_INTERNVL_TOKENS = {
+    "context_image_token": "<IMG_CONTEXT>",
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "video_token": "<video>",
+}
+
+
+def internvl_processor() -> InternVLProcessor:
+    """Make the processor: up to six tiles of an image."""
+    tokens = list(_INTERNVL_TOKENS.values())
+    vocabulary = VOCABULARY | {token: len(VOCABULARY) + n for n, token in enumerate(tokens)}
+    side = {"height": TILE, "width": TILE}
+    return InternVLProcessor(
+        GotOcr2ImageProcessor(size=side, max_patches=6),
+        tokenizer_of(vocabulary, extra_special_tokens=_INTERNVL_TOKENS),
+        InternVLVideoProcessor(size=side),
+        image_seq_length=9,
+        chat_template=chat_template("<IMG_CONTEXT>\n"),
+    )
+
+
+def build_internvl(folder: Path, decoder: str = "qwen2") -> Path:
+    """Write an InternVL checkpoint; return its folder."""
+    return _write(folder, internvl_model(decoder), internvl_processor())
+
+
+def tokenizer_of(vocabulary: dict[str, int], **more: Any) -> PreTrainedTokenizerFast:
+    """One token a character, and those of a family beside."""
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=IM_START, eos_token=IM_END,
+        unk_token=UNKNOWN, padding_side="left", clean_up_tokenization_spaces=False, **more,
+    )  # fmt: skip
 
 
 def _draw(kind: type[PreTrainedModel], config: Any) -> PreTrainedModel:

@@ -7,6 +7,7 @@ inputs, its own attention and cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,25 @@ import pytest
 import torch
 from cache.models import shape_of
 from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
-from engine.family_checkpoints import build_qwen3, build_qwen25
+from engine.family_checkpoints import build_internvl, build_qwen3, build_qwen25, internvl_processor
 from engine.fixtures import change_config, photo
 from engine.llava_checkpoints import build_onevision
 from lmms_eval.evaluator import simple_evaluate
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    InternVLConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from sparsemm_eval.engine.decode import decode
 from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.engine.requests import Sample, read_chat
 from sparsemm_eval.engine.tasks import task_manager
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.families import find_family
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods import make_method
 from sparsemm_eval.methods.sensitivity import RULES
@@ -35,6 +43,8 @@ BUILD: Mapping[str, Callable[[Path], Path]] = {
     "llava_onevision": build_onevision,
     "qwen2_5_vl": build_qwen25,
     "qwen3_vl": build_qwen3,
+    "internvl": build_internvl,
+    "internvl on qwen3": partial(build_internvl, decoder="qwen3"),
 }
 WINDOW, BUDGET, STEPS = 8, 24, 16
 # One image, two, none, and one of another shape; prompts of unlike length.
@@ -187,3 +197,22 @@ def test_an_unknown_image_layout_is_refused_before_weights_load(
     change_config(folder, vision_aspect_ratio="square")
     with pytest.raises(UserError, match="vision_aspect_ratio='square' in config"):
         SparseMM(str(folder), method="fullkv", answers=tmp_path / "answers")
+
+
+def test_internvl_on_another_decoder_is_refused() -> None:
+    config = InternVLConfig(text_config=LlamaConfig())
+    with pytest.raises(UserError, match="a decoder of model_type=llama: it must be one of qwen2"):
+        find_family("internvl").check(config)
+
+
+def test_internvl_cuts_images_into_as_many_tiles_as_it_is_told() -> None:
+    family, processor = find_family("internvl"), internvl_processor()
+    images = {"text": ["<IMG_CONTEXT>"], "images": [photo(100, 300)], "return_tensors": "pt"}
+    for settings, tiles in (({}, 4), ({"max_patches": 2}, 3), ({"max_patches": 1}, 1)):
+        told = family(**settings).configure(processor)
+        assert len(told(**images)["pixel_values"]) == tiles
+    assert processor.image_processor.max_patches == 6  # other cells share it
+    with pytest.raises(UserError, match="min_patches=7 is above max_patches=6"):
+        family(min_patches=7).configure(processor)
+    with pytest.raises(UserError, match="max_patches=0: it must be"):
+        family(max_patches=0)

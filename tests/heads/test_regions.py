@@ -10,12 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from engine.family_checkpoints import qwen3_model, qwen25_model
+from engine.family_checkpoints import (
+    TILE,
+    internvl_model,
+    internvl_processor,
+    qwen3_model,
+    qwen25_model,
+)
 from engine.llava_checkpoints import PATCH, SIDE, build_llava, build_onevision
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
+    GotOcr2ImageProcessor,
+    GotOcr2ImageProcessorPil,
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessor,
     LlavaNextImageProcessorPil,
@@ -31,6 +39,7 @@ from transformers import (
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.families import Box, Regions, family_of
+from sparsemm_eval.families.internvl import TileRegions
 from sparsemm_eval.families.llava_next import LlavaNextRegions
 from sparsemm_eval.families.llava_onevision import LlavaOnevisionRegions
 from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
@@ -48,6 +57,9 @@ FAMILIES = (
     "qwen2_vl-pil",
     "qwen2_5_vl",
     "qwen3_vl",
+    "internvl",
+    "internvl-pil",
+    "internvl-odd",
 )
 # Wide, tall and large canvases; 1 x 1 is one that holds the image in a single tile.
 CANVASES = [[SIDE * rows, SIDE * columns] for rows, columns in
@@ -76,7 +88,13 @@ class Family:
         """[tokens, channels] of each image."""
         names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
         inputs = {name: x for name, x in self.read(*images).items() if name in names}
-        return list(self.model.get_image_features(**inputs).pooler_output)
+        features = self.model.get_image_features(**inputs).pooler_output
+        if isinstance(features, torch.Tensor):  # of all tiles, [tiles, tokens, channels]
+            how = {"crop_to_patches": True}
+            count = self.processor.image_processor.get_number_of_image_patches
+            tiles = [count(image.height, image.width, how) for image in images]
+            features = [of_image.flatten(0, 1) for of_image in features.split(tiles)]
+        return list(features)
 
     def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:
         sizes = [image.size for image in images]
@@ -138,19 +156,28 @@ def _qwen(name: str, _: object) -> Family:
     return Family(model.eval(), processor)
 
 
+def _internvl(name: str, _: object) -> Family:
+    kind = GotOcr2ImageProcessorPil if name.endswith("pil") else GotOcr2ImageProcessor
+    processor = internvl_processor()
+    tile = 52 if name.endswith("odd") else TILE  # patches that leave four pixels of a tile unseen
+    processor.image_processor = kind(size={"height": tile, "width": tile}, max_patches=6)
+    return Family(internvl_model(tile=tile), processor)
+
+
 MAKE = {
     "llava_next": _llava,
     "llava_onevision": _onevision,
     "qwen2_vl": _qwen,
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
+    "internvl": _internvl,
 }
 
 
 def _silence(model: PreTrainedModel) -> None:
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
-    outputs = [module for name, module in tower.named_modules()
-               if name.endswith(("attn.proj", "self_attn.out_proj"))]  # fmt: skip
+    ends = ("attn.proj", "self_attn.out_proj", "attention.projection_layer")
+    outputs = [module for name, module in tower.named_modules() if name.endswith(ends)]
     assert outputs
     for module in outputs:
         torch.nn.init.zeros_(module.weight)
@@ -197,6 +224,10 @@ def pixel_sizes(regions: Regions, size: tuple[int, int]) -> dict[str, tuple[floa
         return {"tile": (width / regions.columns / side, height / regions.rows / side)}
     if isinstance(regions, LlavaOnevisionRegions) and not regions.alone:
         return {"tile": (max(size) / SIDE, max(size) / SIDE)}
+    if isinstance(regions, TileRegions):
+        side = 2 * PATCH / regions.cell
+        tile = (width / regions.columns / side, height / regions.rows / side)
+        return {"tile": tile, "base": (width / side, height / side)}
     # Any whole patch tells: those at the margin may be cut.
     tiles = regions.boxes[regions.parts == "tile"]
     scale = max((tiles[:, 2:] - tiles[:, :2]).max(), 1e-9) / regions.patch if len(tiles) else 1
@@ -240,6 +271,10 @@ def test_an_image_that_is_not_resized_has_sharp_edges(
     if name.startswith("llava"):
         rows, columns = data.draw(st.sampled_from(CANVASES))
         size = (columns, rows)
+    elif name.startswith("internvl"):
+        tile = 52 if name.endswith("odd") else TILE
+        columns, rows = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3), (1, 6)]))
+        size = (columns * tile, rows * tile)
     else:
         size = (data.draw(st.integers(3, 5)) * 16, data.draw(st.integers(3, 5)) * 16)
     x0, y0 = data.draw(st.integers(0, size[0] - 1)), data.draw(st.integers(0, size[1] - 1))
