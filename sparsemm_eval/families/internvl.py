@@ -31,16 +31,14 @@ class TileRegions(Regions):
     ----------
     rows, columns : int
         Tiles in each direction, row by row.
-    side : int
-        Tokens along a tile.
-    cell : float
-        What a token covers of a tile, as a share of the tile's side.
+    tile, cell : int
+        Sides in pixels: of a tile, and of what a token covers of it.
     """
 
     rows: int = 1
     columns: int = 1
-    side: int = 16
-    cell: float = 1 / 16
+    tile: int = 448
+    cell: int = 28
 
     @classmethod
     def read(
@@ -58,30 +56,35 @@ class TileRegions(Regions):
         tile = (images.size["height"], images.size["width"])
         limits = (images.min_patches, images.max_patches)
         columns, rows = get_optimal_tiled_canvas(size[::-1], tile, *limits)
-        pixels, patch = vision.image_size[0], vision.patch_size[0]
-        side = int(pixels // patch * config.downsample_ratio)
-        cell = patch / config.downsample_ratio / pixels
-        return cls(*size, image_tokens, rows, columns, side, cell)
+        cell = round(vision.patch_size[0] / config.downsample_ratio)
+        return cls(*size, image_tokens, rows, columns, vision.image_size[0], cell)
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        edges = np.arange(self.side + 1) * self.cell
-        whole = [grid_boxes(edges * self.width, edges * self.height)] if self._cut else []
+        # Whole pixels as long as can be: what lies on an edge must not be rounded across it.
+        edges = np.arange(self._side + 1) * self.cell
+        across, down = self.columns * self.tile, self.rows * self.tile
         tiles = [
             grid_boxes(
-                (column + edges) * self.width / self.columns,
-                (row + edges) * self.height / self.rows,
+                (column * self.tile + edges) * self.width / across,
+                (row * self.tile + edges) * self.height / down,
             )
             for row in range(self.rows)
             for column in range(self.columns)
         ]
-        return np.concatenate(tiles + whole)
+        whole = grid_boxes(edges * self.width / self.tile, edges * self.height / self.tile)
+        return np.concatenate([*tiles, whole] if self._cut else tiles)
 
     @cached_property
     def parts(self) -> np.ndarray:
-        a_tile = self.side**2
+        a_tile = self._side**2
         whole = ["base"] * a_tile if self._cut else []
         return np.array(["tile"] * self.rows * self.columns * a_tile + whole)
+
+    @property
+    def _side(self) -> int:
+        """Tokens along a tile; what the last whole one leaves is seen by none."""
+        return self.tile // self.cell
 
     @property
     def _cut(self) -> bool:

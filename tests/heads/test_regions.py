@@ -108,8 +108,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Family]:
 
     def get(name: str) -> Family:
         if name not in made:
-            make = _llava if name.startswith("llava") else _qwen
-            made[name] = make(name, tmp_path_factory)
+            made[name] = MAKE[name.split("-")[0]](name, tmp_path_factory)
+            assert made[name].model.config.model_type == name.split("-")[0]
             _silence(made[name].model)
         return made[name]
 
@@ -225,7 +225,7 @@ def pixel_sizes(regions: Regions, size: tuple[int, int]) -> dict[str, tuple[floa
     if isinstance(regions, LlavaOnevisionRegions) and not regions.alone:
         return {"tile": (max(size) / SIDE, max(size) / SIDE)}
     if isinstance(regions, TileRegions):
-        side = 2 * PATCH / regions.cell
+        side = regions.tile
         tile = (width / regions.columns / side, height / regions.rows / side)
         return {"tile": tile, "base": (width / side, height / side)}
     # Any whole patch tells: those at the margin may be cut.
@@ -343,7 +343,7 @@ def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
     class Other(PreTrainedConfig):
         model_type = "other_vl"
 
-    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of llava"):
+    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of internvl"):
         find_regions(Other(), None, {}, [(8, 8)])
 
 
