@@ -82,7 +82,8 @@ def generate_masked(
     """
     beams = options.get("num_beams", 1)
     oracle = Oracle(method, inputs["attention_mask"].bool().repeat_interleave(beams, 0))
-    for layer in model.model.language_model.layers:
+    decoder = getattr(model.model, "language_model", None) or model.model.text_model
+    for layer in decoder.layers:
         layer.self_attn.oracle = oracle
     model.set_attn_implementation({"text_config": ORACLE})
     return run(model, inputs, **options), oracle

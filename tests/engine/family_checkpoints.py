@@ -9,11 +9,17 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
+    Idefics3VisionConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    LlamaConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -27,6 +33,12 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+    SmolVLMVisionConfig,
 )
 
 from sparsemm_eval.tiny.training.vocabulary import (
@@ -173,6 +185,54 @@ def internvl_processor() -> InternVLProcessor:
 def build_internvl(folder: Path, decoder: str = "qwen2") -> Path:
     """Write an InternVL checkpoint; return its folder."""
     return _write(folder, internvl_model(decoder), internvl_processor())
+
+
+_SMOLVLM_TOKENS = (
+    "<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", "<video>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+)  # fmt: skip
+
+
+def build_idefics3(folder: Path) -> Path:
+    """Write an Idefics3 checkpoint, of 3 x 3 tokens a tile; return its folder."""
+    config = Idefics3Config(vision_config=Idefics3VisionConfig(**_SMOLVLM_VISION), **_smolvlm())
+    processor = Idefics3Processor(
+        Idefics3ImageProcessor(**_SMOLVLM_IMAGES), _smolvlm_tokenizer(), image_seq_len=9,
+        chat_template=chat_template("<image>"),
+    )  # fmt: skip
+    return _write(folder, _draw(Idefics3ForConditionalGeneration, config), processor)
+
+
+def build_smolvlm(folder: Path) -> Path:
+    """Write a SmolVLM checkpoint, which needs num2words; return its folder."""
+    config = SmolVLMConfig(vision_config=SmolVLMVisionConfig(**_SMOLVLM_VISION), **_smolvlm())
+    processor = SmolVLMProcessor(
+        SmolVLMImageProcessor(**_SMOLVLM_IMAGES), _smolvlm_tokenizer(), SmolVLMVideoProcessor(),
+        image_seq_len=9, chat_template=chat_template("<image>"),
+    )  # fmt: skip
+    return _write(folder, _draw(SmolVLMForConditionalGeneration, config), processor)
+
+
+_SMOLVLM_IMAGES = {
+    "size": {"longest_edge": 2 * TILE}, "max_image_size": {"longest_edge": TILE},
+}  # fmt: skip
+_SMOLVLM_VISION = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": TILE, "patch_size": PATCH, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def _smolvlm() -> dict[str, Any]:
+    text = LlamaConfig(**text_settings(vocab_size=len(VOCABULARY) + len(_SMOLVLM_TOKENS)))
+    return {
+        "text_config": text, "image_token_id": len(VOCABULARY), "scale_factor": 2,
+        "pad_token_id": VOCABULARY[PAD],
+    }  # fmt: skip
+
+
+def _smolvlm_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = VOCABULARY | {one: len(VOCABULARY) + n for n, one in enumerate(_SMOLVLM_TOKENS)}
+    return tokenizer_of(vocabulary, additional_special_tokens=list(_SMOLVLM_TOKENS))
 
 
 def tokenizer_of(vocabulary: dict[str, int], **more: Any) -> PreTrainedTokenizerFast:

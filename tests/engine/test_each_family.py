@@ -16,7 +16,15 @@ import pytest
 import torch
 from cache.models import shape_of
 from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
-from engine.family_checkpoints import build_internvl, build_qwen3, build_qwen25, internvl_processor
+from engine.family_checkpoints import (
+    TILE,
+    build_idefics3,
+    build_internvl,
+    build_qwen3,
+    build_qwen25,
+    build_smolvlm,
+    internvl_processor,
+)
 from engine.fixtures import change_config, photo
 from engine.llava_checkpoints import build_onevision
 from lmms_eval.evaluator import simple_evaluate
@@ -27,6 +35,7 @@ from transformers import (
     InternVLConfig,
     LlamaConfig,
     PreTrainedModel,
+    SmolVLMConfig,
 )
 
 from sparsemm_eval.engine.decode import decode
@@ -34,7 +43,7 @@ from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.engine.requests import Sample, read_chat
 from sparsemm_eval.engine.tasks import task_manager
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.families import find_family
+from sparsemm_eval.families import find_family, smolvlm
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods import make_method
 from sparsemm_eval.methods.sensitivity import RULES
@@ -45,6 +54,8 @@ BUILD: Mapping[str, Callable[[Path], Path]] = {
     "qwen3_vl": build_qwen3,
     "internvl": build_internvl,
     "internvl on qwen3": partial(build_internvl, decoder="qwen3"),
+    "idefics3": build_idefics3,
+    "smolvlm": build_smolvlm,
 }
 WINDOW, BUDGET, STEPS = 8, 24, 16
 # One image, two, none, and one of another shape; prompts of unlike length.
@@ -120,6 +131,8 @@ class Subject:
 
 @pytest.fixture(scope="module", params=BUILD)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    if request.param == "smolvlm":
+        pytest.importorskip("num2words")
     folder = tmp_path_factory.mktemp("family")
     return Subject(BUILD[request.param](folder / request.param), folder / "answers")
 
@@ -216,3 +229,22 @@ def test_internvl_cuts_images_into_as_many_tiles_as_it_is_told() -> None:
         family(min_patches=7).configure(processor)
     with pytest.raises(UserError, match="max_patches=0: it must be"):
         family(max_patches=0)
+
+
+def test_idefics3_cuts_images_as_large_as_it_is_told(tmp_path: Path) -> None:
+    family, processor = (
+        find_family("idefics3"),
+        AutoProcessor.from_pretrained(build_idefics3(tmp_path)),
+    )
+    images = {"text": ["<image>"], "images": [photo(100, 300)], "return_tensors": "pt"}
+    for settings, tiles in (({}, 3), ({"longest_edge": TILE}, 1), ({"longest_edge": 4 * TILE}, 9)):
+        told = family(**settings).configure(processor)
+        assert told(**images)["pixel_values"].shape[1] == tiles
+    with pytest.raises(UserError, match="longest_edge=0: it must be"):
+        family(longest_edge=0)
+
+
+def test_smolvlm_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smolvlm, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs the package num2words.*pip install num2words"):
+        find_family("smolvlm").check(SmolVLMConfig())

@@ -343,7 +343,7 @@ def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
     class Other(PreTrainedConfig):
         model_type = "other_vl"
 
-    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of internvl"):
+    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of idefics3"):
         find_regions(Other(), None, {}, [(8, 8)])
 
 
