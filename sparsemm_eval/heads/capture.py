@@ -25,13 +25,17 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.engine.generation import generation_options
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.families import Family
 
 # Rows whose logits over all keys are held at a time.
 _BLOCK = 32
 
 
 def read_prompts(
-    processor: ProcessorMixin, images: Sequence[Image.Image], questions: Sequence[str]
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image],
+    questions: Sequence[str],
+    family: type[Family] = Family,
 ) -> BatchFeature:
     """A model's inputs for an image and a question each, padded on the left.
 
@@ -43,6 +47,8 @@ def read_prompts(
         RGB, one a prompt.
     questions : sequence of str
         As a user asks them.
+    family : type
+        The model's, where its processor takes images in a way of its own.
     """
     prompts = [
         processor.apply_chat_template(
@@ -55,7 +61,7 @@ def read_prompts(
     bos = processor.tokenizer.bos_token
     return processor(
         text=prompts,
-        images=list(images),
+        images=family.arrange_images([[image] for image in images]),
         padding=True,
         return_tensors="pt",
         # Some templates write it themselves.

@@ -130,7 +130,7 @@ def _score_annotated(
 ) -> list[PageScore]:
     model, processor, shape = checkpoint.model, checkpoint.processor, checkpoint.shape
     images = [page.image for page in pages]
-    inputs = read_prompts(processor, images, [page.prompt for page in pages])
+    inputs = read_prompts(processor, images, [page.prompt for page in pages], checkpoint.family)
     sizes = [image.size for image in images]
     regions = find_regions(checkpoint.config, processor, inputs, sizes, image_tokens)
     inputs = inputs.to(model.device, model.dtype)

@@ -150,7 +150,7 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
     """
     check_int("max_new_tokens", max_new_tokens, least=1)
     regions_of(checkpoint.config.model_type)
-    inputs = read_prompts(checkpoint.processor, [scene.image], [scene.question])
+    inputs = read_prompts(checkpoint.processor, [scene.image], [scene.question], checkpoint.family)
     regions = find_regions(checkpoint.config, checkpoint.processor, inputs, [scene.image.size])
     positions = image_positions(checkpoint.config, inputs["input_ids"][0], regions)[0]
     if scene.box is not None:

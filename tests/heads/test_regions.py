@@ -12,6 +12,8 @@ import pytest
 import torch
 from engine.family_checkpoints import (
     TILE,
+    build_idefics3,
+    build_smolvlm,
     internvl_model,
     internvl_processor,
     qwen3_model,
@@ -43,6 +45,7 @@ from sparsemm_eval.families.internvl import TileRegions
 from sparsemm_eval.families.llava_next import LlavaNextRegions
 from sparsemm_eval.families.llava_onevision import LlavaOnevisionRegions
 from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
+from sparsemm_eval.families.smolvlm import Idefics3Regions
 from sparsemm_eval.heads.regions import find_regions, image_positions
 from sparsemm_eval.tiny.training.qwen2_vl import build_config, build_model, build_processor
 
@@ -60,6 +63,9 @@ FAMILIES = (
     "internvl",
     "internvl-pil",
     "internvl-odd",
+    "idefics3",
+    "idefics3-large",
+    "smolvlm",
 )
 # Wide, tall and large canvases; 1 x 1 is one that holds the image in a single tile.
 CANVASES = [[SIDE * rows, SIDE * columns] for rows, columns in
@@ -86,6 +92,8 @@ class Family:
     @torch.inference_mode()
     def features(self, *images: Image.Image) -> list[torch.Tensor]:
         """[tokens, channels] of each image."""
+        if self.model.config.model_type in ("idefics3", "smolvlm"):
+            return self._of_samples(*images)
         names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
         inputs = {name: x for name, x in self.read(*images).items() if name in names}
         features = self.model.get_image_features(**inputs).pooler_output
@@ -95,6 +103,19 @@ class Family:
             tiles = [count(image.height, image.width, how) for image in images]
             features = [of_image.flatten(0, 1) for of_image in features.split(tiles)]
         return list(features)
+
+    def _of_samples(self, *images: Image.Image) -> list[torch.Tensor]:
+        """Of a model that has one list a prompt."""
+        inputs = self.read(*images)
+        names = ("pixel_values", "pixel_attention_mask")
+        given = {name: inputs[name] for name in names}
+        (features,) = self.model.get_image_features(**given).pooler_output
+        cut = self.processor.image_processor([list(images)], return_row_col_info=True)
+        tiles = [
+            rows * columns + 1
+            for rows, columns in zip(*(cut[x][0] for x in ("rows", "cols")), strict=True)
+        ]
+        return list(features.split([9 * count for count in tiles]))
 
     def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:
         sizes = [image.size for image in images]
@@ -164,6 +185,17 @@ def _internvl(name: str, _: object) -> Family:
     return Family(internvl_model(tile=tile), processor)
 
 
+def _idefics3(name: str, factory: pytest.TempPathFactory) -> Family:
+    build = build_idefics3
+    if name == "smolvlm":
+        pytest.importorskip("num2words")
+        build = build_smolvlm
+    checkpoint = Checkpoint(build(factory.mktemp(name)), dtype="float32")
+    if name.endswith("large"):  # no whole number of tiles
+        checkpoint.processor.image_processor.size = {"longest_edge": 130}
+    return Family(type(checkpoint.model)(checkpoint.config).eval(), checkpoint.processor)
+
+
 MAKE = {
     "llava_next": _llava,
     "llava_onevision": _onevision,
@@ -171,11 +203,14 @@ MAKE = {
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
     "internvl": _internvl,
+    "idefics3": _idefics3,
+    "smolvlm": _idefics3,
 }
 
 
 def _silence(model: PreTrainedModel) -> None:
-    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    names = ("visual", "vision_tower", "vision_model")
+    (tower,) = (getattr(model.model, name) for name in names if hasattr(model.model, name))
     ends = ("attn.proj", "self_attn.out_proj", "attention.projection_layer")
     outputs = [module for name, module in tower.named_modules() if name.endswith(ends)]
     assert outputs
@@ -259,6 +294,8 @@ def test_painting_a_box_changes_the_features_of_its_tokens(
             assert set(np.intersect1d(regions.tokens(inner), own)) <= set(seen)
         # Bicubic resampling reaches two pixels far, of the coarser of the two images.
         reach = tuple(2.01 * max(1, one) + one for one in pixel)
+        if isinstance(regions, Idefics3Regions):  # three pixels far, up to three times
+            reach = tuple(3.01 * 3 * max(1, one) + one for one in pixel)
         assert set(seen) <= set(regions.tokens(moved(box, reach, size)))
 
 
@@ -275,6 +312,11 @@ def test_an_image_that_is_not_resized_has_sharp_edges(
         tile = 52 if name.endswith("odd") else TILE
         columns, rows = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3), (1, 6)]))
         size = (columns * tile, rows * tile)
+    elif name in ("idefics3", "smolvlm"):
+        columns, rows = data.draw(st.sampled_from([(2, 2), (2, 1), (1, 2)]))
+        size = (columns * TILE, rows * TILE)
+    elif name.startswith("idefics3"):
+        pytest.skip("all images are resized")
     else:
         size = (data.draw(st.integers(3, 5)) * 16, data.draw(st.integers(3, 5)) * 16)
     x0, y0 = data.draw(st.integers(0, size[0] - 1)), data.draw(st.integers(0, size[1] - 1))
