@@ -44,6 +44,7 @@ from sparsemm_eval.engine.requests import Sample, read_chat
 from sparsemm_eval.engine.tasks import task_manager
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import find_family, smolvlm
+from sparsemm_eval.heads.capture import ArgmaxCapture, feed, read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods import make_method
 from sparsemm_eval.methods.sensitivity import RULES
@@ -186,6 +187,24 @@ def test_heads_can_be_starved_on_it(subject: Subject) -> None:
             rules = np.full_like(everything, rule)
             assert read.divergence(rules, everything).max() < 1e-6
         assert read.divergence(rules, np.full_like(everything, WINDOW)).max() > 1e-3
+
+
+def test_where_heads_look_is_alike_in_a_padded_batch(subject: Subject) -> None:
+    """What `chase` asks: prompts of one image each, with known answers, fed once."""
+    checkpoint, shape = subject.runner.checkpoint, shape_of(subject.model)
+    answer = [20, 21, 22, 23]
+
+    def looked(*sizes: tuple[int, int]) -> list[Tensor]:
+        images, questions = [photo(*size) for size in sizes], ["What is it?"] * len(sizes)
+        inputs = read_prompts(checkpoint.processor, images, questions, checkpoint.family)
+        capture = ArgmaxCapture(shape.layers, len(answer))
+        feed(checkpoint, inputs, [answer] * len(sizes), capture)
+        padding = (1 - inputs["attention_mask"]).sum(1)
+        return [row - skip for row, skip in zip(capture.looked(), padding, strict=True)]
+
+    sizes = ((40, 70), (100, 30))
+    for row, size in zip(looked(*sizes), sizes, strict=True):
+        assert torch.equal(row, looked(size)[0])
 
 
 def test_through_lmms_eval_to_a_score(subject: Subject, tmp_path: Path) -> None:
