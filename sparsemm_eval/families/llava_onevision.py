@@ -71,7 +71,10 @@ class LlavaOnevisionRegions(LlavaNextRegions):
         edges = np.arange(self._side + 1) * self.patch * side / self.tile
         x = (edges - (side - self.width) // 2).clip(0, self.width)
         y = (edges - (side - self.height) // 2).clip(0, self.height)
-        return np.concatenate([grid_boxes(x, y), np.full((1, 4), np.nan)])
+        boxes = grid_boxes(x, y)
+        # All of it is what the square has beside the image.
+        boxes[(boxes[:, :2] >= boxes[:, 2:]).any(1)] = np.nan
+        return np.concatenate([boxes, np.full((1, 4), np.nan)])
 
     @cached_property
     def parts(self) -> np.ndarray:
