@@ -29,7 +29,7 @@ FONT = 7.0  # points, the smallest that is set
 CHARACTER, LINE = 0.56 * FONT / 72, 1.5 * FONT / 72  # inches: of its characters and lines
 _DPI = 300
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# Okabe and Ito's colours, the last Paul Tol's wine: told apart by colour-blind readers too.
 METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "fullkv": {"color": "#000000", "linestyle": "--"},
     "sparsemm": {"color": "#D55E00", "marker": "o"},
@@ -39,6 +39,7 @@ METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "random": {"color": "#777777", "marker": "x"},
     "local": {"color": "#56B4E9", "marker": "v"},
     "streaming": {"color": "#E69F00", "marker": "P"},
+    "sensitivity": {"color": "#882255", "marker": "*"},
 }
 _MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">", "h", "8", "d", "X", "H")
 # Dashes are not among them: they tell the paper's curves, drawn behind one's own.
