@@ -153,7 +153,7 @@ def test_an_error_of_ours_ends_the_run(
     with pytest.raises(TypeError, match="ours"):
         ask(qwen(batch_size=2), pages(4))
     assert rows(answers) == []
-    monkeypatch.setattr(runners, "image_hash", broken)
+    monkeypatch.setattr(runners, "_parts", broken)
     with pytest.raises(TypeError, match="ours"):
         ask(qwen(batch_size=2), pages(4))
 

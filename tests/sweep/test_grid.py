@@ -435,7 +435,8 @@ def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
     with pytest.raises(UserError, match="setting='allow_failed'"):
         grid_of(models=[{**MODELS[0], "settings": {"allow_failed": 1}}])
     for name in set(model_settings()) - {"allow_failed"}:
-        value = 100_000 if name.endswith("pixels") else values.get(name, "auto")
+        whole = name.endswith(("pixels", "patches", "edge"))
+        value = 100_000 if whole else values.get(name, "auto")
         (model,) = grid_of(models=[{**MODELS[0], "settings": {name: value}}]).models
         assert model.settings == {name: value}
     own = set(inspect.signature(SparseMM.__init__).parameters)
