@@ -360,7 +360,7 @@ class _Rows:
         bos = processor.tokenizer.bos_token
         inputs = processor(
             text=[prompt.prompt],
-            images=list(prompt.images) or None,
+            images=checkpoint.family.arrange_images([prompt.images]),
             return_tensors="pt",
             # Some templates write it themselves.
             add_special_tokens=not (bos and prompt.prompt.startswith(bos)),
