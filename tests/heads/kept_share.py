@@ -48,7 +48,7 @@ def compare(cells: pd.DataFrame, samples: pd.DataFrame, method: str) -> list[dic
     everything = {task: np.arange(len(score))[None] for task, score in full.items()}
     drawn = {task: rng.integers(0, len(score), (DRAWS, len(score))) for task, score in full.items()}
     found = {}
-    for (name, budget), some in cells[cells.method != "fullkv"].groupby(["method", "budget"]):
+    for (name, budget), some in cells[cells.method != "fullkv"].groupby(["label", "budget"]):
         of_task = {
             row.task: np.stack([scores[row.Index], full[row.task]]) for row in some.itertuples()
         }
@@ -58,11 +58,12 @@ def compare(cells: pd.DataFrame, samples: pd.DataFrame, method: str) -> list[dic
             {row.task: float(row.score) for row in some.itertuples()},
         )
     rows = []
+    (own,) = cells[cells.method == method]["label"].unique()
     for (name, budget), (kept, draws, by_task) in found.items():
         row = {"method": name, "budget": budget, "kept": kept, "interval": interval(draws)}
-        if name != method:
-            row["ahead"] = found[method, budget][0] - kept
-            row["ahead_interval"] = interval(found[method, budget][1] - draws)
+        if name != own:
+            row["ahead"] = found[own, budget][0] - kept
+            row["ahead_interval"] = interval(found[own, budget][1] - draws)
         rows.append({**row, "scores": by_task})
     return sorted(rows, key=lambda row: (-row["budget"], -row["kept"]))
 
@@ -90,7 +91,7 @@ def markdown(models: Mapping[str, list[dict]], method: str) -> str:
                 ahead = "{:.3f} ({:.3f} to {:.3f})".format(row["ahead"], *row["ahead_interval"])
             numbers = " | ".join(f"{row['scores'][task]:.3f}" for task in tasks)
             parts.append(
-                f"| {row['budget']} | {METHOD_NAMES.get(row['method'], row['method'])} "
+                f"| {row['budget']} | {row['method']} "
                 f"| {row['kept']:.3f} ({low:.3f} to {high:.3f}) | {ahead} | {numbers} |"
             )
         parts.append("")
