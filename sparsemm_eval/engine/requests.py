@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ from sparsemm_eval.families import Family
 if TYPE_CHECKING:  # images are read, and refused, before anything heavy is there
     from lmms_eval.api.instance import Instance
     from lmms_eval.protocol import ChatMessages
-    from transformers import ProcessorMixin
+    from transformers import BatchFeature, ProcessorMixin
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +183,36 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
     ]
     digest = hashlib.sha256(json.dumps([asked, own]).encode()).hexdigest()
     return Reading(_prompt(processor, chat), shown, hashes, digest)
+
+
+def model_inputs(
+    processor: ProcessorMixin,
+    family: type[Family] | Family,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+) -> BatchFeature:
+    """Prompts and the images of each through the processor, padded on the left.
+
+    Parameters
+    ----------
+    processor : ProcessorMixin
+        The checkpoint's.
+    family : Family
+        The checkpoint's, whose processor may take images in a way of its own.
+    prompts : sequence of str
+        Through the chat template.
+    images : sequence of sequence of Image
+        Those of each prompt; none of one of text alone.
+    """
+    bos = processor.tokenizer.bos_token
+    return processor(
+        text=list(prompts),
+        images=family.arrange_images(images),
+        padding=True,
+        return_tensors="pt",
+        # Some templates write it themselves.
+        add_special_tokens=not (bos and prompts[0].startswith(bos)),
+    )
 
 
 def open_image(path: Path) -> Image.Image:

@@ -31,6 +31,7 @@ from sparsemm_eval.engine.requests import (
     Request,
     Sample,
     check_template,
+    model_inputs,
     truncated_images,
 )
 from sparsemm_eval.errors import UserError, one_line
@@ -184,16 +185,10 @@ class Runner:
     def read_batch(self, samples: Sequence[Sample]) -> BatchFeature:
         """Samples through the processor, padded on the left, where the model lies."""
         prompts = [sample.prompt for sample in samples]
-        images = self.family.arrange_images([sample.images for sample in samples])
-        bos = self.processor.tokenizer.bos_token
+        images = [sample.images for sample in samples]
         model = self.checkpoint.model
-        return self.processor(
-            text=prompts,
-            images=images,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and prompts[0].startswith(bos)),
-        ).to(model.device, model.dtype)
+        inputs = model_inputs(self.processor, self.family, prompts, images)
+        return inputs.to(model.device, model.dtype)
 
     def decode_batch(
         self, samples: Sequence[Sample], inputs: BatchFeature, cells: Sequence[Cell]

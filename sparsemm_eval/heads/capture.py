@@ -24,6 +24,7 @@ from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.engine.generation import generation_options
+from sparsemm_eval.engine.requests import model_inputs
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family
 
@@ -58,15 +59,7 @@ def read_prompts(
         )
         for question in questions
     ]
-    bos = processor.tokenizer.bos_token
-    return processor(
-        text=prompts,
-        images=family.arrange_images([[image] for image in images]),
-        padding=True,
-        return_tensors="pt",
-        # Some templates write it themselves.
-        add_special_tokens=not (bos and prompts[0].startswith(bos)),
-    )
+    return model_inputs(processor, family, prompts, [[image] for image in images])
 
 
 @torch.inference_mode()

@@ -20,6 +20,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.requests import model_inputs
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.heads.starved import AnsweredPrompt, room
 from sparsemm_eval.methods import ModelShape, Sensitivity
@@ -355,16 +356,9 @@ class _Rows:
     def _read(self, prompt: CalibrationPrompt) -> AnsweredPrompt:
         if prompt.digest in self.held:
             return self.held[prompt.digest]
-        checkpoint = self.checkpoint
-        model, processor = checkpoint.model, checkpoint.processor
-        bos = processor.tokenizer.bos_token
-        inputs = processor(
-            text=[prompt.prompt],
-            images=checkpoint.family.arrange_images([prompt.images]),
-            return_tensors="pt",
-            # Some templates write it themselves.
-            add_special_tokens=not (bos and prompt.prompt.startswith(bos)),
-        ).to(model.device, model.dtype)
+        checkpoint, model = self.checkpoint, self.checkpoint.model
+        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.images]
+        inputs = model_inputs(*asked).to(model.device, model.dtype)
         known = self.records.find(_place(prompt), "answer")
         read = AnsweredPrompt(model, inputs, self.window, prompt.options, known)
         if self.room is None:

@@ -197,9 +197,7 @@ class AnsweredPrompt:
         everything = np.full((1, len(self.cache.layers), heads), self.n)
         self.whole = self._log_probabilities(np.zeros_like(everything), everything)[0]
         if not self.whole.isfinite().all():
-            raise UserError(
-                f"what is lost by starving heads means nothing, as {not_finite_words(model)}"
-            )
+            raise UserError(f"what is lost by starving heads means nothing, {self._not_finite()}")
 
     def bytes(self) -> int:
         """Bytes that it holds."""
@@ -219,6 +217,11 @@ class AnsweredPrompt:
         -------
         ndarray
             [rows, T - 1] float64: KL(whole || row) in nats, for an answer of T tokens.
+
+        Raises
+        ------
+        UserError
+            If a row's logits are not finite: at once, and not when all has been measured.
         """
         parts = []
         each = self._rows_together()
@@ -226,7 +229,13 @@ class AnsweredPrompt:
             rows = slice(start, start + each)
             logs = self._log_probabilities(rules[rows], counts[rows])
             parts.append((self.whole.exp() * (self.whole - logs)).sum(-1).double().cpu().numpy())
-        return np.concatenate(parts).clip(min=0)
+        found = np.concatenate(parts)
+        if not np.isfinite(found).all():
+            raise UserError(f"what is lost by starving heads means nothing, {self._not_finite()}")
+        return found.clip(min=0)
+
+    def _not_finite(self) -> str:
+        return f"as {not_finite_words(self.model)}"
 
     def _rows_together(self) -> int:
         """Rows that are fed together, for what they take to be small beside the model."""

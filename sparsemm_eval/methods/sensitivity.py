@@ -219,7 +219,7 @@ class Sensitivity:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides what heads keep."""
+        """SHA-256 of all that its file holds: what an answer is keyed by."""
         return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -312,7 +312,7 @@ class Sensitivity:
 
     def write(self, path: Path) -> None:
         """Write it whole, with a checksum of its content."""
-        content = with_checksum({"format": FORMAT, **self._content()})
+        content = with_checksum(self._content())
         write_whole(path, json.dumps(content, indent=1) + "\n")
 
     @classmethod

@@ -23,6 +23,7 @@ import torch
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import decode
+from sparsemm_eval.engine.requests import model_inputs
 from sparsemm_eval.heads.calibration import calibration_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods import make_method
@@ -47,13 +48,8 @@ def measured(name: str, count: int) -> dict[str, float]:
     prompts = list(calibration_prompts(checkpoint, TASKS, count + 1))
     held = peak = 0
     for number, prompt in enumerate(prompts):
-        bos = checkpoint.processor.tokenizer.bos_token
-        inputs = checkpoint.processor(
-            text=[prompt.prompt],
-            images=list(prompt.images),
-            return_tensors="pt",
-            add_special_tokens=not (bos and prompt.prompt.startswith(bos)),
-        )
+        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.images]
+        inputs = model_inputs(*asked)
         begun = time.perf_counter()
         decode(model, inputs, [full], prompt.options)
         between = time.perf_counter()

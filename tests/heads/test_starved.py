@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, LogitsProcessor, PreTraine
 
 from sparsemm_eval.cache import use_head_budget_attention
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.capture import read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods.sensitivity import NEWEST, RECENT, RULES
@@ -141,6 +142,16 @@ def test_the_answer_is_transformers_own() -> None:
     model, _ = subject("embedded:qwen2vl")
     stock = model.generate(**inputs, do_sample=False, max_new_tokens=12)
     assert read.answer == stock[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_rows_that_are_not_finite_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, _ = answered("llama-gqa")
+    shape = shape_of(read.model)
+    few = np.full((1, shape.layers, shape.kv_heads), 3)
+    lost = torch.full_like(read.whole, torch.nan)[None]
+    monkeypatch.setattr(AnsweredPrompt, "_log_probabilities", lambda self, *rows: lost)
+    with pytest.raises(UserError, match="means nothing, as logits are not finite"):
+        read.divergence(np.zeros_like(few), few)
 
 
 def test_newest_tokens_come_first_by_every_rule() -> None:
