@@ -25,7 +25,7 @@ def example(
     counts = {}
     for budget in tables:
         counts[budget] = np.full((layers, heads), budget)
-        counts[budget][0, :2] += (1 - budget, budget - 1)
+        counts[budget].flat[:2] += (1 - budget, budget - 1)
     return Sensitivity(
         ModelShape(layers, heads, heads),
         8,
