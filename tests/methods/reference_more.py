@@ -11,9 +11,12 @@ gives [H, n - window]: a score for each token before the window, the better the 
 - Settings a rule does not read are ignored, so that one dict serves all.
 
 Prompts that fit their budget are kept whole by every method and are no matter of this file.
-Queries attend to all keys up to themselves. Where a rule leaves room, the docstring says what
-was decided; a setting marked "public code" gives what the method's authors run instead. Layer
-rules and keep rules follow the scorers.
+Queries attend to all keys up to themselves. Layer rules and keep rules follow the scorers.
+
+Where a rule leaves room, the docstring says what was decided; a setting marked "public code" gives
+what the method's authors run instead. Of the papers only the abstracts were at hand: decisions
+follow the wording of the rules, the conventions of this package, and where both are silent the
+public code as it was read (kvpress, MixKV, LAVa, CAKE, TGV-KV; VL-Cache has none).
 """
 
 import math
@@ -247,9 +250,9 @@ def lava(
 ) -> Array:
     """Pooled window attention times the head's largest |value|_1 (arXiv 2509.09754).
 
-    Decided: kernel 7 and max pooling, the paper's; a query head is pooled before the maximum over
-    the group (which changes nothing while both are maxima); the largest value is sought among all
-    n tokens. Public code seeks it before the window: `norm_of_window=False`.
+    Decided: kernel 7 and max pooling, as in public code; a query head is pooled before the maximum
+    over the group (which changes nothing while both are maxima); the largest value is sought among
+    all n tokens. Public code seeks it before the window: `norm_of_window=False`.
     """
     candidates = key.shape[1] - window
     scores = []
@@ -592,7 +595,7 @@ def vlcache_density(query, key, visual=None, *, share=0.01, scale=None, **_other
     """Share of a layer's post-vision attention that reaches 1% of its row's maximum.
 
     Decided: among the entries a query may see (its own included), over all rows together; mean
-    over the query heads; an entry at just 1% counts, as in the paper's filter.
+    over the query heads; an entry at just 1% counts.
     """
     tokens = key.shape[1]
     rows = post_vision(visual, tokens)
