@@ -185,7 +185,7 @@ def test_the_tokens_are_those_of_training(
     messages = ConfigurableMessagesTask._build_user_turn([image], task.doc_to_text(document))
     read = read_chat(processor, messages, Family())
     inputs = processor(
-        text=[read.prompt], images=list(read.images), return_tensors="pt", add_special_tokens=False
+        text=[read.prompt], images=list(read.visuals), return_tensors="pt", add_special_tokens=False
     )
     room = len(question.prompt) + len(question.answer) + 1
     batch = pack(family, [page], [[(Kind.VALUE, question)]], room)

@@ -1,10 +1,9 @@
-"""One request, read: a document's messages to prompt and images."""
+"""One request, read: a document's messages to prompt and visuals, which are images and videos."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageFile
 
+from sparsemm_eval.engine.videos import Video, check_regular, read_video
 from sparsemm_eval.errors import UserError, one_line, short_repr
-from sparsemm_eval.families import Family
+from sparsemm_eval.families import Family, VideoFamily, video_families
 
 if TYPE_CHECKING:  # images are read, and refused, before anything heavy is there
     from lmms_eval.api.instance import Instance
-    from lmms_eval.protocol import ChatMessages
-    from transformers import BatchFeature, ProcessorMixin
+    from lmms_eval.protocol import ChatMessages, ChatVideoContent
+    from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
+
+Visual = Image.Image | Video
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,18 +84,18 @@ class Reading:
     Parameters
     ----------
     prompt : str
-        Through the chat template, image placeholders included.
-    images : tuple of Image
+        Through the chat template, placeholders of visuals included.
+    visuals : tuple of Image or Video
         In the order of their placeholders.
     hashes : tuple of str
-        `image_hash` of each.
+        `image_hash` or `Video.hash` of each.
     digest : str
         SHA-256 of what the document shows and asks, before any setting of a model's: alike for
         every checkpoint, family and protocol, and for calibration and evaluation.
     """
 
     prompt: str
-    images: tuple[Image.Image, ...]
+    visuals: tuple[Visual, ...]
     hashes: tuple[str, ...]
     digest: str
 
@@ -107,8 +109,8 @@ class Sample:
     task, doc_id : str
         Where it is from.
     prompt : str
-        Through the chat template, image placeholders included.
-    images : tuple of Image
+        Through the chat template, placeholders of visuals included.
+    visuals : tuple of Image or Video
         In the order of their placeholders.
     options : tuple
         Generation settings, sorted (name, value) pairs; equal ones share a batch.
@@ -121,7 +123,7 @@ class Sample:
     task: str
     doc_id: str
     prompt: str
-    images: tuple[Image.Image, ...]
+    visuals: tuple[Visual, ...]
     options: tuple[tuple[str, Any], ...]
     until: tuple[str, ...]
     parts: Mapping[str, Any]
@@ -149,32 +151,35 @@ class Memo:
 
 
 def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -> Reading:
-    """Messages through the chat template, and the images they show, in order, decoded; as a
+    """Messages through the chat template, and the visuals they show, in order, decoded; as a
     family's settings have them.
 
     Raises
     ------
-    ValueError
-        If there is a video or a sound among them.
+    UserError
+        If there is a sound among them, or a video and the family reads none.
     """
     from lmms_eval.protocol import ChatMessages
 
     chat = ChatMessages(messages=family.read_messages(messages))
-    urls, videos, sounds = chat.extract_media()
-    if videos or sounds:
-        raise UserError("images and text are read, no video or sound: choose tasks without them")
-    images = tuple(
-        url if isinstance(url, Image.Image) else open_image(Path(url)).convert("RGB")
-        for url in urls
-    )
-    for image in images:
-        image.load()  # some are decoded on first use only: a broken one is to be found here
-    shown = tuple(family.read_image(image, processor) for image in images)
-    own = tuple(map(image_hash, images))
-    hashes = tuple(
-        known if one is image else image_hash(one)
-        for known, one, image in zip(own, shown, images, strict=True)
-    )
+    contents = [content for message in chat.messages for content in message.content]
+    if any(content.type == "audio" for content in contents):
+        raise UserError("images, videos and text are read, no sound: choose tasks without it")
+    shown: list[Visual] = []
+    own, hashes = [], []  # as the document has it, and as the model gets it
+    for content in contents:
+        if content.type == "video":
+            video = _open_video(content, family)
+            shown.append(video)
+            own.append(video.source)
+            hashes.append(video.hash())
+        elif content.type == "image":
+            url = content.url
+            image = url if isinstance(url, Image.Image) else open_image(Path(url)).convert("RGB")
+            image.load()  # some are decoded on first use only: a broken one is to be found here
+            shown.append(family.read_image(image, processor))
+            own.append(image_hash(image))
+            hashes.append(own[-1] if shown[-1] is image else image_hash(shown[-1]))
     asked = [
         content.text
         for message in ChatMessages(messages=messages).messages
@@ -182,16 +187,31 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
         if content.type == "text"
     ]
     digest = hashlib.sha256(json.dumps([asked, own]).encode()).hexdigest()
-    return Reading(_prompt(processor, chat), shown, hashes, digest)
+    return Reading(_prompt(processor, chat), tuple(shown), tuple(hashes), digest)
+
+
+def _open_video(content: ChatVideoContent, family: Family) -> Video:
+    if not isinstance(family, VideoFamily):
+        raise UserError(
+            f"a video is shown, and of a {family.model_type} model only images and text are read: "
+            f"choose tasks without videos, or a model of {', '.join(video_families())}"
+        )
+    place, start, end = content.url, content.start_time, content.end_time
+    if isinstance(place, Mapping):  # lmms-eval leaves a visual of a task as it is if it has times
+        start, end = place.get("video_start", start), place.get("video_end", end)
+        place = place.get("url") or place.get("path")
+    if not isinstance(place, str | Path):
+        raise ValueError(f"a video is given as {type(place).__name__}, and not as a path")
+    return read_video(Path(place), family.frame_places, start, end)
 
 
 def model_inputs(
     processor: ProcessorMixin,
     family: type[Family] | Family,
     prompts: Sequence[str],
-    images: Sequence[Sequence[Image.Image]],
+    visuals: Sequence[Sequence[Visual]],
 ) -> BatchFeature:
-    """Prompts and the images of each through the processor, padded on the left.
+    """Prompts and the visuals of each through the processor, padded on the left.
 
     Parameters
     ----------
@@ -201,13 +221,22 @@ def model_inputs(
         The checkpoint's, whose processor may take images in a way of its own.
     prompts : sequence of str
         Through the chat template.
-    images : sequence of sequence of Image
+    visuals : sequence of sequence of Image or Video
         Those of each prompt; none of one of text alone.
     """
     bos = processor.tokenizer.bos_token
+    images = [
+        [visual for visual in of_prompt if not isinstance(visual, Video)] for of_prompt in visuals
+    ]
+    videos = [visual for of_prompt in visuals for visual in of_prompt if isinstance(visual, Video)]
+    given: dict[str, Any] = {"images": family.arrange_images(images)}
+    if videos:
+        given["videos"] = [video.frames for video in videos]
+        given["video_metadata"] = [video.metadata for video in videos]
+        given["do_sample_frames"] = False
     return processor(
         text=list(prompts),
-        images=family.arrange_images(images),
+        **given,
         padding=True,
         return_tensors="pt",
         # Some templates write it themselves.
@@ -215,10 +244,20 @@ def model_inputs(
     )
 
 
+def to_model(inputs: BatchFeature, model: PreTrainedModel) -> BatchFeature:
+    """A processor's output where a model lies, pixels in its dtype.
+
+    Pixels alone: the seconds between a video's frames, of which positions are made, stay exact.
+    """
+    inputs = inputs.to(model.device)
+    for name in [name for name in inputs if name.startswith("pixel_values")]:
+        inputs[name] = inputs[name].to(model.dtype)
+    return inputs
+
+
 def open_image(path: Path) -> Image.Image:
-    """As PIL opens it, a regular file alone: a pipe would be waited for without end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{path} is no file but a folder, a pipe or a device")
+    """As PIL opens it, a regular file alone."""
+    check_regular(path)
     return Image.open(path)
 
 

@@ -32,6 +32,7 @@ from sparsemm_eval.engine.requests import (
     Sample,
     check_template,
     model_inputs,
+    to_model,
     truncated_images,
 )
 from sparsemm_eval.errors import UserError, one_line
@@ -185,10 +186,9 @@ class Runner:
     def read_batch(self, samples: Sequence[Sample]) -> BatchFeature:
         """Samples through the processor, padded on the left, where the model lies."""
         prompts = [sample.prompt for sample in samples]
-        images = [sample.images for sample in samples]
-        model = self.checkpoint.model
-        inputs = model_inputs(self.processor, self.family, prompts, images)
-        return inputs.to(model.device, model.dtype)
+        visuals = [sample.visuals for sample in samples]
+        inputs = model_inputs(self.processor, self.family, prompts, visuals)
+        return to_model(inputs, self.checkpoint.model)
 
     def decode_batch(
         self, samples: Sequence[Sample], inputs: BatchFeature, cells: Sequence[Cell]
@@ -252,7 +252,7 @@ class _Pass:
         for place in lacking:
             self.queued[place].add(keys[place])
         batch = self.waiting[options, lacking]
-        read = chat.prompt, chat.images
+        read = chat.prompt, chat.visuals
         batch.append(Sample(request.task, request.document, *read, options, until, parts))
         if len(batch) == self.runner.batch_size:
             self._compute(self.waiting.pop((options, lacking)), lacking)

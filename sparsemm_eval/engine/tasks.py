@@ -21,6 +21,7 @@ from tenacity import RetryError
 
 from sparsemm_eval.engine.generation import check_generation
 from sparsemm_eval.engine.requests import Request
+from sparsemm_eval.engine.videos import check_decoder
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.paths import tasks_folder
 
@@ -306,10 +307,7 @@ def check_answerable(manager: TaskManager, task: str) -> dict[str, Any]:
             "generated on it: choose tasks of output_type generate_until"
         )
     if _shows_videos(config):
-        raise UserError(
-            f"{task} shows videos, and only images and text are read here: choose tasks without "
-            "videos"
-        )
+        check_decoder()
     return config
 
 

@@ -9,6 +9,7 @@ from sparsemm_eval.families.base import (
     Box,
     Family,
     Regions,
+    VideoFamily,
     cell_boxes,
     decoder_logits,
     grid_boxes,
@@ -21,6 +22,7 @@ from sparsemm_eval.families.registry import (
     find_family,
     protocols,
     register_family,
+    video_families,
 )
 
 # Every file of this folder: a family needs no other place that names it.
@@ -33,6 +35,7 @@ __all__ = [
     "Box",
     "Family",
     "Regions",
+    "VideoFamily",
     "cell_boxes",
     "decoder_logits",
     "families",
@@ -43,4 +46,5 @@ __all__ = [
     "grid_boxes",
     "protocols",
     "register_family",
+    "video_families",
 ]

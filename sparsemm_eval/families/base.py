@@ -187,6 +187,33 @@ class Family:
         return model(input_ids=ids, **given, logits_to_keep=1).logits[:, -1]
 
 
+@dataclass(frozen=True)
+class VideoFamily(Family):
+    """A family that reads videos too, each as frames drawn evenly from it.
+
+    Parameters
+    ----------
+    frames : int
+        How many are drawn; 32 as by default in lmms-eval's models of these families.
+    """
+
+    reading: ClassVar[tuple[str, ...]] = (*Family.reading, "frames")
+
+    frames: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_int("frames", self.frames, least=1)
+
+    def frame_places(self, count: int) -> np.ndarray:
+        """Numbers of the frames that are drawn from so many, ascending [drawn].
+
+        By default always `frames`, in equal steps from the first to the last: of a short video some
+        are drawn more than once.
+        """
+        return np.linspace(0, count - 1, self.frames, dtype=int)
+
+
 def decoder_logits(model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
     """The language model and its head on text tokens: `Family.step_logits` without detours."""
     embedded = model.get_input_embeddings()(ids)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.families.base import Family, Regions, cell_boxes, decoder_logits, grid_boxes
+from sparsemm_eval.families.base import (
+    Regions,
+    VideoFamily,
+    cell_boxes,
+    decoder_logits,
+    grid_boxes,
+)
 from sparsemm_eval.families.llava_next import LlavaNextRegions
 from sparsemm_eval.families.registry import register_family
 
@@ -110,7 +116,7 @@ class LlavaOnevisionRegions(LlavaNextRegions):
 
 @register_family
 @dataclass(frozen=True)
-class LlavaOnevision(Family):
+class LlavaOnevision(VideoFamily):
     """A LlavaOnevisionForConditionalGeneration checkpoint."""
 
     model_type: ClassVar[str] = "llava_onevision"

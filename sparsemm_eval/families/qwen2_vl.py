@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
-from sparsemm_eval.families.base import Family, Regions, decoder_logits, grid_boxes
+from sparsemm_eval.families.base import Regions, VideoFamily, decoder_logits, grid_boxes
 from sparsemm_eval.families.registry import register_family
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _CELL = 28
 _RATIO = 200  # of an image's sides; it reads none that is longer
 ROUNDING = ("limits", "loose")
+_OF_VIDEOS = ("video_min_pixels", "video_max_pixels")
 
 
 @dataclass(frozen=True)
@@ -65,42 +66,68 @@ class Qwen2VLRegions(Regions):
 
 
 @dataclass(frozen=True)
-class QwenVL(Family):
+class QwenVL(VideoFamily):
     """What the Qwen-VL families have alike.
 
     Parameters
     ----------
     min_pixels, max_pixels : int, optional
         The area an image is scaled into, in pixels; without them the checkpoint's own hold.
+    video_min_pixels, video_max_pixels : int, optional
+        The same of a video as its processor counts it: the area of one frame, or with Qwen3-VL of
+        all frames together.
     """
 
     regions: ClassVar[type[Regions]] = Qwen2VLRegions
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("min_pixels", "max_pixels"):
+        for name in ("min_pixels", "max_pixels", *_OF_VIDEOS):
             if (value := getattr(self, name)) is not None:
                 check_int(name, value, least=1)
 
+    @property
+    def keyed(self) -> dict[str, Any]:
+        """As of any family; limits of videos only where there are: older keys have none."""
+        keyed = super().keyed
+        return {name: keyed[name] for name in keyed if name not in _OF_VIDEOS or keyed[name]}
+
     def configure(self, processor: ProcessorMixin) -> ProcessorMixin:
-        """Set the area that images are scaled into."""
-        size = dict(processor.image_processor.size)
-        for value, edge in (
-            (self.min_pixels, "shortest_edge"), (self.max_pixels, "longest_edge")
-        ):  # fmt: skip
-            if value is not None:
-                size[edge] = value
-        if size["shortest_edge"] > size["longest_edge"]:
-            raise UserError(
-                f"min_pixels={size['shortest_edge']} is above max_pixels={size['longest_edge']}"
-            )
+        """Set the area that images and videos are scaled into."""
         processor = copy(processor)
-        processor.image_processor = copy(processor.image_processor)
-        processor.image_processor.size = type(processor.image_processor.size)(**size)
+        processor.image_processor = self._within(processor.image_processor)
+        processor.video_processor = self._within(processor.video_processor, "video_")
+        # What none means, until transformers changes it.
+        if getattr(processor.video_processor, "cap_pixels_per_frame", True) is None:
+            processor.video_processor.cap_pixels_per_frame = False
         return processor
+
+    def _within(self, reader: Any, of: str = "") -> Any:
+        """A copy of a processor's part with the limits of one kind of visuals."""
+        size = dict(reader.size)
+        names = {"shortest_edge": f"{of}min_pixels", "longest_edge": f"{of}max_pixels"}
+        for edge, name in names.items():
+            if (value := getattr(self, name)) is not None:
+                size[edge] = value
+        least, most = (f"{name}={size[edge]}" for edge, name in names.items())
+        if size["shortest_edge"] > size["longest_edge"]:
+            raise UserError(f"{least} is above {most}")
+        reader = copy(reader)
+        reader.size = type(reader.size)(**size)
+        return reader
+
+    def frame_places(self, count: int) -> np.ndarray:
+        """At most `frames` in equal steps, an even number, as two of them make a token.
+
+        As lmms-eval's models of these families have it, and qwen_vl_utils rounds for them.
+        """
+        even = max(2, min(self.frames, count) // 2 * 2)
+        return np.linspace(0, count - 1, even).round().astype(int)
 
     @classmethod
     def step_logits(cls, model: PreTrainedModel, ids: Tensor, **given: Any) -> Tensor:
@@ -115,7 +142,7 @@ class Qwen2VL(QwenVL):
 
     Parameters
     ----------
-    min_pixels, max_pixels : int, optional
+    min_pixels, max_pixels, video_min_pixels, video_max_pixels : int, optional
         As of `QwenVL`.
     rounding : {"limits", "loose"}, optional
         Images are scaled before the processor scales them, to sides of whole times 28 pixels, as
@@ -133,6 +160,8 @@ class Qwen2VL(QwenVL):
             "rounding": "limits",
             "min_pixels": 4 * 28 * 28,
             "max_pixels": 602_112,
+            "video_min_pixels": 4 * 28 * 28,
+            "video_max_pixels": 602_112,
             "max_new_tokens": 128,
         },
         # qwen2_vl of the published fork: it tells its limits to the processor alone, and saves
@@ -146,7 +175,7 @@ class Qwen2VL(QwenVL):
             "max_new_tokens": 128,
         },
     }
-    reading: ClassVar[tuple[str, ...]] = (*Family.reading, "rounding")
+    reading: ClassVar[tuple[str, ...]] = (*VideoFamily.reading, "rounding")
 
     rounding: str | None = None
 
@@ -181,6 +210,9 @@ class Qwen25VL(Qwen2VL):
             "rounding": "loose",
             "min_pixels": 256 * 28 * 28,
             "max_pixels": 1_605_632,
+            # qwen_vl_utils holds a frame below this, whatever it is told.
+            "video_min_pixels": 256 * 28 * 28,
+            "video_max_pixels": 768 * 28 * 28,
             "max_new_tokens": 128,
         },
     }

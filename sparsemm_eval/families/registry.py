@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.families.base import PLAIN, Family
+from sparsemm_eval.families.base import PLAIN, Family, VideoFamily
 from sparsemm_eval.methods.plugins import is_ours, load_installed, note_registered, source_digest
 
 if TYPE_CHECKING:
@@ -85,6 +85,11 @@ def family_of(config: PreTrainedConfig) -> type[Family]:
 def family_settings() -> set[str]:
     """Settings of any family."""
     return {name for family in families().values() for name in family.setting_names()}
+
+
+def video_families() -> list[str]:
+    """The model_type of every family that reads videos, sorted."""
+    return sorted(name for name, one in families().items() if issubclass(one, VideoFamily))
 
 
 def protocols() -> list[str]:

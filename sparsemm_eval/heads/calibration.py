@@ -21,7 +21,13 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsemm_eval.engine.generation import generation_options
-from sparsemm_eval.engine.requests import Request, check_template, open_image, truncated_images
+from sparsemm_eval.engine.requests import (
+    Request,
+    Visual,
+    check_template,
+    open_image,
+    truncated_images,
+)
 from sparsemm_eval.errors import UserError, check_int, one_line, printable, short_repr
 from sparsemm_eval.heads.pages import read_image
 from sparsemm_eval.methods.head_scores import provenance_file
@@ -53,8 +59,8 @@ class CalibrationPrompt:
     kind : str
         Name of its task or its folder, or what its line says.
     prompt : str
-        Through the chat template, image placeholders included.
-    images : tuple of Image
+        Through the chat template, placeholders of visuals included.
+    visuals : tuple of Image or Video
         In the order of their placeholders; none of a prompt of text alone.
     options : mapping
         Of transformers' ``generate``: greedy, max_new_tokens, and pad_token_id where there is one.
@@ -64,7 +70,7 @@ class CalibrationPrompt:
 
     kind: str
     prompt: str
-    images: tuple[Image.Image, ...]
+    visuals: tuple[Visual, ...]
     options: Mapping[str, Any]
     digest: str
 
@@ -162,7 +168,7 @@ class Calibration:
             options, _ = generation_options({"max_new_tokens": least})
             options = dict(options) | padding
             return CalibrationPrompt(
-                request.task, found.prompt, found.images, options, found.digest
+                request.task, found.prompt, found.visuals, options, found.digest
             )
 
         return map(read, requests)

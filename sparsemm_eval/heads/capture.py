@@ -80,8 +80,8 @@ def greedy_answers(
     Returns
     -------
     list of list of int
-        Without the token that ends it. One of an image ends it too: fed again, it would ask for an
-        image.
+        Without the token that ends it. One of an image or a video ends it too: fed again, it would
+        ask for one.
     """
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     options = dict(generation_options({"max_new_tokens": max_new_tokens})[0])
@@ -89,7 +89,9 @@ def greedy_answers(
         options["pad_token_id"] = tokenizer.pad_token_id
     new = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
     eos = model.generation_config.eos_token_id
-    ends = {checkpoint.config.image_token_id, *(eos if isinstance(eos, list) else [eos])}
+    shown = ("image_token_id", "video_token_id")
+    ends = {getattr(checkpoint.config, name, None) for name in shown}
+    ends |= set(eos if isinstance(eos, list) else [eos])
     return [list(takewhile(lambda token: token not in ends, row)) for row in new.tolist()]
 
 
@@ -125,7 +127,7 @@ def teacher_forced(
         forced["mm_token_type_ids"] = extend(
             "mm_token_type_ids", [torch.zeros_like(e) for e in ends], 0
         )
-    if "image_grid_thw" not in inputs:
+    if not {"image_grid_thw", "video_grid_thw"} & inputs.keys():
         # Qwen2-VL makes positions of its own from the mask; others count padding unless told.
         forced["position_ids"] = (forced["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     return forced

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.generation import DEFAULT_NEW_TOKENS
+from sparsemm_eval.engine.requests import to_model
 from sparsemm_eval.errors import UserError, check_choice, check_int
 from sparsemm_eval.families import IMAGE_TOKENS, Box, Regions
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, greedy_answers, read_prompts
@@ -133,7 +134,7 @@ def _score_annotated(
     inputs = read_prompts(processor, images, [page.prompt for page in pages], checkpoint.family)
     sizes = [image.size for image in images]
     regions = find_regions(checkpoint.config, processor, inputs, sizes, image_tokens)
-    inputs = inputs.to(model.device, model.dtype)
+    inputs = to_model(inputs, model)
     if all(page.aligned for page in pages):
         tokenizer = processor.tokenizer
         answers = [tokenizer(page.text, add_special_tokens=False)["input_ids"] for page in pages]

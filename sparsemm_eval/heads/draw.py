@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.requests import to_model
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.families import Box, Regions
 from sparsemm_eval.heads.capture import WeightCapture, feed, greedy_answers, read_prompts
@@ -156,7 +157,7 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
     if scene.box is not None:
         regions[0].tokens(scene.box)  # raises for a box that is empty or outside
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
-    inputs = inputs.to(model.device, model.dtype)
+    inputs = to_model(inputs, model)
     (tokens,) = greedy_answers(checkpoint, inputs, max_new_tokens)
     special = set(tokenizer.all_special_ids)
     answer = list(takewhile(lambda token: token not in special, tokens))

@@ -20,7 +20,7 @@ from loguru import logger
 from tqdm import tqdm
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.requests import model_inputs
+from sparsemm_eval.engine.requests import model_inputs, to_model
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.heads.starved import AnsweredPrompt, room
 from sparsemm_eval.methods import ModelShape, Sensitivity
@@ -357,8 +357,8 @@ class _Rows:
         if prompt.digest in self.held:
             return self.held[prompt.digest]
         checkpoint, model = self.checkpoint, self.checkpoint.model
-        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.images]
-        inputs = model_inputs(*asked).to(model.device, model.dtype)
+        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.visuals]
+        inputs = to_model(model_inputs(*asked), model)
         known = self.records.find(_place(prompt), "answer")
         read = AnsweredPrompt(model, inputs, self.window, prompt.options, known)
         if self.room is None:

@@ -26,7 +26,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3VLConfig,
@@ -116,27 +119,42 @@ def qwen3_model() -> PreTrainedModel:
     return _draw(Qwen3VLForConditionalGeneration, config)
 
 
+def build_qwen2(folder: Path) -> Path:
+    """Write a Qwen2-VL checkpoint; return its folder."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {
+        "depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 1, "num_heads": 2,
+        "patch_size": PATCH, "spatial_merge_size": MERGE, "initializer_range": 0.2,
+    }  # fmt: skip
+    text = text_settings(rope_parameters=rope)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN_TOKENS)
+    model = _draw(Qwen2VLForConditionalGeneration, config)
+    return _write(folder, model, _qwen_processor(Qwen2VLProcessor))
+
+
 def build_qwen25(folder: Path) -> Path:
     """Write a Qwen2.5-VL checkpoint; return its folder."""
-    videos = Qwen2VLVideoProcessor(patch_size=PATCH, merge_size=MERGE)
-    template = chat_template(VISION_START + IMAGE_PAD + VISION_END)
-    processor = Qwen2_5_VLProcessor(
-        _qwen_images(), build_tokenizer(), videos, chat_template=template
-    )
-    return _write(folder, qwen25_model(), processor)
+    return _write(folder, qwen25_model(), _qwen_processor(Qwen2_5_VLProcessor))
 
 
 def build_qwen3(folder: Path) -> Path:
     """Write a Qwen3-VL checkpoint; return its folder."""
-    videos = Qwen3VLVideoProcessor(patch_size=PATCH, merge_size=MERGE)
-    template = chat_template(VISION_START + IMAGE_PAD + VISION_END)
-    processor = Qwen3VLProcessor(_qwen_images(), build_tokenizer(), videos, chat_template=template)
-    return _write(folder, qwen3_model(), processor)
+    # Of all frames together.
+    size = {"shortest_edge": 4 * 32**2, "longest_edge": 6 * 64**2}
+    videos = Qwen3VLVideoProcessor(patch_size=PATCH, merge_size=MERGE, size=size)
+    return _write(folder, qwen3_model(), _qwen_processor(Qwen3VLProcessor, videos))
 
 
-def _qwen_images() -> Qwen2VLImageProcessor:
+def _qwen_processor(kind: type, videos: Any = None) -> Any:
     size = {"shortest_edge": 32**2, "longest_edge": 96**2}
-    return Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, size=size)
+    images = Qwen2VLImageProcessor(patch_size=PATCH, merge_size=MERGE, size=size)
+    of_frame = size | {"longest_edge": 64**2}
+    videos = videos or Qwen2VLVideoProcessor(patch_size=PATCH, merge_size=MERGE, size=of_frame)
+    image, video = (VISION_START + pad + VISION_END for pad in (IMAGE_PAD, VIDEO_PAD))
+    template = chat_template(image).replace(
+        "{% elif", "{% elif part['type'] == 'video' %}" + video + "{% elif"
+    )
+    return kind(images, build_tokenizer(), videos, chat_template=template)
 
 
 def internvl_model(decoder: str = "qwen2", tile: int = TILE) -> PreTrainedModel:

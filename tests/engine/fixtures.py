@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
@@ -46,6 +48,21 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8, generator=generator)
     return Image.fromarray(coarse.numpy()).resize((width, height))
+
+
+def film(
+    path: Path, frames: int, size: tuple[int, int], seed: int = 0, codec: str = "mpeg4"
+) -> Path:
+    """Write a video of coarse noise that moves, 8 frames a second; its sides are even numbers."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=8, options={"g": "5", "bf": "2"})
+        stream.width, stream.height = size
+        still = np.asarray(photo(*size, seed=seed))
+        for number in range(frames):
+            moved = np.roll(still, 5 * number, (0, 1))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+        file.mux(stream.encode())
+    return path
 
 
 def to_messages(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -186,7 +186,9 @@ def build_onevision(folder: Path, seed: int = 0) -> Path:
         LlavaOnevisionVideoProcessor(size=side),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
-        chat_template=TEMPLATES["llama"],
+        chat_template=TEMPLATES["llama"].replace(
+            "{% else %}", "{% elif c['type'] == 'video' %}<video>\n{% else %}"
+        ),
     )
     processor.save_pretrained(folder)
     return folder

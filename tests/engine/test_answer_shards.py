@@ -187,7 +187,7 @@ def test_a_sample_that_fails_leaves_the_others_theirs(
 
     def broken(request: Request, *given: Any) -> Any:
         found = read(request, *given)
-        if image_hash(found.images[0]) == lost:
+        if image_hash(found.visuals[0]) == lost:
             raise OSError("image file is truncated")
         return found
 

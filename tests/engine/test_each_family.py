@@ -6,6 +6,7 @@ inputs, its own attention and cache.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,19 @@ from engine.family_checkpoints import (
     TILE,
     build_idefics3,
     build_internvl,
+    build_qwen2,
     build_qwen3,
     build_qwen25,
     build_smolvlm,
     internvl_processor,
 )
-from engine.fixtures import change_config, photo
-from engine.llava_checkpoints import build_onevision
+from engine.fixtures import change_config, film, photo
+from engine.llava_checkpoints import build_llava, build_onevision
 from lmms_eval.evaluator import simple_evaluate
+from lmms_eval.tasks import TaskManager
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     InternVLConfig,
@@ -37,13 +41,14 @@ from transformers import (
     PreTrainedModel,
     SmolVLMConfig,
 )
+from transformers.video_utils import VideoMetadata, load_video
 
 from sparsemm_eval.engine.decode import decode
 from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.engine.requests import Sample, read_chat
 from sparsemm_eval.engine.tasks import task_manager
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.families import find_family, smolvlm
+from sparsemm_eval.families import VideoFamily, family_of, find_family, smolvlm
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
 from sparsemm_eval.methods import make_method
@@ -51,6 +56,7 @@ from sparsemm_eval.methods.sensitivity import RULES
 
 BUILD: Mapping[str, Callable[[Path], Path]] = {
     "llava_onevision": build_onevision,
+    "qwen2_vl": build_qwen2,
     "qwen2_5_vl": build_qwen25,
     "qwen3_vl": build_qwen3,
     "internvl": build_internvl,
@@ -66,20 +72,34 @@ CONTENTS = (
     ((), "Name a colour that is not red, and say why it is none."),
     ((("image", (100, 52)),), "Read."),
 )
+# Of families that read videos: one, one behind an image, two of unlike shape and length.
+OF_VIDEOS = (
+    ((("video", 12, (48, 64)),), "What is it?"),
+    ((("image", (40, 70)), ("text", "And: "), ("video", 6, (80, 32))), "Which is it?"),
+    ((("video", 7, (64, 64)), ("text", "Or "), ("video", 20, (32, 48))), "Look."),
+)
+FRAMES = 6
 OPTIONS = {"max_new_tokens": STEPS, "do_sample": False}
 
 
-def messages(number: int) -> list[dict[str, Any]]:
-    """One turn of a user's, for lmms-eval and for transformers."""
-    parts, question = CONTENTS[number]
-    content: list[dict[str, Any]] = []
-    for place, (kind, what) in enumerate(parts):
-        if kind == "image":
-            content.append({"type": "image", "url": photo(*what, seed=10 * number + place)})
-        else:
-            content.append({"type": "text", "text": what})
-    content.append({"type": "text", "text": question})
-    return [{"role": "user", "content": content}]
+def film_task(folder: Path, count: int) -> TaskManager:
+    """A task of videos, which it shows as lmms-eval's own do: paths, out of doc_to_visual."""
+    (folder / "films.yaml").write_text(
+        "task: films\ndataset_path: json\ntest_split: test\noutput_type: generate_until\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'films.jsonl'}}}}}\n"
+        "doc_to_visual: !function films.visual\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "generation_kwargs: {max_new_tokens: 4}\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (folder / "films.py").write_text("def visual(doc):\n    return [doc['film']]\n")
+    lines = [
+        {"film": str(film(folder / f"{n}.mp4", 8 + n, (64, 48), seed=n)), "question": "What?",
+         "answer": "A"}
+        for n in range(count)
+    ]  # fmt: skip
+    (folder / "films.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return task_manager(["films"], [folder])
 
 
 class Subject:
@@ -88,6 +108,12 @@ class Subject:
     def __init__(self, folder: Path, answers: Path) -> None:
         self.folder = folder
         given = {"pretrained": str(folder), "dtype": "float32", "answers": answers}
+        kind = family_of(AutoConfig.from_pretrained(folder))
+        self.reads_videos = issubclass(kind, VideoFamily)
+        self.contents = CONTENTS + OF_VIDEOS if self.reads_videos else CONTENTS
+        self.numbers = range(len(self.contents))
+        if self.reads_videos:
+            given["frames"] = FRAMES
         self.runner = SparseMM(**given, method="fullkv").runner
         self.model: PreTrainedModel = self.runner.checkpoint.model
         self.stock_processor = AutoProcessor.from_pretrained(folder)
@@ -97,28 +123,59 @@ class Subject:
             model.generation_config.eos_token_id = None
             model.generation_config.pad_token_id = 0
 
+    def messages(self, number: int) -> list[dict[str, Any]]:
+        """One turn of a user's, for lmms-eval and for transformers."""
+        parts, question = self.contents[number]
+        content: list[dict[str, Any]] = []
+        for place, (kind, *what) in enumerate(parts):
+            seed = 10 * number + place
+            if kind == "image":
+                content.append({"type": "image", "url": photo(*what[0], seed=seed)})
+            elif kind == "video":
+                path = film(self.folder.parent / f"{seed}.mp4", *what, seed=seed)
+                content.append({"type": "video", "url": str(path)})
+            else:
+                content.append({"type": "text", "text": what[0]})
+        content.append({"type": "text", "text": question})
+        return [{"role": "user", "content": content}]
+
     def read(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Conversations as an evaluation reads them, padded on the left."""
         samples = []
         for number in numbers:
-            chat = read_chat(self.runner.processor, messages(number), self.runner.family)
-            samples.append(Sample("t", str(number), chat.prompt, chat.images, (), (), {}))
+            chat = read_chat(self.runner.processor, self.messages(number), self.runner.family)
+            samples.append(Sample("t", str(number), chat.prompt, chat.visuals, (), (), {}))
         return dict(self.runner.read_batch(samples))
 
     def stock_inputs(self, number: int) -> dict[str, Tensor]:
-        """A conversation as transformers reads it."""
+        """A conversation as transformers reads it, from frames that its own loader decodes."""
         asked = [
-            {"type": part["type"], **({"image": part["url"]} if "url" in part else part)}
-            for part in messages(number)[0]["content"]
+            {"type": part["type"], **({part["type"]: part["url"]} if "url" in part else part)}
+            for part in self.messages(number)[0]["content"]
         ]
-        read = self.stock_processor.apply_chat_template(
-            [{"role": "user", "content": asked}],
-            tokenize=True,
-            return_dict=True,
-            add_generation_prompt=True,
-            return_tensors="pt",
+        turns, options = [{"role": "user", "content": asked}], {"add_generation_prompt": True}
+        videos = [part["video"] for part in asked if "video" in part]
+        if not videos:
+            return dict(
+                self.stock_processor.apply_chat_template(
+                    turns, tokenize=True, return_dict=True, return_tensors="pt", **options
+                )
+            )
+
+        def places(metadata: VideoMetadata, **_: Any) -> np.ndarray:
+            return self.runner.family.frame_places(metadata.total_num_frames)
+
+        loaded = [load_video(video, "pyav", sample_indices_fn=places) for video in videos]
+        return dict(
+            self.stock_processor(
+                text=self.stock_processor.apply_chat_template(turns, tokenize=False, **options),
+                images=[part["image"] for part in asked if "image" in part] or None,
+                videos=[frames for frames, _ in loaded],
+                video_metadata=[metadata for _, metadata in loaded],
+                do_sample_frames=False,
+                return_tensors="pt",
+            )
         )
-        return dict(read)
 
     def stock_tokens(self, number: int) -> list[int]:
         inputs = self.stock_inputs(number)
@@ -139,9 +196,11 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_keep_all_is_stock_token_for_token(subject: Subject) -> None:
-    for number in range(len(CONTENTS)):
-        inputs = subject.read([number])
-        assert torch.equal(inputs["input_ids"], subject.stock_inputs(number)["input_ids"])
+    for number in subject.numbers:
+        inputs, stock = subject.read([number]), subject.stock_inputs(number)
+        assert inputs.keys() == stock.keys()
+        for name, value in stock.items():
+            assert torch.equal(inputs[name], torch.as_tensor(value)), name
         (full,) = decode(subject.model, inputs, [subject.method("fullkv")], OPTIONS)
         assert full.tokens[0].tolist() == subject.stock_tokens(number)
         assert (full.kept == inputs["input_ids"].shape[1]).all()
@@ -149,7 +208,7 @@ def test_keep_all_is_stock_token_for_token(subject: Subject) -> None:
 
 def test_a_left_padded_batch_equals_singles(subject: Subject) -> None:
     methods = [subject.method("fullkv"), subject.method("snapkv")]
-    numbers = range(len(CONTENTS))
+    numbers = subject.numbers
     together = decode(subject.model, subject.read(numbers), methods, OPTIONS)
     for number in numbers:
         alone = decode(subject.model, subject.read([number]), methods, OPTIONS)
@@ -162,7 +221,9 @@ def test_a_left_padded_batch_equals_singles(subject: Subject) -> None:
 
 
 def test_snapkv_is_the_oracle_and_the_step_is_generate(subject: Subject) -> None:
-    for numbers in ([0], [1], [0, 1, 2, 3]):
+    for numbers in ([0], [1], [0, 1, 2, 3], [4], [5], [4, 5, 6, 1]):
+        if max(numbers) not in subject.numbers:
+            continue
         inputs, method = subject.read(numbers), subject.method("snapkv")
         options = {"max_new_tokens": STEPS}
         ours, cache = generate_budgeted(subject.model, inputs, method, **options)
@@ -178,7 +239,7 @@ def test_snapkv_is_the_oracle_and_the_step_is_generate(subject: Subject) -> None
 
 
 def test_heads_can_be_starved_on_it(subject: Subject) -> None:
-    for number in (1, 2):
+    for number in (1, 2, *subject.numbers[4:]):
         read = AnsweredPrompt(subject.model, subject.read([number]), WINDOW, OPTIONS)
         assert read.answer == subject.stock_tokens(number)
         shape = shape_of(subject.model)
@@ -220,6 +281,42 @@ def test_through_lmms_eval_to_a_score(subject: Subject, tmp_path: Path) -> None:
     )
     assert 0 <= results["results"]["docvqa_mini"]["anls,none"] <= 1
     assert results["n-samples"]["docvqa_mini"]["effective"] == 2
+
+
+def test_a_task_of_videos_through_lmms_eval_to_a_score(subject: Subject, tmp_path: Path) -> None:
+    if not subject.reads_videos:
+        pytest.skip("it reads no videos")
+    manager = film_task(tmp_path, 3)
+    settings = f"dtype=float32,method=snapkv,budget=24,window=8,frames={FRAMES}"
+    results = simple_evaluate(
+        model="sparsemm",
+        model_args=f"pretrained={subject.folder},answers={tmp_path / 'answers'},{settings}",
+        tasks=["films"],
+        batch_size=2,
+        device="cpu",
+        task_manager=manager,
+    )
+    assert 0 <= results["results"]["films"]["exact_match,none"] <= 1
+    assert results["n-samples"]["films"]["effective"] == 3
+
+
+def test_a_task_of_videos_is_refused_where_the_family_reads_none(
+    tmp_path: Path, unloaded: None
+) -> None:
+    manager = film_task(tmp_path, 3)
+    folder = build_llava("llama", tmp_path / "model")
+    with pytest.raises(
+        UserError,
+        match=r"films: a video is shown, and of a llava_next model only "
+        r"images and text are read.*llava_onevision, qwen2_5_vl, qwen2_vl, qwen3_vl",
+    ):
+        simple_evaluate(
+            model="sparsemm",
+            model_args=f"pretrained={folder},answers={tmp_path / 'answers'},method=fullkv",
+            tasks=["films"],
+            device="cpu",
+            task_manager=manager,
+        )
 
 
 def test_an_unknown_image_layout_is_refused_before_weights_load(

@@ -9,6 +9,7 @@ from lmms_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.engine import videos
 from sparsemm_eval.engine.tasks import find_tasks, obstacle, runnable
 from sparsemm_eval.paths import tasks_folder
 
@@ -40,8 +41,6 @@ def test_what_scores_by_sample_needs_nothing(manager: TaskManager, task: str) ->
     ("mmbench_en_dev", "is scored by a judge"),
     ("llava_in_the_wild", "is scored by a judge"),
     ("seedbench_ppl", "is of output_type multiple_choice"),
-    ("videomme", "shows videos"),
-    ("egoschema", "shows videos"),
 ])  # fmt: skip
 def test_what_else_a_task_needs_is_said(manager: TaskManager, task: str, words: str) -> None:
     cause = obstacle(manager, task)
@@ -53,6 +52,15 @@ def test_what_else_a_task_needs_is_said(manager: TaskManager, task: str, words: 
     kept, left = runnable(manager, ["docvqa_mini", task], skip=True)
     assert kept == ["docvqa_mini"]
     assert [lost.task for lost in left] == [task]
+
+
+def test_a_task_of_videos_needs_what_decodes_them(
+    manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert obstacle(manager, "videomme") is None
+    monkeypatch.setattr(videos, "find_spec", lambda name: None)
+    assert "PyAV, which is not installed: pip install" in (obstacle(manager, "videomme") or "")
+    assert obstacle(manager, "docvqa_val") is None
 
 
 def test_a_judge_with_a_key_is_no_obstacle(

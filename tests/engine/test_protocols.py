@@ -157,7 +157,7 @@ def fed_by(model: SparseMM, documents: list[dict[str, Any]]) -> Seen:
         read = read_chat(runner.processor, to_messages(document), runner.family)
         inputs = runner.processor(
             text=[read.prompt],
-            images=list(read.images),
+            images=list(read.visuals),
             return_tensors="pt",
             add_special_tokens=False,
         )

@@ -48,7 +48,7 @@ def measured(name: str, count: int) -> dict[str, float]:
     prompts = list(calibration_prompts(checkpoint, TASKS, count + 1))
     held = peak = 0
     for number, prompt in enumerate(prompts):
-        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.images]
+        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.visuals]
         inputs = model_inputs(*asked)
         begun = time.perf_counter()
         decode(model, inputs, [full], prompt.options)

@@ -19,7 +19,7 @@ def test_a_twin_answers_alike_with_a_kv_head_for_each_query_head(tmp_path: Path)
     own = Checkpoint(folder, dtype="float32")
     assert (own.shape.kv_heads, twin.shape.kv_heads, twin.shape.query_heads) == (4, 8, 8)
     prompt = next(calibration_prompts(own, "docvqa_mini", 1))
-    inputs = own.processor(text=[prompt.prompt], images=[*prompt.images], return_tensors="pt")
+    inputs = own.processor(text=[prompt.prompt], images=[*prompt.visuals], return_tensors="pt")
     with torch.inference_mode():
         logits = [one.model(**inputs).logits for one in (own, twin)]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)

@@ -107,7 +107,7 @@ def test_miniatures_are_drawn_apart_from_the_benchmarks(reader: Checkpoint) -> N
                 ],
                 "pad_token_id": reader.processor.tokenizer.pad_token_id,
             }
-            assert prompt.images[0].mode == scored[0].images[0].mode
+            assert prompt.visuals[0].mode == scored[0].visuals[0].mode
     where = [source.where for source in calibration.sources]
     assert where == ["3 drawn with seed 1; the benchmark's is 0"] * len(tasks)
 
@@ -140,8 +140,8 @@ def test_prompts_are_fed_as_in_a_run(reader: Checkpoint, tmp_path: Path) -> None
     prompts = list(calibration_prompts(reader, "own", 2, include_path=[tmp_path]))
     scored = readings(reader, requests_of("own", task_manager(["own"], [tmp_path])))
     assert [one.prompt for one in prompts] == [one.prompt for one in scored]
-    assert [one.images[0].tobytes() for one in prompts] == [
-        one.images[0].tobytes() for one in scored
+    assert [one.visuals[0].tobytes() for one in prompts] == [
+        one.visuals[0].tobytes() for one in scored
     ]
 
 
@@ -178,7 +178,7 @@ def test_a_task_that_has_no_score_here_can_be_read(reader: Checkpoint, tmp_path:
     metric = {"metric": "submission", "aggregation": "!own", "higher_is_better": True}
     own_task(tmp_path, {"test": 2}, metric_list=[metric], process_results="!own")
     prompts = list(calibration_prompts(reader, "own", 5, include_path=[tmp_path]))
-    assert [prompt.images for prompt in prompts] == [(), ()]
+    assert [prompt.visuals for prompt in prompts] == [(), ()]
     assert "test 1?" in prompts[1].prompt
 
 
@@ -209,7 +209,7 @@ def test_a_folder_of_images(reader: Checkpoint, tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("no image")
     prompts = list(calibration_prompts(reader, str(folder), 2))
     assert [prompt.kind for prompt in prompts] == ["photos"] * 2
-    assert prompts[1].images[0].tobytes() == picture(2).tobytes()
+    assert prompts[1].visuals[0].tobytes() == picture(2).tobytes()
     assert all(DEFAULT_QUESTION in prompt.prompt for prompt in prompts)
     assert dict(prompts[0].options)["max_new_tokens"] == ANSWER_TOKENS
     (first, *_) = calibration_prompts(reader, str(folder), 2, question="What colour?")
@@ -229,12 +229,12 @@ def test_a_file_of_images_and_of_text_alone(reader: Checkpoint, tmp_path: Path) 
     calibration = read_calibration(data, 2)
     prompts = list(calibration.prompts(reader))
     assert [prompt.kind for prompt in prompts] == ["sums", "asked", "sums", "asked"]
-    assert [len(prompt.images) for prompt in prompts] == [0, 1, 0, 1]
+    assert [len(prompt.visuals) for prompt in prompts] == [0, 1, 0, 1]
     assert "1 + 1" in prompts[2].prompt
     assert calibration.total == 4
     for prompt in prompts:
         inputs = reader.processor(
-            text=[prompt.prompt], images=list(prompt.images) or None, return_tensors="pt"
+            text=[prompt.prompt], images=list(prompt.visuals) or None, return_tensors="pt"
         )
         assert inputs["input_ids"].shape[1] > 1
 
@@ -329,7 +329,6 @@ def test_data_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("task", "words"), [
     ("docvqa_vla", "there is no task docvqa_vla"),
     ("docvqa_mini,seedbench_ppl", "is of output_type multiple_choice"),
-    ("videomme", "shows videos"),
     ("sparsemm_general_mini", "is a group of tasks"),
 ])  # fmt: skip
 def test_tasks_that_cannot_be_read(task: str, words: str) -> None:

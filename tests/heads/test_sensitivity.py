@@ -35,7 +35,7 @@ def prompts(checkpoint: Checkpoint, count: int = 2, data: str = TASKS) -> list[C
 
 def read(checkpoint: Checkpoint, prompt: CalibrationPrompt) -> AnsweredPrompt:
     inputs = checkpoint.processor(
-        text=[prompt.prompt], images=list(prompt.images) or None, return_tensors="pt",
+        text=[prompt.prompt], images=list(prompt.visuals) or None, return_tensors="pt",
         add_special_tokens=checkpoint.config.model_type != "llava_next",
     )  # fmt: skip
     return AnsweredPrompt(checkpoint.model, inputs, WINDOW, prompt.options)

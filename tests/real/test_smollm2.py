@@ -35,7 +35,7 @@ def ids(checkpoint: Checkpoint) -> torch.Tensor:
     question = facts.draw(8, number=0, seed=2)["question"]
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     chat = read_chat(checkpoint.processor, messages, checkpoint.family())
-    assert not chat.images
+    assert not chat.visuals
     return checkpoint.processor(text=chat.prompt, return_tensors="pt").input_ids
 
 

@@ -303,7 +303,7 @@ def _picture(folder: Path) -> None:
     content = [{"type": "image", "url": str(path)}]
     try:
         messages = [{"role": "user", "content": content}]
-        (image,) = read_chat(Processor(), messages, Family()).images
+        (image,) = read_chat(Processor(), messages, Family()).visuals
         print(image.mode, image.size, hash(image.convert("RGB").tobytes()))
     except Exception as error:  # noqa: BLE001 each is a failed sample
         print(f"{path.name} failed: {error!r}")
