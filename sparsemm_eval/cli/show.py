@@ -17,7 +17,7 @@ from sparsemm_eval.cli.common import (
     words,
 )
 from sparsemm_eval.errors import UserError, check_choice
-from sparsemm_eval.report.inputs import FIGURES, check_formats, check_inputs
+from sparsemm_eval.report.inputs import FIGURES, RANKING, check_formats, check_inputs
 
 if TYPE_CHECKING:
     from sparsemm_eval.report.cells import Filters
@@ -38,7 +38,11 @@ def table(
         list[str], typer.Argument(help="Results files, folders of them, or the word paper.")
     ],
     like: Annotated[
-        str | None, typer.Option(help="table1, table2, table3 or table4 of the paper; own shape.")
+        str | None,
+        typer.Option(
+            help="table1, table2, table3 or table4 of the paper; or ranking: which method is best "
+            "at equal bytes; own shape."
+        ),
     ] = None,
     show: Annotated[
         str,
@@ -69,6 +73,9 @@ def table(
         bool | None,
         typer.Option("--percent/--no-percent", help="Scores that end at 1, in percent."),
     ] = None,
+    within: Annotated[
+        float, typer.Option(help="Ranking: bytes count as equal that differ by this share at most.")
+    ] = 0.05,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; default: the screen.")
     ] = None,
@@ -79,7 +86,17 @@ def table(
 
         filters = _filters(models, benchmarks, methods, budgets)
         made = written_table(
-            results, filters, form, like, words(show), long, against, digits, percent, metric
+            results,
+            filters,
+            form,
+            like,
+            words(show),
+            long,
+            against,
+            digits,
+            percent,
+            metric,
+            within,
         )
         for note in made.notes:
             typer.echo(f"sparsemm-eval: {note}", err=True)
@@ -98,7 +115,9 @@ def figure(
         list[str] | None,
         typer.Argument(help="Results files, folders, or the word paper; of heads none."),
     ] = None,
-    kind: Annotated[str, typer.Option(help="budget, kept, efficiency or heads.")] = "budget",
+    kind: Annotated[
+        str, typer.Option(help="budget, kept, ranking, efficiency or heads.")
+    ] = "budget",
     formats: Annotated[str, typer.Option("--format", help="Of svg, png and pdf.")] = "svg,png",
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's curves behind, dashed.")
@@ -126,7 +145,7 @@ def figure(
     ] = "",
     plugin: PluginNames = None,
 ) -> None:
-    """Draw score over budget or really kept tokens, efficiency, or the budget of each KV head."""
+    """Draw score over budget or kept tokens, a ranking, efficiency, or each KV head's budget."""
     with one_sentence():
         check_choice("kind", kind, FIGURES)
         check_formats(words(formats))
@@ -151,6 +170,10 @@ def figure(
             filters = _filters(models, benchmarks, methods, budgets)
             if kind == "efficiency":
                 done = files.draw_efficiency(results, out, words(formats), filters, paper)
+            elif kind == RANKING:
+                if paper:
+                    raise UserError("paper with kind=ranking: it has no kept bytes; leave it out")
+                done = files.draw_ranking(results, out, words(formats), filters, zoom)
             else:
                 done = files.draw_scores(results, kind, out, words(formats), filters, paper, zoom)
         for note in done.notes:

@@ -8,8 +8,10 @@ from pathlib import Path
 from sparsemm_eval.errors import UserError
 
 PAPER = "paper"
+# The table and the figure of which method is best at equal bytes.
+RANKING = "ranking"
 # What figures are of, and the formats that they are written in.
-FIGURES = ("budget", "kept", "efficiency", "heads")
+FIGURES = ("budget", "kept", RANKING, "efficiency", "heads")
 FIGURE_FORMATS = ("svg", "png", "pdf")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.report.inputs import RANKING
 from sparsemm_eval.report.names import DEFAULTS, GENERAL, OCR_RICH, in_order
 from sparsemm_eval.report.paper import STUDIES
 
@@ -91,7 +92,7 @@ def checked_layout(like: str | None) -> Layout:
         If the paper has no such table.
     """
     if like is not None and like not in LAYOUTS:
-        raise UserError(f"like={like}: it must be one of {', '.join(LAYOUTS)}")
+        raise UserError(f"like={like}: it must be one of {', '.join(LAYOUTS)}, {RANKING}")
     return OWN if like is None else LAYOUTS[like]
 
 

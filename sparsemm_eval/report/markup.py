@@ -60,6 +60,8 @@ class Table:
     plain : DataFrame, optional
         The same rows, for machines: numbers without signs around them, names in full. Default:
         `text`.
+    words : tuple of str
+        Paragraphs that stand before it, without marks.
     """
 
     text: pd.DataFrame
@@ -69,6 +71,7 @@ class Table:
     caption: tuple[str, ...] = ()
     marks: pd.DataFrame | None = None
     plain: pd.DataFrame | None = None
+    words: tuple[str, ...] = ()
 
 
 def to_format(table: Table, form: str) -> str:
@@ -107,7 +110,8 @@ def to_markdown(table: Table) -> str:
 def _markdown(table: Table) -> str:
     title = f"### {_escaped_markdown(table.title)}" if table.title else ""
     # A line of Markdown goes on in the next one but for two blanks.
-    parts = (title, to_markdown(table), "  \n".join(table.caption))
+    words = map(_escaped_markdown, table.words)
+    parts = (title, *words, to_markdown(table), "  \n".join(table.caption))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -119,8 +123,9 @@ def _html(table: Table) -> str:
         names = "".join(f'<th scope="row">{cell}</th>' for cell in row[: table.names])
         rows.append(f"<tr>{names}{''.join(f'<td>{cell}</td>' for cell in row[table.names :])}</tr>")
     caption = "<br>".join(_styled(escape(line, quote=False), _HTML) for line in table.caption)
+    words = "".join(f"<p>{_escaped_html(line)}</p>\n" for line in table.words)
     return (
-        f"<table>\n<caption><strong>{_escaped_html(table.title)}</strong><br>{caption}</caption>\n"
+        f"{words}<table>\n<caption><strong>{_escaped_html(table.title)}</strong><br>{caption}</caption>\n"
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody>\n</table>\n"
     )
 
@@ -139,7 +144,8 @@ def _latex(table: Table) -> str:
                 f" {explained}" if place == 0 else rf" Marks as in Table~\ref{{{labels[0]}}}."
             )
         floats.append(_float(part, caption, label))
-    return "% needs \\usepackage{booktabs}\n" + "\n".join(floats)
+    words = "".join(f"{_escaped(line)}\n\n" for line in table.words)
+    return "% needs \\usepackage{booktabs}\n" + words + "\n".join(floats)
 
 
 def _models(table: Table) -> list[Table]:

@@ -80,6 +80,17 @@ METHOD_NAMES = {
     "sensitivity": "Sensitivity",
 }
 
+# Methods whose ranking of tokens never sees the question; all others look at it.
+_QUERY_AGNOSTIC = frozenset({"local", "streaming"})
+STRATA = ("query-aware", "query-agnostic")
+
+# What the best constant answer scores on our miniatures, 0 to 1, CIDEr as it is; of no other task
+# is it known. As `sparsemm_eval.tiny.chance` computes it.
+_CHANCE = {
+    "docvqa_mini": 0.008, "ocrbench_mini": 0.02, "textvqa_mini": 0.005, "chartqa_mini": 0.055,
+    "textcaps_mini": 0.1565, "mmbench_mini": 0.29, "gqa_mini": 0.505, "vqav2_mini": 0.105,
+}  # fmt: skip
+
 # The paper's models, in its order.
 MODEL_NAMES = ("LLaVA-NeXT-Vicuna-7B", "LLaVA-NeXT-Mistral-7B", "Qwen2-VL-7B-Instruct")
 
@@ -133,6 +144,22 @@ def top_score(task: str, metric: str, samples: float | None) -> float:
     if task in _DIVISORS and samples:
         scale *= samples / _DIVISORS[task]
     return scale
+
+
+def chance_score(task: str, metric: str) -> float:
+    """What answering every question alike scores, as shown; 0 where it is not known."""
+    benchmark = find_benchmark(task)
+    known = benchmark is not None and benchmark.metric == metric
+    return _CHANCE.get(task, 0.0) if known else 0.0
+
+
+def stratum_of(method: str) -> str:
+    """One of `STRATA`: whether a method's ranking of tokens sees the question.
+
+    Methods of two strata are never ranked against each other: what is query-agnostic could
+    compress before the question is known.
+    """
+    return STRATA[method in _QUERY_AGNOSTIC]
 
 
 def paper_model(name: str) -> str | None:

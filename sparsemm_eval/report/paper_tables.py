@@ -20,9 +20,12 @@ from sparsemm_eval.report.cell_text import (
     with_scale,
 )
 from sparsemm_eval.report.cells import Filters, join_seeds
+from sparsemm_eval.report.inputs import RANKING
 from sparsemm_eval.report.layouts import LAYOUTS, Layout, checked_layout, chosen_cells, placed
 from sparsemm_eval.report.markup import BOLD, ITALIC, UNDERLINE, Table, checked_format
 from sparsemm_eval.report.names import METHOD_NAMES
+from sparsemm_eval.report.ranking import TOLERANCE, rank_methods
+from sparsemm_eval.report.ranking_table import ranking_table
 from sparsemm_eval.report.resampling import RESAMPLES
 from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
@@ -78,6 +81,7 @@ def written_table(
     digits: int | None = None,
     percent: bool | None = None,
     metric: str | None = None,
+    within: float = TOLERANCE,
 ) -> WrittenTable:
     """Read results and write them as a table.
 
@@ -90,9 +94,11 @@ def written_table(
     form : str
         As of `sparsemm_eval.report.markup.to_format`.
     like, show, long, against, digits, percent
-        As of `paper_table`.
+        As of `paper_table`; or ``like="ranking"``, of which show, long and against are no options.
     metric : str, optional
         As of `sparsemm_eval.report.results.gather`.
+    within : float
+        The tolerance of `sparsemm_eval.report.ranking.rank_methods`.
 
     Raises
     ------
@@ -100,13 +106,20 @@ def written_table(
         If an option is wrong, before anything is read, or there is nothing to show.
     """
     write = checked_format(form)
-    checked_layout(like)
     shown = checked_shown(show)
+    if like != RANKING:
+        checked_layout(like)
+    elif shown != ("score",) or long or against != BEST:
+        raise UserError("like=ranking shows what it shows: leave show, long and against out")
     read = gather(results, metric)
     cells = filters.apply(join_seeds(read.cells))
     scored = score_samples(cells)
-    even = form == "latex"
-    table = paper_table(cells, scored.frame, like, shown, long, against, digits, percent, even)
+    if like == RANKING:
+        ranking = rank_methods(cells, scored.frame, within)
+        table = ranking_table(ranking, digits, bool(percent), calibration_lines(cells))
+    else:
+        even = form == "latex"
+        table = paper_table(cells, scored.frame, like, shown, long, against, digits, percent, even)
     notes = (*not_read(read.unreadable), *scored.notes, *filter(None, [empty_line(cells)]))
     return WrittenTable(write(table), notes)
 

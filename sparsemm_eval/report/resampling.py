@@ -7,7 +7,7 @@ all columns share their draws and one matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -50,20 +50,48 @@ def bootstrap(
     ValueError
         If there is no sample, or a score is missing.
     """
+    means = resampled_means(scores, resamples, seed)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high
+
+
+def resampled_means(
+    scores: np.ndarray, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0
+) -> np.ndarray:
+    """Column means of each resample, which draws the same samples for all columns.
+
+    Parameters
+    ----------
+    scores : ndarray
+        [samples, columns], complete.
+    resamples : int
+        Bootstrap resamples.
+    seed : int or sequence of int
+        The draws'.
+
+    Returns
+    -------
+    ndarray
+        [resamples, columns].
+
+    Raises
+    ------
+    ValueError
+        If there is no sample, or a score is missing.
+    """
     scores = np.asarray(scores, dtype=np.float64)
     if scores.ndim != 2 or not len(scores) or np.isnan(scores).any():
         raise UserError(f"scores={scores.shape}: they must be [samples, columns] without NaN")
     samples, columns = scores.shape
     generator = np.random.default_rng(seed)
-    means = np.empty((resamples, columns))
+    sums = np.empty((resamples, columns))
     for rows in _chunks(resamples, samples):
         size = rows.stop - rows.start
         draws = generator.integers(0, samples, size=(size, samples))
         draws += np.arange(0, size * samples, samples)[:, None]
         counts = np.bincount(draws.ravel(), minlength=size * samples).reshape(size, samples)
-        means[rows] = counts.astype(np.float64) @ scores
-    low, high = np.quantile(means / samples, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low, high
+        sums[rows] = counts.astype(np.float64) @ scores
+    return sums / samples
 
 
 def mcnemar(differences: np.ndarray) -> np.ndarray:

@@ -12,10 +12,12 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import Filters, join_seeds
 from sparsemm_eval.report.efficiency import gather_efficiency
 from sparsemm_eval.report.figures.efficiency import efficiency_curves
+from sparsemm_eval.report.figures.ranking import ranking_curves
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import save
-from sparsemm_eval.report.inputs import PAPER, check_formats
+from sparsemm_eval.report.inputs import PAPER, RANKING, check_formats
 from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.ranking import rank_methods
 from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
@@ -94,6 +96,34 @@ def draw_scores(
             cells = pd.concat([cells, behind], ignore_index=True)
     figure = score_curves(cells, OVER[kind], zoom)
     return DrawnFiles((*save(figure, out / f"score_over_{kind}", formats),), (*notes,))
+
+
+def draw_ranking(
+    results: Sequence[str],
+    out: Path,
+    formats: Sequence[str] = ("svg", "png"),
+    filters: Filters = _ALL,
+    zoom: bool = False,
+) -> DrawnFiles:
+    """Draw the share of full KV's score that is kept over the bytes kept, as ``OUT/ranking``.
+
+    Parameters
+    ----------
+    results, out, formats, filters, zoom
+        As of `draw_scores`; the paper's numbers, of unknown bytes, are not drawn.
+
+    Raises
+    ------
+    UserError
+        If there is nothing to draw, or an argument is wrong.
+    """
+    check_formats(formats)
+    read = gather(results)
+    cells = filters.apply(join_seeds(read.cells))
+    scored = score_samples(cells)
+    ranking = rank_methods(cells, scored.frame)
+    notes = (*not_read(read.unreadable), *scored.notes, *ranking.notes)
+    return DrawnFiles((*save(ranking_curves(ranking, zoom), out / RANKING, formats),), notes)
 
 
 def _behind(cells: pd.DataFrame, filters: Filters) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from sparsemm_eval.report.figures.style import (
     blank_grid,
     house_style,
     line_styles,
+    power_ticks,
     scale_tokens,
     scale_values,
     wrapped,
@@ -240,9 +240,7 @@ def _ticks(values: pd.Series, over: str) -> list[float]:
     """The budgets; of kept tokens powers of two, or the ends where these lie between two."""
     if over == "budget":
         return sorted(values.unique())
-    low, high = float(values.min()), float(values.max())
-    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
-    return [2.0**power for power in powers] or sorted({round(low), round(high)})
+    return power_ticks(values)
 
 
 def _drop_repeated_labels(grid: np.ndarray) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import textwrap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain, product
 from pathlib import Path
@@ -202,16 +202,16 @@ def scale_values(axes: Axes, low: float, high: float) -> None:
 def scale_tokens(
     axes: Axes, ticks: Sequence[float], ends: tuple[float, float], inches: float
 ) -> None:
-    """A horizontal axis of tokens, log scale, with labels where there is room.
+    """A horizontal axis of tokens or bytes, log scale, with labels where there is room.
 
     Parameters
     ----------
     axes : Axes
         A panel.
     ticks : sequence of float
-        Tokens, ascending.
+        Tokens or bytes, ascending.
     ends : tuple of float
-        Fewest and most tokens that are drawn.
+        Fewest and most that are drawn.
     inches : float
         About how wide the panel will be.
     """
@@ -224,6 +224,13 @@ def scale_tokens(
     shown = set(_spaced(places, [CHARACTER * len(name) for name in names]))
     axes.set_xticks(ticks, [name if i in shown else "" for i, name in enumerate(names)])
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def power_ticks(values: Iterable[float]) -> list[float]:
+    """Powers of two that lie between values; the two ends where none does."""
+    low, high = float(min(values)), float(max(values))
+    powers = range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)
+    return [2.0**power for power in powers] or sorted({round(low), round(high)})
 
 
 def _spaced(places: Sequence[float], widths: Sequence[float], gap: float = 0.06) -> list[int]:

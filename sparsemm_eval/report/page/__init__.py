@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from dataclasses import replace
 from datetime import datetime, timezone
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
+from matplotlib.figure import Figure
 
 import sparsemm_eval
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.report.cells import join_seeds
+from sparsemm_eval.report.figures.ranking import ranking_curves
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import to_svg
 from sparsemm_eval.report.layouts import LAYOUTS
@@ -22,6 +26,8 @@ from sparsemm_eval.report.names import MODEL_NAMES
 from sparsemm_eval.report.page.leaderboard import leaderboard, runs
 from sparsemm_eval.report.page.samples import Visuals, browse, compare, unlike_counts
 from sparsemm_eval.report.paper_tables import applicable, paper_table
+from sparsemm_eval.report.ranking import rank_methods
+from sparsemm_eval.report.ranking_table import ranking_table, ranking_words
 from sparsemm_eval.report.results import Results
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
@@ -42,7 +48,7 @@ def write_page(
     visuals: Visuals | None = None,
     against: str = "best",
 ) -> Path:
-    """Write ``index.html``: leaderboard, tables, figures, samples unlike full KV's, and runs.
+    """Write ``index.html``: ranking, leaderboard, tables, figures, samples unlike full KV's, runs.
 
     Parameters
     ----------
@@ -90,6 +96,7 @@ def write_page(
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=sparsemm_eval.__version__,
         unreadable=results.unreadable,
+        ranking=_ranking(joined, scores),
         leaderboard=leaderboard(cells, unlike_counts(comparisons, origin), against),
         tables=_tables(joined, scores),
         figures=_figures(cells),
@@ -188,9 +195,6 @@ def _tables(cells: pd.DataFrame, scores: pd.DataFrame) -> list[dict[str, str]]:
 def _figures(cells: pd.DataFrame) -> list[dict[str, str]]:
     """Score over budget and over what was kept, where there are curves to draw.
 
-    Each has a title and a uri that holds all of it, as an image of its own so that no names of two
-    clash.
-
     Parameters
     ----------
     cells : DataFrame
@@ -200,7 +204,35 @@ def _figures(cells: pd.DataFrame) -> list[dict[str, str]]:
     for over, title in _CURVES.items():
         some = cells[cells["budget"].isna() | cells[over].notna()]
         if some["budget"].notna().any():
-            svg = to_svg(score_curves(some, over))
-            uri = b64encode(svg.encode("utf-8")).decode("ascii")
-            drawn.append({"title": title, "uri": f"data:image/svg+xml;base64,{uri}"})
+            drawn.append(_drawn(title, score_curves(some, over)))
     return drawn
+
+
+def _drawn(title: str, figure: Figure) -> dict[str, str]:
+    """A title and a uri that holds all of a figure, as an image of its own: no two names clash."""
+    uri = b64encode(to_svg(figure).encode("utf-8")).decode("ascii")
+    return {"title": title, "uri": f"data:image/svg+xml;base64,{uri}"}
+
+
+def _ranking(cells: pd.DataFrame, scores: pd.DataFrame) -> dict[str, Any]:
+    """Which method is best at equal bytes, or why that cannot be said; {} of the paper alone.
+
+    It has said (a title and sentences each model and stratum), table, figures and lack.
+
+    Parameters
+    ----------
+    cells, scores
+        As of `_tables`.
+    """
+    if cells["source"].ne("measured").all():
+        return {}
+    try:
+        ranking = rank_methods(cells, scores)
+    except UserError as error:
+        return {"said": [], "table": "", "figures": [], "lack": f"{error}."}
+    figures = []
+    if ranking.rows["kept_kv_bytes"].notna().any():
+        figures = [_drawn("Share of full KV's score over the bytes kept", ranking_curves(ranking))]
+    table = replace(ranking_table(ranking), words=())
+    said = ranking_words(ranking)
+    return {"said": said, "table": to_format(table, "html"), "figures": figures, "lack": ""}
