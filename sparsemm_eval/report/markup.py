@@ -144,7 +144,8 @@ def _latex(table: Table) -> str:
                 f" {explained}" if place == 0 else rf" Marks as in Table~\ref{{{labels[0]}}}."
             )
         floats.append(_float(part, caption, label))
-    words = "".join(f"{_escaped(line)}\n\n" for line in table.words)
+    # Long names may stretch a line, but not stick out of it.
+    words = "".join(f"{{\\sloppy {_escaped(line)}\\par}}\n\n" for line in table.words)
     return "% needs \\usepackage{booktabs}\n" + words + "\n".join(floats)
 
 

@@ -87,6 +87,12 @@ class Ranking:
         """How many differences p is corrected for."""
         return int(self.rows["p"].notna().sum())
 
+    @property
+    def comparable(self) -> pd.DataFrame:
+        """Rows that have all tasks of their budget, and known bytes."""
+        rows = self.rows
+        return rows[rows["unranked"].ne(FEWER_TASKS) & rows["kept_kv_bytes"].gt(0)]
+
 
 def rank_methods(
     cells: pd.DataFrame,
@@ -380,6 +386,21 @@ def _by_document(best: int, row: int, kept: KeptShares) -> np.ndarray:
             apart = -apart * kept.shares.at[best, task] * kept.shares.at[row, task]
         parts.append(apart)
     return np.round(np.concatenate(parts), 12)
+
+
+def pareto_front(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows that no other exceeds with as few bytes, by bytes; of equal ones the first.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        With kept_kv_bytes and share.
+    """
+    ordered = rows.assign(gain=rows["share"].round(9)).sort_values(
+        ["kept_kv_bytes", "gain"], ascending=[True, False], kind="stable"
+    )
+    before = ordered["gain"].cummax().shift(fill_value=-float("inf"))
+    return ordered[ordered["gain"] > before].drop(columns="gain")
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:

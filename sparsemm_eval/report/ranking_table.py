@@ -18,6 +18,7 @@ from sparsemm_eval.report.ranking import (
     NO_SAMPLES,
     TIE,
     Ranking,
+    pareto_front,
 )
 from sparsemm_eval.report.resampling import RESAMPLES
 from sparsemm_eval.report.statistics import LEVEL
@@ -170,8 +171,20 @@ def ranking_words(
     for (model, stratum), rows in ranking.rows.groupby(["model", "stratum"], sort=False):
         size = _mebibytes(ranking.full_bytes[model])
         title = f"{model}, {stratum} methods" + (f" (full KV: {size} MiB a prompt)" if size else "")
-        said.append((title, tuple(_said(rows, numbers))))
+        here = ranking.comparable.index.intersection(rows.index)
+        front = pareto_front(rows.loc[here[rows.loc[here, "share"].gt(0)]])
+        said.append((title, (*_said(rows, numbers), *_front(front))))
     return said
+
+
+def _front(rows: pd.DataFrame) -> Iterator[str]:
+    """What lies on the Pareto front of score over bytes."""
+    named = [
+        f"{label} at {', '.join(map(budget_text, some['budget']))}"
+        for label, some in rows.groupby("label", sort=False)
+    ]
+    if named:
+        yield f"No other exceeds these with as few bytes (the front): {'; '.join(named)}."
 
 
 def _said(rows: pd.DataFrame, numbers: _Numbers) -> Iterator[str]:
@@ -196,13 +209,13 @@ def _said(rows: pd.DataFrame, numbers: _Numbers) -> Iterator[str]:
 def _overall(rows: pd.DataFrame) -> str:
     """How often each method is best or ties with the best."""
     groups = rows["group"].nunique()
-    first = rows[rows["verdict"].isin((BEST, TIE))]
+    first = rows[rows["verdict"].isin((BEST, TIE)) & rows["share"].gt(0)]
     counts = first.groupby("label", sort=False)["group"].nunique().sort_values(
         ascending=False, kind="stable"
     )  # fmt: skip
     named = [f"{label} in {count}" for label, count in counts.items()]
-    cases = "one comparison" if groups == 1 else f"{groups} comparisons at equal bytes"
-    return f"Of {cases}, best or tied with the best: {', '.join(named)}."
+    cases = "one comparison" if groups == 1 else f"{groups} comparisons"
+    return f"Of {cases} at equal bytes, best or tied with the best: {', '.join(named) or 'none'}."
 
 
 def _best(group: Sequence[Mapping], at: str, numbers: _Numbers) -> str:
@@ -210,9 +223,12 @@ def _best(group: Sequence[Mapping], at: str, numbers: _Numbers) -> str:
     best = next(row for row in group if row["verdict"] == BEST)
     ties = [row["label"] for row in group if row["verdict"] == TIE]
     behind = [row for row in group if row["verdict"] == BEHIND]
-    size, share = _mebibytes(best["kept_kv_bytes"]), (best["share"], best["low"], best["high"])
+    at = f"At {at} ({_mebibytes(best['kept_kv_bytes'])} MiB a prompt)"
+    if not best["share"] > 0:
+        return f"{at} none of {len(group)} methods keeps any of full KV's score."
+    share = (best["share"], best["low"], best["high"])
     parts = [
-        f"At {at} ({size} MiB a prompt) {best['label']} keeps {numbers.interval(*share)} of full "
+        f"{at} {best['label']} keeps {numbers.interval(*share)} of full "
         f"KV's score over {_tasks(best['tasks'])}"
     ]
     if ties:

@@ -21,6 +21,7 @@ import pandas as pd
 from sparsemm_eval.paths import write_whole
 from sparsemm_eval.report.names import METHOD_NAMES, find_benchmark, in_order
 from sparsemm_eval.report.provenance import provenance
+from sparsemm_eval.report.ranking import kept_shares
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 
@@ -28,43 +29,22 @@ LEFT_OUT = "mmbench"
 DRAWS, SEED = 10_000, 0
 
 
-def shares(of_task: Mapping[str, np.ndarray], drawn: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Mean over tasks of score / full KV's score, [draws]; full KV is the last of two."""
-    kept = []
-    for task, scores in of_task.items():
-        means = scores[:, drawn[task]].mean(-1)  # [2, draws]
-        kept.append(means[0] / means[1])
-    return np.mean(kept, 0)
-
-
 def compare(cells: pd.DataFrame, samples: pd.DataFrame, method: str) -> list[dict]:
     """A row a method and budget of one model."""
-    scores = {
-        place: of_cell.set_index("doc_id")["score"].sort_index()
-        for place, of_cell in samples.groupby("cell")
-    }
-    full = {row.task: scores[row.Index] for row in cells[cells.method == "fullkv"].itertuples()}
-    rng = np.random.default_rng(SEED)
-    everything = {task: np.arange(len(score))[None] for task, score in full.items()}
-    drawn = {task: rng.integers(0, len(score), (DRAWS, len(score))) for task, score in full.items()}
-    found = {}
-    for (name, budget), some in cells[cells.method != "fullkv"].groupby(["label", "budget"]):
-        of_task = {
-            row.task: np.stack([scores[row.Index], full[row.task]]) for row in some.itertuples()
-        }
-        found[name, int(budget)] = (
-            float(shares(of_task, everything)[0]),
-            shares(of_task, drawn),
-            {row.task: float(row.score) for row in some.itertuples()},
-        )
-    rows = []
+    kept = kept_shares(cells, samples, DRAWS, SEED)
     (own,) = cells[cells.method == method]["label"].unique()
-    for (name, budget), (kept, draws, by_task) in found.items():
-        row = {"method": name, "budget": budget, "kept": kept, "interval": interval(draws)}
-        if name != own:
-            row["ahead"] = found[own, budget][0] - kept
-            row["ahead_interval"] = interval(found[own, budget][1] - draws)
-        rows.append({**row, "scores": by_task})
+    ours = {row.budget: row.Index for row in kept.rows.itertuples() if row.label == own}
+    rows = []
+    for row in kept.rows.itertuples():
+        found = {"method": row.label, "budget": int(row.budget), "kept": float(row.share)}
+        found["interval"] = interval(kept.draws[row.Index])
+        if row.label != own:
+            best = ours[row.budget]
+            found["ahead"] = float(kept.rows.at[best, "share"] - row.share)
+            found["ahead_interval"] = interval(kept.draws[best] - kept.draws[row.Index])
+        here = cells[cells["label"].eq(row.label) & cells["budget"].eq(row.budget)]
+        scores = dict(zip(here["task"], here["score"].astype(float), strict=True))
+        rows.append({**found, "scores": scores})
     return sorted(rows, key=lambda row: (-row["budget"], -row["kept"]))
 
 

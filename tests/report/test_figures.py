@@ -14,9 +14,11 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from report.result_files import write_grid
+from report.scored import frames
 
 from sparsemm_eval.report.cells import COLUMNS, Filters, cells_frame
-from sparsemm_eval.report.figures import draw_scores
+from sparsemm_eval.report.figures import draw_ranking, draw_scores
+from sparsemm_eval.report.figures.ranking import ranking_curves
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import (
     COLUMN,
@@ -29,6 +31,7 @@ from sparsemm_eval.report.figures.style import (
 )
 from sparsemm_eval.report.names import labels_in_order
 from sparsemm_eval.report.paper import paper_cells
+from sparsemm_eval.report.ranking import rank_methods
 
 VICUNA = "LLaVA-NeXT-Vicuna-7B"
 BUDGETS = (64, 128, 256)
@@ -324,6 +327,30 @@ def test_results_become_a_figure_with_their_intervals(tmp_path: Path) -> None:
     notes = "\n".join(done.notes)
     assert "cut_results.json" in notes
     assert "the paper has no curve of these models and benchmarks" in notes
+
+
+def test_a_ranking_is_a_line_a_method_over_bytes_before_the_fronts(tmp_path: Path) -> None:
+    full = dict.fromkeys([("fullkv", None)], [1.0] * 10)
+    rows = full | {
+        (method, budget): [1.0] * right + [0.0] * (10 - right)
+        for method, rights in (("sparsemm", (8, 9)), ("snapkv", (4, 9)), ("local", (1, 3)))
+        for budget, right in zip((64, 128), rights, strict=True)
+    }
+    cells, scores = frames(rows)
+    cells["kept_kv_bytes"] = cells["budget"].fillna(512) * 2**14
+    figure = ranking_curves(rank_methods(cells, scores))
+    (axes,) = shown(figure)
+    assert list(line(axes, "SnapKV").get_xdata()) == [1, 2]
+    assert list(line(axes, "SnapKV").get_ydata()) == [0.4, 0.9]
+    fronts = [one for one in axes.lines if one.get_label().startswith("front")]
+    assert [list(front.get_ydata()) for front in fronts] == [[0.8, 0.9], [0.1, 0.3]]
+    assert legend(figure)[-3:] == ["full KV", "front, query-aware", "front, query-agnostic"]
+    assert "MiB of keys and values a prompt" in words(figure)
+    with pytest.raises(ValueError, match="known bytes"):
+        ranking_curves(rank_methods(cells.assign(kept_kv_bytes=np.nan), scores))
+    write_grid(tmp_path / "runs")
+    done = draw_ranking([str(tmp_path / "runs")], tmp_path, ["svg"])
+    assert [path.name for path in done.files] == ["ranking.svg"]
 
 
 def test_kept_tokens_are_not_in_the_paper(tmp_path: Path) -> None:

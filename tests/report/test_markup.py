@@ -17,6 +17,8 @@ from sparsemm_eval.report.cells import cells_frame
 from sparsemm_eval.report.markup import FORMATS, Table, to_format
 from sparsemm_eval.report.paper import paper_cells
 from sparsemm_eval.report.paper_tables import paper_table
+from sparsemm_eval.report.ranking import rank_methods
+from sparsemm_eval.report.ranking_table import ranking_table
 
 
 @pytest.fixture
@@ -140,7 +142,27 @@ def test_latex_fits_its_page(
             for budget in (2048, 1024, 512, 256, 128, 64)
         ]  # fmt: skip
         cells = cells_frame(own)
-    text = to_format(paper_table(cells, like=like, show=show, long=long, even=True), "latex")
+    _fits(paper_table(cells, like=like, show=show, long=long, even=True), columns, tmp_path)
+
+
+@pytest.mark.skipif(not BOOKTABS, reason="there is no LaTeX with booktabs")
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_a_ranking_fits_its_page_with_its_words(columns: str, tmp_path: Path) -> None:
+    budgets = (2048, 1024, 512, 256, 128, 64, 32)
+    names = ("sparsemm", "snapkv", "adakv", "local", "streaming", "my_own_method_of_a_long_name")
+    cells, parts = [cell("fullkv", None, 1.0, model=model) for model in ("a_one", "b&two")], []
+    for model in ("a_one", "b&two"):
+        cells += [cell(name, budget, 0.5, model=model) for budget in budgets for name in names]
+    for place, row in enumerate(cells):
+        scores = [1.0] * 20 if row["method"] == "fullkv" else [1.0, 0.0] * 10
+        parts.append(pd.DataFrame({"cell": place, "doc_id": range(20), "score": scores}))
+    table = ranking_table(rank_methods(cells_frame(cells), pd.concat(parts)))
+    assert len(table.words) == 2 * (2 + len(budgets) + 2 + len(budgets))
+    _fits(table, columns, tmp_path)
+
+
+def _fits(table: Table, columns: str, tmp_path: Path) -> None:
+    text = to_format(table, "latex")
     document = tmp_path / "document.tex"
     document.write_text(
         rf"\documentclass[10pt,{columns}]{{article}}\usepackage{{booktabs}}\begin{{document}}"
@@ -153,6 +175,18 @@ def test_latex_fits_its_page(
     assert done.returncode == 0, done.stdout[-2000:]
     assert "Overfull" not in done.stdout
     assert "too large" not in done.stdout
+
+
+def test_words_stand_before_a_table_as_text() -> None:
+    table = Table(pd.DataFrame({"a": ["1"], "b": ["2"]}), words=("A <b> & *c* 5%.", "Then."))
+    markdown = to_format(table, "markdown")
+    assert markdown.startswith("A \\<b> & \\*c\\* 5%.\n\nThen.\n\n| a")
+    latex = to_format(table, "latex")
+    assert (
+        "\n{\\sloppy A $<$b$>$ \\& *c* 5\\%.\\par}\n\n{\\sloppy Then.\\par}\n\n\\begin{ta" in latex
+    )
+    assert to_format(table, "html").startswith("<p>A &lt;b&gt; &amp; *c* 5%.</p>\n<p>Then.</p>")
+    assert to_format(table, "csv") == "a,b\n1,2\n"
 
 
 def test_csv_is_read_back(table: Table) -> None:

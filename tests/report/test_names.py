@@ -8,13 +8,18 @@ from sparsemm_eval.methods import FROM_FILES, ModelShape, make_method, method_na
 from sparsemm_eval.report.names import (
     DEFAULTS,
     METHOD_NAMES,
+    chance_score,
     distinct,
+    find_benchmark,
     in_order,
     labels_in_order,
     last_part,
     method_label,
     paper_model,
+    top_score,
 )
+from sparsemm_eval.sweep.tables import chance_of
+from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,17 @@ def test_a_checkpoint_is_called_as_its_last_part() -> None:
     assert last_part("embedded:qwen2vl") == "qwen2vl"
     assert last_part("a/b/c/") == "c"
     assert last_part("/") == "/"
+
+
+def test_chance_is_that_of_the_best_constant_answer() -> None:
+    known = chance_of(f"{name}_mini" for name in BENCHMARKS)
+    for task, (_, score) in known.items():
+        metric = find_benchmark(task).metric
+        assert chance_score(task, metric) == pytest.approx(
+            score / top_score(task, metric, None), abs=5e-4
+        )
+        assert chance_score(task, "another") == 0
+    assert chance_score("docvqa_val", "anls") == 0
 
 
 def test_defaults_are_those_of_the_methods() -> None:

@@ -145,11 +145,31 @@ def test_a_samples_file_that_was_cut_off_is_named(tmp_path: Path) -> None:
     assert f"Not compared: {samples}: line 4" in page(tmp_path)
 
 
+def test_the_page_begins_with_which_method_is_best(tmp_path: Path) -> None:
+    write_grid(tmp_path)
+    section = re.search(r'<section id="ranking".*?</section>', page(tmp_path), re.S)[0]
+    sentence = (
+        r"At 64 tokens \(1 MiB a prompt\) SparseMM keeps 0\.500 \[0\.\d+, 0\.\d+\] of full "
+        r"KV&#39;s score over 2 tasks; SnapKV ties with it\."
+    )
+    assert len(re.findall(sentence, section)) == 2
+    assert section.count("data:image/svg+xml") == 1
+    assert "not corrected for their number" in section
+    assert "<caption><strong>Best at equal bytes" in section
+    for path in tmp_path.glob("*fullkv*"):
+        path.unlink()
+    section = re.search(r'<section id="ranking".*?</section>', page(tmp_path), re.S)[0]
+    assert "there is no full KV of it" in section
+    assert "<table" not in section
+    assert "<img" not in section
+
+
 def test_the_papers_numbers_alone_make_a_page(tmp_path: Path) -> None:
     text = write_page(gather(["paper"]), tmp_path).read_text(encoding="utf-8")
     assert "No results file was read." in text
     assert "paper, table3" in text
     assert text.count("<table") > 3
+    assert 'id="ranking"' not in text
 
 
 def test_runs_say_how_they_were_made_each_once(tmp_path: Path) -> None:

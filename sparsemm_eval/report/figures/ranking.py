@@ -24,7 +24,7 @@ from sparsemm_eval.report.figures.style import (
     wrapped,
 )
 from sparsemm_eval.report.names import STRATA, labels_in_order
-from sparsemm_eval.report.ranking import FEWER_TASKS, Ranking
+from sparsemm_eval.report.ranking import Ranking, pareto_front
 from sparsemm_eval.report.statistics import LEVEL
 
 _MOST_COLUMNS = 3
@@ -33,21 +33,6 @@ _FRONTS = {
     STRATA[0]: {"color": "#BBBBBB", "linewidth": 5.0, "linestyle": "-"},
     STRATA[1]: {"color": "#BBBBBB", "linewidth": 3.0, "linestyle": (0, (1, 0.6))},
 }
-
-
-def pareto_front(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of which no other keeps as much or more for as few bytes or fewer, by bytes.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        With kept_kv_bytes and share; of equal rows the first is taken.
-    """
-    ordered = rows.assign(gain=rows["share"].round(9)).sort_values(
-        ["kept_kv_bytes", "gain"], ascending=[True, False], kind="stable"
-    )
-    before = ordered["gain"].cummax().shift(fill_value=-float("inf"))
-    return ordered[ordered["gain"] > before].drop(columns="gain")
 
 
 def ranking_curves(ranking: Ranking, zoom: bool = False) -> Figure:
@@ -66,8 +51,7 @@ def ranking_curves(ranking: Ranking, zoom: bool = False) -> Figure:
     UserError
         If there is nothing to draw.
     """
-    rows = ranking.rows
-    drawn = rows[rows["unranked"].ne(FEWER_TASKS) & rows["kept_kv_bytes"].gt(0)]
+    drawn = ranking.comparable
     if drawn.empty:
         raise UserError("there is no method with known bytes and all tasks: nothing to draw")
     models = [*drawn["model"].unique()]
