@@ -45,12 +45,14 @@ def test_the_budget_of_each_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["paper", "--kind", "scores"], "kind='scores': it must be one of budget, kept, efficiency"),
+    (["paper", "--kind", "scores"], "kind='scores': it must be one of budget, kept, ranking"),
     (["--kind", "budget"], "kind=budget: give results files, folders, or the word paper"),
     (["paper", "--kind", "budget", "--format", "bmp"], "format='bmp'"),
     (["paper", "--kind", "budget", "--models", "x"], "models=x: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "7"], "budgets=7: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "few"], "budgets='few'"),
+    (["paper", "--kind", "ranking"], "a ranking needs full KV and methods with budgets"),
+    (["paper", "--kind", "ranking", "--paper"], "paper with kind=ranking"),
     (["paper", "--kind", "kept"], "none of the cells has a budget and kept_tokens_per_head"),
     (["paper", "--kind", "kept", "--paper"], "the paper does not say what was really kept"),
     (["/nowhere", "--kind", "budget"], "/nowhere: there is no such file or folder"),
