@@ -116,6 +116,10 @@ def test_sensitivity_of_text_alone(tmp_path: Path) -> None:
     (["draw", "--device", "cuda:99"], "device='cuda:99': it must be one of auto, cpu"),
     (["chase", "--model", "embedded:gpt"], "pretrained='embedded:gpt': it must be one of"),
     (["draw", "--question", "What?"], "a question or box without its image"),
+    (["draw", "--video", "a.mp4"], "video=a.mp4 has no question: give question=TEXT"),
+    (["draw", "--video", "a.mp4", "--question", "What?", "--frames", "0"], "frames=0: it must be"),
+    (["draw", "--video", "a.mp4", "--box", "1,1,2,2"], "it is drawn alone, without image= or box="),
+    (["draw", "--frames", "4"], "frames=4: they are of a video: give video=FILE too"),
 ])  # fmt: skip
 def test_bad_input_is_one_sentence_and_exit_code_1(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

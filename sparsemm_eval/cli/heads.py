@@ -200,7 +200,13 @@ def draw(
     image: Annotated[
         Path | None, typer.Option(help="What is looked at; default: a drawn document.")
     ] = None,
-    question: Annotated[str | None, typer.Option(help="What is asked about the image.")] = None,
+    video: Annotated[
+        Path | None, typer.Option(help="A video in place of the image, drawn frame by frame.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames of the video; default: the family's.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="What is asked about it.")] = None,
     box: Annotated[
         str | None, typer.Option(help="Where the answer stands: x0,y0,x1,y1 in its pixels.")
     ] = None,
@@ -223,11 +229,20 @@ def draw(
     Where a sensitivity file is found or given, also which heads serve which kind of prompts.
     """
     with one_sentence():
-        from sparsemm_eval.heads.scene import read_scene
+        from sparsemm_eval.engine.cell import make_family
+        from sparsemm_eval.heads.scene import read_film, read_scene
 
         load_plugins(plugin)
-        scene = read_scene(image, question, box)
+        if video is None and frames is None:
+            scene = read_scene(image, question, box)
+        elif video is None:
+            raise UserError(f"frames={frames}: they are of a video: give video=FILE too")
+        elif image is not None or box is not None:
+            raise UserError(f"video={video}: it is drawn alone, without image= or box=")
         checkpoint = _checkpoint(model, dtype, device)
+        if video is not None:
+            given = {} if frames is None else {"frames": frames}
+            scene = read_film(video, question, make_family(checkpoint.family, given))
         from sparsemm_eval.heads.draw import draw as draw_heads
 
         drawn = draw_heads(checkpoint, scene, out, heads, best, worst, head_scores, max_new_tokens)

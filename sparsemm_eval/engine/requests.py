@@ -169,7 +169,7 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
     own, hashes = [], []  # as the document has it, and as the model gets it
     for content in contents:
         if content.type == "video":
-            video = _open_video(content, family)
+            video = _shown_video(content, family)
             shown.append(video)
             own.append(video.source)
             hashes.append(video.hash())
@@ -190,19 +190,34 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
     return Reading(_prompt(processor, chat), tuple(shown), tuple(hashes), digest)
 
 
-def _open_video(content: ChatVideoContent, family: Family) -> Video:
+def open_video(
+    path: Path, family: Family, start: float | None = None, end: float | None = None
+) -> Video:
+    """A video file, or a part of it, as a family draws frames from it.
+
+    Raises
+    ------
+    UserError
+        If the family reads no videos; naming those that do.
+    OSError, ValueError
+        As `read_video`.
+    """
     if not isinstance(family, VideoFamily):
         raise UserError(
             f"a video is shown, and of a {family.model_type} model only images and text are read: "
             f"choose tasks without videos, or a model of {', '.join(video_families())}"
         )
+    return read_video(path, family.frame_places, start, end)
+
+
+def _shown_video(content: ChatVideoContent, family: Family) -> Video:
     place, start, end = content.url, content.start_time, content.end_time
     if isinstance(place, Mapping):  # lmms-eval leaves a visual of a task as it is if it has times
         start, end = place.get("video_start", start), place.get("video_end", end)
         place = place.get("url") or place.get("path")
     if not isinstance(place, str | Path):
         raise ValueError(f"a video is given as {type(place).__name__}, and not as a path")
-    return read_video(Path(place), family.frame_places, start, end)
+    return open_video(Path(place), family, start, end)
 
 
 def model_inputs(

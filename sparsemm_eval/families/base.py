@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -199,6 +200,9 @@ class VideoFamily(Family):
 
     reading: ClassVar[tuple[str, ...]] = (*Family.reading, "frames")
 
+    video_regions: ClassVar[type[SheetRegions] | None] = None
+    """Where a video's tokens lie on its frames; without it only drawing them is missing."""
+
     frames: int = 32
 
     def __post_init__(self) -> None:
@@ -234,6 +238,9 @@ class Regions(ABC):
         does; the same thing where a family has no tokens of the whole image beside its tiles.
     """
 
+    shown: ClassVar[str] = "image"
+    """What is shown, in a word."""
+
     width: int
     height: int
     image_tokens: str = "all"
@@ -249,7 +256,7 @@ class Regions(ABC):
         size: tuple[int, int],
         image_tokens: str,
     ) -> Regions:
-        """Regions of image `index` in a processor's output; `size` is its width and height."""
+        """Regions of image or video `index` in a processor's output, by its width and height."""
 
     @property
     @abstractmethod
@@ -295,6 +302,57 @@ class Regions(ABC):
         if self.image_tokens == "tiles":
             overlap &= self.parts != "base"
         return overlap.nonzero()[0]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SheetRegions(Regions):
+    """Where the tokens of a video lie on a sheet of its frames, row by row, about square.
+
+    Where a token is made of more than one frame, the sheet has the first of them.
+
+    Parameters
+    ----------
+    frame : ndarray
+        [tokens of a frame, 4]: what each covers in the frame's pixels.
+    steps : int
+        Frames on the sheet.
+    newlines : int
+        Tokens behind all frames that cover nothing.
+    """
+
+    shown: ClassVar[str] = "video"
+
+    frame: np.ndarray
+    steps: int
+    newlines: int = 0
+
+    @classmethod
+    def of_frames(
+        cls, size: tuple[int, int], image_tokens: str, frame: np.ndarray, steps: int,
+        newlines: int = 0,
+    ) -> SheetRegions:  # fmt: skip
+        """Lay out frames of a width and height."""
+        columns = math.ceil(math.sqrt(steps))
+        sides = size[0] * columns, size[1] * math.ceil(steps / columns)
+        return cls(*sides, image_tokens, frame=frame, steps=steps, newlines=newlines)
+
+    @property
+    def corners(self) -> np.ndarray:
+        """[steps, 2]: x and y of each frame's upper left corner on the sheet."""
+        columns = math.ceil(math.sqrt(self.steps))
+        rows = math.ceil(self.steps / columns)
+        place = np.arange(self.steps)
+        width, height = self.width // columns, self.height // rows
+        return np.stack([place % columns * width, place // columns * height], 1)
+
+    @property
+    def boxes(self) -> np.ndarray:
+        on_sheet = self.frame + np.tile(self.corners, 2)[:, None]
+        return np.concatenate([on_sheet.reshape(-1, 4), np.full((self.newlines, 4), np.nan)])
+
+    @property
+    def parts(self) -> np.ndarray:
+        return np.repeat(["tile", "newline"], [self.steps * len(self.frame), self.newlines])
 
 
 def grid_boxes(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families.base import (
     Regions,
+    SheetRegions,
     VideoFamily,
     cell_boxes,
     decoder_logits,
@@ -114,6 +115,33 @@ class LlavaOnevisionRegions(LlavaNextRegions):
         return boxes.reshape(-1, 4)
 
 
+class LlavaOnevisionVideoRegions(SheetRegions):
+    """A frame is squashed to one tile, whose features are scaled down to half of their sides.
+
+    Behind all frames there is one newline.
+    """
+
+    @classmethod
+    def read(
+        cls,
+        config: PreTrainedConfig,
+        processor: ProcessorMixin,
+        inputs: Mapping[str, Tensor],
+        index: int,
+        size: tuple[int, int],
+        image_tokens: str,
+    ) -> SheetRegions:
+        tile, patch = config.vision_config.image_size, config.vision_config.patch_size
+        side = tile // patch
+        edges = np.arange(side + 1) * patch / tile
+        first, last = _mixed(side, math.ceil(side / 2))
+        start, stop = edges[first], edges[last + 1]
+        width, height = size
+        frame = cell_boxes(start * width, stop * width, start * height, stop * height)
+        steps = inputs["pixel_values_videos"].shape[1]
+        return cls.of_frames(size, image_tokens, frame.reshape(-1, 4), steps, newlines=1)
+
+
 @register_family
 @dataclass(frozen=True)
 class LlavaOnevision(VideoFamily):
@@ -122,6 +150,7 @@ class LlavaOnevision(VideoFamily):
     model_type: ClassVar[str] = "llava_onevision"
     lmms_name: ClassVar[str] = "llava_onevision_sparsemm"
     regions: ClassVar[type[Regions]] = LlavaOnevisionRegions
+    video_regions: ClassVar[type[SheetRegions]] = LlavaOnevisionVideoRegions
 
     @classmethod
     def check(cls, config: PreTrainedConfig) -> None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from sparsemm_eval.errors import UserError, check_choice, check_int
-from sparsemm_eval.families.base import Regions, VideoFamily, decoder_logits, grid_boxes
+from sparsemm_eval.families.base import (
+    Regions,
+    SheetRegions,
+    VideoFamily,
+    decoder_logits,
+    grid_boxes,
+)
 from sparsemm_eval.families.registry import register_family
 
 if TYPE_CHECKING:
@@ -65,6 +71,25 @@ class Qwen2VLRegions(Regions):
         return np.full(self.rows * self.columns, "tile")
 
 
+class Qwen2VLVideoRegions(SheetRegions):
+    """A frame has a grid of merged patches, as an image has; two frames are one of the sheet."""
+
+    @classmethod
+    def read(
+        cls,
+        config: PreTrainedConfig,
+        processor: ProcessorMixin,
+        inputs: Mapping[str, Tensor],
+        index: int,
+        size: tuple[int, int],
+        image_tokens: str,
+    ) -> SheetRegions:
+        steps, rows, columns = inputs["video_grid_thw"][index].tolist()
+        merge = processor.video_processor.merge_size
+        frame = Qwen2VLRegions(*size, image_tokens, rows // merge, columns // merge)
+        return cls.of_frames(size, image_tokens, frame.boxes, steps)
+
+
 @dataclass(frozen=True)
 class QwenVL(VideoFamily):
     """What the Qwen-VL families have alike.
@@ -79,6 +104,7 @@ class QwenVL(VideoFamily):
     """
 
     regions: ClassVar[type[Regions]] = Qwen2VLRegions
+    video_regions: ClassVar[type[SheetRegions]] = Qwen2VLVideoRegions
 
     min_pixels: int | None = None
     max_pixels: int | None = None

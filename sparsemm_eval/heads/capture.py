@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature, Cache, ProcessorMixin
@@ -24,7 +23,8 @@ from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.engine.generation import generation_options
-from sparsemm_eval.engine.requests import model_inputs
+from sparsemm_eval.engine.requests import Visual, model_inputs
+from sparsemm_eval.engine.videos import Video
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family
 
@@ -34,32 +34,33 @@ _BLOCK = 32
 
 def read_prompts(
     processor: ProcessorMixin,
-    images: Sequence[Image.Image],
+    visuals: Sequence[Visual],
     questions: Sequence[str],
     family: type[Family] = Family,
 ) -> BatchFeature:
-    """A model's inputs for an image and a question each, padded on the left.
+    """A model's inputs for an image or a video and a question each, padded on the left.
 
     Parameters
     ----------
     processor : ProcessorMixin
         With a chat template, which goes around every question.
-    images : sequence of Image
-        RGB, one a prompt.
+    visuals : sequence of Image or Video
+        One a prompt; images in RGB.
     questions : sequence of str
         As a user asks them.
     family : type
         The model's, where its processor takes images in a way of its own.
     """
+    kinds = ["video" if isinstance(visual, Video) else "image" for visual in visuals]
     prompts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            [{"role": "user", "content": [{"type": kind}, {"type": "text", "text": question}]}],
             tokenize=False,
             add_generation_prompt=True,
         )
-        for question in questions
+        for kind, question in zip(kinds, questions, strict=True)
     ]
-    return model_inputs(processor, family, prompts, [[image] for image in images])
+    return model_inputs(processor, family, prompts, [[visual] for visual in visuals])
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""What heads look at while a question is answered: measured, and drawn over the image."""
+"""What heads look at while a question is answered: measured, and drawn over image or frames."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.requests import to_model
+from sparsemm_eval.engine.requests import Visual, to_model
+from sparsemm_eval.engine.videos import Video
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.families import Box, Regions
 from sparsemm_eval.heads.capture import WeightCapture, feed, greedy_answers, read_prompts
@@ -150,9 +152,13 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
         loaded), or if the answer is empty.
     """
     check_int("max_new_tokens", max_new_tokens, least=1)
-    regions_of(checkpoint.config.model_type)
-    inputs = read_prompts(checkpoint.processor, [scene.image], [scene.question], checkpoint.family)
-    regions = find_regions(checkpoint.config, checkpoint.processor, inputs, [scene.image.size])
+    shown = shown_of(scene)
+    regions_of(checkpoint.config.model_type, shown)
+    asked = [scene.visual], [scene.question]
+    processor = checkpoint.family().configure(checkpoint.processor)
+    inputs = read_prompts(processor, *asked, checkpoint.family)
+    sizes = [scene.visual.size]
+    regions = find_regions(checkpoint.config, processor, inputs, sizes, shown=shown)
     positions = image_positions(checkpoint.config, inputs["input_ids"][0], regions)[0]
     if scene.box is not None:
         regions[0].tokens(scene.box)  # raises for a box that is empty or outside
@@ -209,7 +215,7 @@ def draw(
     UserError, FileNotFoundError
         Before the weights are loaded, for all that does not fit; after, if the answer is empty.
     """
-    regions_of(checkpoint.config.model_type)
+    regions_of(checkpoint.config.model_type, shown_of(scene))
     named = None if heads is None else parse_heads(heads, checkpoint.shape)
     notes = []
     given = checkpoint.sensitivity_of(head_scores)
@@ -245,6 +251,22 @@ def draw(
     return Drawn(looks.answer, (*lines, *notes), tuple(files))
 
 
+def shown_of(scene: Scene) -> str:
+    """What a scene shows, in a word."""
+    return "video" if isinstance(scene.visual, Video) else "image"
+
+
+def _picture(visual: Visual, regions: Regions) -> Image.Image:
+    """The image, or the sheet of a video's frames on which its tokens lie."""
+    if not isinstance(visual, Video):
+        return visual
+    sheet = Image.new("RGB", (regions.width, regions.height), "white")
+    of_steps = visual.frames[:: len(visual.frames) // regions.steps]
+    for frame, corner in zip(of_steps, regions.corners, strict=True):
+        sheet.paste(Image.fromarray(frame), tuple(corner.tolist()))
+    return sheet
+
+
 def _own_sensitivity(checkpoint: Checkpoint) -> Sensitivity | None:
     with suppress(FileNotFoundError):
         return checkpoint.sensitivity()
@@ -265,7 +287,9 @@ def _draw_attention(
     how = f"mean of {looks.tokens} answer token{'s' if looks.tokens > 1 else ''}"
     how += "; base image and tiles summed" if "base" in regions.parts else ""
     how += "" if scene.box is None else "; answer's box outlined"
-    grey = np.asarray(scene.image.convert("L"))
+    if isinstance(scene.visual, Video):
+        how += f"; {regions.steps} of the {len(scene.visual.frames)} frames it was shown"
+    grey = np.asarray(_picture(scene.visual, regions).convert("L"))
 
     maps = _maps(looks.weights[tuple(np.array(heads).T)], regions, _OVERLAY)
     chosen_heads(grey, maps, captions, f"{asked}\nAttention, {how}", scene.box, files[0])
@@ -277,7 +301,7 @@ def _draw_attention(
     title = f"{asked}\nAttention of all heads (square-root scale), {how}"
     contact_sheet(maps, title, box, files[1])
 
-    title = f"{name}: the image's {regions.count} tokens"
+    title = f"{name}: the {regions.shown}'s {regions.count} tokens"
     token_regions(grey, regions, title, scene.box, files[2])
     return files
 
@@ -299,7 +323,7 @@ def _caption(head: Head, looks: ImageAttention, scores: HeadScores | None, box: 
     if scores is not None:
         rank = 1 + int((scores.values > scores.values[head]).sum())
         words += f" · #{rank} · score {scores.values[head]:.3g}"
-    words += f"\n{looks.on_image[head]:.0%} on image"
+    words += f"\n{looks.on_image[head]:.0%} on {looks.regions.shown}"
     if box is not None:
         words += f", {looks.on_box(box)[head]:.0%} on box"
     parts = looks.on_parts()

@@ -233,7 +233,7 @@ def token_regions(
     filled = np.zeros(regions.count, dtype=bool)
     if box is not None:
         filled[regions.tokens(box)] = True
-    views = {"tile": "the image"}
+    views = {"tile": f"the {regions.shown}"}
     if "base" in regions.parts:
         views = {"base": "base image", "tile": "tiles"}
     panel = WIDTH / len(views) * pixels.shape[0] / pixels.shape[1]

@@ -18,8 +18,9 @@ def find_regions(
     inputs: Mapping[str, torch.Tensor],
     sizes: Sequence[tuple[int, int]],
     image_tokens: str = "all",
+    shown: str = "image",
 ) -> list[Regions]:
-    """Regions of every image of a batch, in the order of the prompts.
+    """Regions of every image of a batch, or of every video, in the order of the prompts.
 
     Parameters
     ----------
@@ -30,9 +31,11 @@ def find_regions(
     inputs : mapping
         The processor's output.
     sizes : sequence of tuple
-        (width, height) of each image as it was given, in pixels.
+        (width, height) of each image, or of each video's frames, as it was given, in pixels.
     image_tokens : {"all", "tiles"}
         See `Regions`.
+    shown : {"image", "video"}
+        What they are of.
 
     Raises
     ------
@@ -40,26 +43,27 @@ def find_regions(
         If the family's regions are unknown, or image_tokens is no such word.
     """
     check_choice("image_tokens", image_tokens, IMAGE_TOKENS)
-    kind = regions_of(config.model_type)
+    kind = regions_of(config.model_type, shown)
     return [
         kind.read(config, processor, inputs, index, size, image_tokens)
         for index, size in enumerate(sizes)
     ]
 
 
-def regions_of(model_type: str) -> type[Regions]:
-    """How a family lays out its image tokens.
+def regions_of(model_type: str, shown: str = "image") -> type[Regions]:
+    """How a family lays out the tokens of its images, or of its videos.
 
     Raises
     ------
     UserError
         If that, or the family, is not known.
     """
-    regions = find_family(model_type).regions
+    name = {"image": "regions", "video": "video_regions"}[shown]
+    regions = getattr(find_family(model_type), name, None)
     if regions is None:
-        known = sorted(name for name, family in families().items() if family.regions)
+        known = sorted(one for one, kind in families().items() if getattr(kind, name, None))
         raise UserError(
-            f"where the image tokens of a {model_type} model lie is not known; it is for "
+            f"where the {shown} tokens of a {model_type} model lie is not known; it is for "
             f"{', '.join(known)}"
         )
     return regions
@@ -68,7 +72,7 @@ def regions_of(model_type: str) -> type[Regions]:
 def image_positions(
     config: PreTrainedConfig, input_ids_row: torch.Tensor, regions: Sequence[Regions]
 ) -> list[np.ndarray]:
-    """Positions, in one row of input ids, of each image's tokens.
+    """Positions, in one row of input ids, of each image's tokens, or of each video's.
 
     Parameters
     ----------
@@ -77,18 +81,20 @@ def image_positions(
     input_ids_row : Tensor
         [n], padding included.
     regions : sequence of Regions
-        Of the row's images, in order.
+        Of the row's images, in order; or of its videos.
 
     Raises
     ------
     ValueError
         If the row has another number of image tokens than the regions.
     """
-    found = (input_ids_row == config.image_token_id).nonzero().flatten().cpu().numpy()
+    shown = regions[0].shown if regions else "image"
+    token = getattr(config, f"{shown}_token_id")
+    found = (input_ids_row == token).nonzero().flatten().cpu().numpy()
     counts = [one.count for one in regions]
     if len(found) != sum(counts):
         raise UserError(
-            f"the prompt has {len(found)} image tokens and its images {sum(counts)}: processor "
-            "and model config disagree about image sizes"
+            f"the prompt has {len(found)} {shown} tokens and its {shown}s {sum(counts)}: processor "
+            f"and model config disagree about {shown} sizes"
         )
     return np.split(found, np.cumsum(counts)[:-1]) if counts else []

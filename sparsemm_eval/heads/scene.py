@@ -1,14 +1,13 @@
-"""What heads are watched on: an image, a question about it, and where its answer stands."""
+"""What heads are watched on: an image or a video, a question about it, where its answer stands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from sparsemm_eval.errors import UserError
-from sparsemm_eval.families import Box
+from sparsemm_eval.engine.requests import Visual, open_video
+from sparsemm_eval.errors import UserError, one_line
+from sparsemm_eval.families import Box, Family
 from sparsemm_eval.heads.pages import read_image
 from sparsemm_eval.tiny.documents import Split, draw_document, stream, value_question
 
@@ -18,19 +17,19 @@ _SEED = 7_002
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """An image, a question about it, and where its answer stands.
+    """An image or a video, a question about it, and where its answer stands.
 
     Parameters
     ----------
-    image : Image
-        RGB.
+    visual : Image or Video
+        An image in RGB.
     question : str
         As the user asks it; the chat template goes around it.
     box : tuple or None
         Where the answer stands, (x0, y0, x1, y1) in pixels of the image, end exclusive.
     """
 
-    image: Image.Image
+    visual: Visual
     question: str
     box: Box | None = None
 
@@ -68,6 +67,31 @@ def read_scene(image: Path | None, question: str | None, box: str | None) -> Sce
         raise UserError(f"image={image} has no question: give question=TEXT")
     place = None if box is None else _parse_box(box)
     return Scene(read_image(image, f"image={image}"), question, place)
+
+
+def read_film(video: Path, question: str | None, family: Family) -> Scene:
+    """A scene from a video file.
+
+    Parameters
+    ----------
+    video : Path
+        Its file.
+    question : str or None
+        What is asked about it.
+    family : Family
+        Whose frames are drawn.
+
+    Raises
+    ------
+    UserError
+        If there is no question, the family reads no videos, or the file cannot be decoded.
+    """
+    if question is None or not question.strip():
+        raise UserError(f"video={video} has no question: give question=TEXT")
+    try:
+        return Scene(open_video(video, family), question)
+    except (OSError, UserError, ValueError) as error:
+        raise UserError(f"video={video}: {one_line(error)}") from error
 
 
 def _parse_box(text: str) -> Box:

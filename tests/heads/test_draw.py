@@ -2,19 +2,24 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine.fixtures import Stock, change_config, photo, sentence
-from engine.llava_checkpoints import build_llava
+from engine.family_checkpoints import build_qwen3
+from engine.fixtures import Stock, change_config, film, photo, sentence
+from engine.llava_checkpoints import build_llava, build_onevision
 from PIL import Image, ImageFile
 
 from sparsemm_eval.engine import checkpoint as checkpoint_module
 from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.errors import UserError
+from sparsemm_eval.families import find_family
 from sparsemm_eval.families.qwen2_vl import Qwen2VLRegions
+from sparsemm_eval.heads.capture import read_prompts
 from sparsemm_eval.heads.draw import (
     ImageAttention,
     attend,
@@ -22,7 +27,7 @@ from sparsemm_eval.heads.draw import (
     parse_heads,
     rank_heads,
 )
-from sparsemm_eval.heads.scene import Scene, drawn_scene, read_scene
+from sparsemm_eval.heads.scene import Scene, drawn_scene, read_film, read_scene
 from sparsemm_eval.methods import HeadScores, ModelShape, Sensitivity
 from sparsemm_eval.methods.sensitivity import RULES, Kind
 from sparsemm_eval.tiny import default_checkpoint
@@ -86,6 +91,35 @@ def test_llava_shows_base_image_and_tiles(llava: Checkpoint, tmp_path: Path) -> 
     assert len(drawn.files) == 5
     assert len(drawn.lines) == 6
     assert all(re.search(r", base \d+%, tile \d+%, newline \d+%$", line) for line in drawn.lines)
+
+
+@pytest.mark.parametrize(("build", "steps"), [(build_qwen3, 3), (build_onevision, 6)])
+def test_a_video_is_drawn_frame_by_frame(build: Callable, steps: int, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(build(tmp_path / "model"), dtype="float32")
+    path = film(tmp_path / "film.mp4", 12, (64, 48))
+    scene = read_film(path, "What is it?", checkpoint.family(frames=6))
+    drawn = draw(checkpoint, scene, tmp_path / "out", heads="2-3,0-1", max_new_tokens=4)
+    check_pictures(drawn.files)
+    assert re.match(r"head 2-3, \d+% on video", drawn.lines[0])
+    looks = attend(checkpoint, scene, 4)
+    assert looks.regions.steps == steps
+    # The first frame lies on the sheet's upper left corner.
+    first = looks.regions.tokens((0, 0, 64, 48))
+    assert len(first) == len(looks.regions.frame)
+    assert (looks.on_box((0, 0, 64, 48)) <= looks.on_image + 1e-6).all()
+
+
+def test_a_film_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no video")
+    for family, name, question, words in [
+        ("qwen2_vl", "text.mp4", "What?", "text.mp4: [Errno"),
+        ("qwen2_vl", "nowhere.mp4", "What?", "nowhere.mp4: [Errno 2] No such file"),
+        ("qwen2_vl", "text.mp4", None, "has no question"),
+        ("llava_next", "text.mp4", "What?", "of a llava_next model only images and text are read"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            read_film(tmp_path / name, question, find_family(family)())
+        sentence(caught)
 
 
 def test_named_heads_need_no_scores_and_it_is_said(llava: Checkpoint, tmp_path: Path) -> None:
@@ -159,7 +193,7 @@ def test_a_head_that_is_none_is_named(text: str) -> None:
 def test_a_scene_is_read_from_a_file(tmp_path: Path) -> None:
     Image.new("L", (40, 30), 7).save(tmp_path / "grey.png")
     scene = read_scene(tmp_path / "grey.png", "What?", "1,2,3.5,4")
-    assert (scene.image.mode, scene.image.size) == ("RGB", (40, 30))
+    assert (scene.visual.mode, scene.visual.size) == ("RGB", (40, 30))
     assert (scene.question, scene.box) == ("What?", (1, 2, 3.5, 4))
     assert read_scene(tmp_path / "grey.png", "What?", None).box is None
 
@@ -210,7 +244,8 @@ def test_a_model_whose_regions_are_unknown_is_refused_before_weights_load(
     sentence(caught)
 
 
-FAMILIES = ["qwen2_vl", "llama", "mistral", "sliding window"]
+FAMILIES = ["qwen2_vl", "llama", "mistral", "sliding window", "qwen3_vl", "llava_onevision"]
+FILMED = {"qwen3_vl": build_qwen3, "llava_onevision": build_onevision}  # a video is shown to them
 TOKENS = 6
 
 
@@ -219,6 +254,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     """The embedded Qwen2-VL, and LLaVA-NeXT with random weights on several backbones."""
     if request.param == "qwen2_vl":
         return Checkpoint(default_checkpoint(), dtype="float32")
+    if request.param in FILMED:
+        folder = FILMED[request.param](tmp_path_factory.mktemp("model"))
+        return Checkpoint(folder, dtype="float32")
     backbone = "llama" if request.param == "llama" else "mistral"
     folder = build_llava(backbone, tmp_path_factory.mktemp("model"))
     if request.param == "sliding window":
@@ -231,7 +269,12 @@ def matrix_mean(checkpoint: Checkpoint, scene: Scene) -> tuple[str, np.ndarray]:
     """Greedy answer, and the mean of its rows of all attention matrices, image columns only."""
     stock = Stock(checkpoint.folder)
     stock.model.set_attn_implementation("eager")
-    inputs = stock.inputs({"images": [scene.image], "question": scene.question})
+    shown = "image"
+    if checkpoint.config.model_type in FILMED:
+        shown = "video"
+        inputs = read_prompts(stock.processor, [scene.visual], [scene.question], checkpoint.family)
+    else:
+        inputs = stock.inputs({"images": [scene.visual], "question": scene.question})
     ids = stock.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
     length = inputs["input_ids"].shape[1]
     special = torch.tensor(stock.processor.tokenizer.all_special_ids)
@@ -246,13 +289,16 @@ def matrix_mean(checkpoint: Checkpoint, scene: Scene) -> tuple[str, np.ndarray]:
         )
     with torch.inference_mode():
         attentions = stock.model(**inputs, output_attentions=True).attentions
-    image = inputs["input_ids"][0] == checkpoint.config.image_token_id
+    image = inputs["input_ids"][0] == getattr(checkpoint.config, f"{shown}_token_id")
     mean = torch.stack(attentions)[:, 0, :, length - 1 : -1][..., image].mean(-2)
     return stock.processor.tokenizer.decode(new).strip(), mean.numpy()
 
 
-def test_the_weights_are_those_of_eager_attention(checkpoint: Checkpoint) -> None:
+def test_the_weights_are_those_of_eager_attention(checkpoint: Checkpoint, tmp_path: Path) -> None:
     scene = drawn_scene()
+    if checkpoint.config.model_type in FILMED:
+        path = film(tmp_path / "film.mp4", 12, (64, 48))
+        scene = read_film(path, "Is it red?", checkpoint.family(frames=6))
     if checkpoint.config.model_type == "llava_next":
         scene = Scene(photo(57, 40), "Is it red?")
     looks = attend(checkpoint, scene, TOKENS)

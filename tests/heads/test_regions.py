@@ -37,10 +37,12 @@ from transformers import (
     ProcessorMixin,
     Qwen2VLImageProcessor,
     Qwen2VLImageProcessorPil,
+    Qwen2VLVideoProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.families import Box, Regions, family_of
+from sparsemm_eval.families import Box, Regions, SheetRegions, family_of
 from sparsemm_eval.families.internvl import TileRegions
 from sparsemm_eval.families.llava_next import LlavaNextRegions
 from sparsemm_eval.families.llava_onevision import LlavaOnevisionRegions
@@ -117,6 +119,16 @@ class Family:
         ]
         return list(features.split([9 * count for count in tiles]))
 
+    @torch.inference_mode()
+    def of_video(self, frames: np.ndarray) -> tuple[SheetRegions, torch.Tensor]:
+        """Where a video's tokens lie on the sheet of its frames, and their features."""
+        read = self.processor.video_processor([frames], do_sample_frames=False, return_tensors="pt")
+        sizes = [(frames.shape[2], frames.shape[1])]
+        given = self.model.config, self.processor, read, sizes
+        (regions,) = find_regions(*given, shown="video")
+        (features,) = self.model.get_video_features(**read).pooler_output
+        return regions, features
+
     def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:
         sizes = [image.size for image in images]
         inputs = self.read(*images)
@@ -174,6 +186,10 @@ def _qwen(name: str, _: object) -> Family:
     # Small bounds: images are scaled up, left as they are, and scaled down.
     size = {"shortest_edge": 48**2, "longest_edge": 80**2}
     processor.image_processor = kind(patch_size=PATCH, merge_size=2, size=size)
+    of_video = Qwen3VLVideoProcessor if name == "qwen3_vl" else Qwen2VLVideoProcessor
+    if name == "qwen3_vl":  # of all frames together
+        size = {edge: 4 * area for edge, area in size.items()}
+    processor.video_processor = of_video(patch_size=PATCH, merge_size=2, size=size)
     return Family(model.eval(), processor)
 
 
@@ -298,6 +314,41 @@ def test_painting_a_box_changes_the_features_of_its_tokens(
         if isinstance(regions, Idefics3Regions):  # three pixels far, up to three times
             reach = tuple(3.01 * 3 * max(1, one) + one for one in pixel)
         assert set(seen) <= set(regions.tokens(moved(box, reach, size)))
+
+
+@pytest.mark.parametrize("name", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@settings(max_examples=40, deadline=None)
+@given(case=images_and_boxes(), count=st.sampled_from([2, 4, 6]), data=st.data())
+def test_painting_a_box_on_a_frame_changes_the_features_of_its_tokens(
+    name: str, case: tuple, count: int, data: st.DataObject, family: Callable[[str], Family]
+) -> None:
+    size, box = case
+    number = data.draw(st.integers(0, count - 1))
+    film = np.zeros((count, size[1], size[0], 3), np.uint8)
+    try:
+        regions, before = family(name).of_video(film)
+    except ValueError as error:  # as of images
+        assume("aspect ratio" not in str(error))
+        raise
+    film[number, box[1] : box[3], box[0] : box[2]] = 255
+    features = (before != family(name).of_video(film)[1]).any(-1).numpy()
+    assert len(features) == regions.count == len(regions.boxes) == len(regions.parts)
+    assert not features[regions.parts == "newline"].any()
+    assert regions.steps == (count if name == "llava_onevision" else count // 2)
+    corner = regions.corners[number * regions.steps // count]
+    pixel = [side / SIDE for side in size]
+    if name != "llava_onevision":
+        cells = regions.frame[0, 2:] - regions.frame[0, :2]
+        pixel = (cells / (2 * PATCH)).tolist()
+
+    def tokens(by: tuple[float, ...]) -> set[int]:
+        """Those of the box on its frame, its sides moved."""
+        one = moved(box, by, size)
+        return set() if one is None else set(regions.tokens((*one[:2] + corner, *one[2:] + corner)))
+
+    seen = set(np.flatnonzero(features))
+    assert tokens((-pixel[0], -pixel[1])) <= seen
+    assert seen <= tokens(tuple(2.01 * max(1, one) + one for one in pixel))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
