@@ -157,7 +157,7 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
     Raises
     ------
     UserError
-        If there is a sound among them, or a video and the family reads none.
+        If there is a sound among them, or a video and the family or the chat template has none.
     """
     from lmms_eval.protocol import ChatMessages
 
@@ -187,7 +187,14 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
         if content.type == "text"
     ]
     digest = hashlib.sha256(json.dumps([asked, own]).encode()).hexdigest()
-    return Reading(_prompt(processor, chat), tuple(shown), tuple(hashes), digest)
+    prompt = _prompt(processor, chat)
+    videos = sum(isinstance(one, Video) for one in shown)
+    if videos and prompt.count(processor.video_token) < videos:
+        raise UserError(
+            "a video is shown, and the checkpoint's chat template leaves it out: mend its "
+            "chat_template.jinja, or choose tasks without videos"
+        )
+    return Reading(prompt, tuple(shown), tuple(hashes), digest)
 
 
 def open_video(
@@ -202,12 +209,17 @@ def open_video(
     OSError, ValueError
         As `read_video`.
     """
-    if not isinstance(family, VideoFamily):
+    check_reads_videos(type(family))
+    return read_video(path, family.frame_places, start, end)
+
+
+def check_reads_videos(family: type[Family]) -> None:
+    """Raise UserError if a family reads no videos, naming those that do."""
+    if not issubclass(family, VideoFamily):
         raise UserError(
             f"a video is shown, and of a {family.model_type} model only images and text are read: "
             f"choose tasks without videos, or a model of {', '.join(video_families())}"
         )
-    return read_video(path, family.frame_places, start, end)
 
 
 def _shown_video(content: ChatVideoContent, family: Family) -> Video:

@@ -20,9 +20,10 @@ from PIL import Image
 from tenacity import RetryError
 
 from sparsemm_eval.engine.generation import check_generation
-from sparsemm_eval.engine.requests import Request
+from sparsemm_eval.engine.requests import Request, check_reads_videos
 from sparsemm_eval.engine.videos import check_decoder
 from sparsemm_eval.errors import UserError, check_int, one_line
+from sparsemm_eval.families import Family
 from sparsemm_eval.paths import tasks_folder
 
 # Tasks of lmms-eval whose metrics tokenize with a java program; without it lmms-eval fails after
@@ -309,6 +310,21 @@ def check_answerable(manager: TaskManager, task: str) -> dict[str, Any]:
     if _shows_videos(config):
         check_decoder()
     return config
+
+
+def check_family(manager: TaskManager, task: str, family: type[Family]) -> None:
+    """Refuse a task of lmms-eval's that shows videos if a family reads none.
+
+    Raises
+    ------
+    UserError
+        In one sentence.
+    """
+    if _shows_videos(_config(manager, task)):
+        try:
+            check_reads_videos(family)
+        except UserError as error:
+            raise UserError(f"{task}: {error}") from error
 
 
 def _unscorable(task: str, config: Mapping[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparsemm_eval.engine.answers import Answer, SampleFailures, tally
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.lmms import CellModel, make_runner, results_path, score
 from sparsemm_eval.engine.runner import Runner, raise_failures
-from sparsemm_eval.engine.tasks import LeftOut, find_tasks, requests_of, runnable
+from sparsemm_eval.engine.tasks import LeftOut, check_family, find_tasks, requests_of, runnable
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
@@ -263,6 +264,8 @@ class _Process:
         specs = list(dict.fromkeys(job.model for job in jobs))
         check_data(manager, tasks)
         checkpoints = check_models(specs)
+        for checkpoint, task in product(checkpoints.values(), tasks):
+            check_family(manager, task, checkpoint.family)
         counts = count_documents(manager, tasks, grid.samples)
         self.jobs = [job for job in jobs if job.shard < counts[job.task]]
         check_space(out, sum(counts.values()) * len(self.cells) * len(specs) - _answers(out))

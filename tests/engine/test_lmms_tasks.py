@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
 from sparsemm_eval.engine import videos
-from sparsemm_eval.engine.tasks import find_tasks, obstacle, runnable
+from sparsemm_eval.engine.tasks import check_family, find_tasks, obstacle, runnable
+from sparsemm_eval.errors import UserError
+from sparsemm_eval.families import find_family
 from sparsemm_eval.paths import tasks_folder
 
 
@@ -61,6 +63,13 @@ def test_a_task_of_videos_needs_what_decodes_them(
     monkeypatch.setattr(videos, "find_spec", lambda name: None)
     assert "PyAV, which is not installed: pip install" in (obstacle(manager, "videomme") or "")
     assert obstacle(manager, "docvqa_val") is None
+
+
+def test_a_task_of_videos_needs_a_family_that_reads_them(manager: TaskManager) -> None:
+    with pytest.raises(UserError, match="videomme: a video is shown, and of a idefics3 model"):
+        check_family(manager, "videomme", find_family("idefics3"))
+    check_family(manager, "videomme", find_family("qwen3_vl"))
+    check_family(manager, "docvqa_val", find_family("idefics3"))
 
 
 def test_a_judge_with_a_key_is_no_obstacle(

@@ -11,12 +11,16 @@ import av
 import numpy as np
 import pytest
 import torch
-from engine.fixtures import film
+from engine.family_checkpoints import build_qwen2
+from engine.fixtures import ask, film, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BatchFeature
 
 from sparsemm_eval.engine import videos
+from sparsemm_eval.engine.answers import SampleFailures
+from sparsemm_eval.engine.checkpoint import Checkpoint
+from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.engine.requests import Video, read_chat, to_model
 from sparsemm_eval.engine.videos import read_video
 from sparsemm_eval.errors import UserError
@@ -29,6 +33,24 @@ KINDS = {
     "in one that cannot be sought in exactly": ("a.ts", "mpeg2video"),
     "in one that does not count frames": ("a.mkv", "mpeg4"),
 }
+
+
+def asking(url: object, **times: float) -> list[dict]:
+    """A turn about a video."""
+    content = [{"type": "video", "url": url, **times}, {"type": "text", "text": "What is it?"}]
+    return [{"role": "user", "content": content}]
+
+
+class _Template:
+    """What is asked of a processor before the model's inputs are."""
+
+    video_token = "<video>"
+
+    def __init__(self, prompt: str = "<video>What is it?") -> None:
+        self.prompt = prompt
+
+    def apply_chat_template(self, *_: object, **__: object) -> str:
+        return self.prompt
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -148,14 +170,34 @@ def test_seconds_between_frames_stay_exact() -> None:
     assert torch.equal(read["second_per_grid_ts"], seconds)
 
 
-def asking(url: object, **times: float) -> list[dict]:
-    """A turn about a video."""
-    content = [{"type": "video", "url": url, **times}, {"type": "text", "text": "What is it?"}]
-    return [{"role": "user", "content": content}]
+def test_a_chat_template_without_videos_is_named(tmp_path: Path) -> None:
+    path = str(film(tmp_path / "a.mp4", COUNT, SIZE))
+    with pytest.raises(UserError, match="the checkpoint's chat template leaves it out: mend"):
+        read_chat(_Template("What is it?"), asking(path), find_family("qwen2_vl")())
 
 
-class _Template:
-    """What is asked of a processor before the model's inputs are."""
+def test_a_run_names_the_video_that_fails_and_keeps_the_others(tmp_path: Path) -> None:
+    folder = build_qwen2(tmp_path / "model")
+    checkpoint = Checkpoint(folder, dtype="float32")
+    paths = [tmp_path / f"{number}.mp4" for number in range(3)]
+    for number, path in enumerate(paths):
+        film(path, COUNT, SIZE, seed=number)
 
-    def apply_chat_template(self, *_: object, **__: object) -> str:
-        return "What is it?"
+    def run(frames: int = 4) -> list[str]:
+        given = {"method": "fullkv", "answers": tmp_path / "answers", "frames": frames}
+        model = SparseMM(checkpoint=checkpoint, batch_size=2, **given)
+        return ask(model, [str(path) for path in paths], messages=asking)
+
+    good = run()
+    assert run() == good
+    assert len(rows(tmp_path / "answers")) == 3  # found again
+    run(frames=6)
+    assert len(rows(tmp_path / "answers")) == 6
+    paths[1].write_bytes(b"")
+    with pytest.raises(SampleFailures, match=r"1 samples failed.*pages test 1: InvalidDataError"):
+        run()
+    # Another film of that name is another answer's.
+    film(paths[1], COUNT, SIZE, seed=9)
+    run()
+    found = [row for row in rows(tmp_path / "answers") if row.error is None]
+    assert len({row.key for row in found}) == len(found) == 7

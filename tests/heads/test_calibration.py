@@ -3,11 +3,15 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import datasets
 import pytest
+from engine.family_checkpoints import build_qwen3
+from engine.fixtures import film
+from engine.llava_checkpoints import build_llava
 from PIL import Image
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
@@ -28,6 +32,7 @@ from sparsemm_eval.heads.calibration import (
     read_calibration,
     warnings_of,
 )
+from sparsemm_eval.heads.sensitivity import measure
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.benchmarks import BENCHMARKS
 
@@ -335,6 +340,25 @@ def test_tasks_that_cannot_be_read(task: str, words: str) -> None:
     check_calibration(task, 5)
     with pytest.raises(UserError, match=words):
         read_calibration(task, 5)
+
+
+def test_a_task_of_videos_is_read(tmp_path: Path) -> None:
+    """By a model that reads them; its documents are known again whatever frames are drawn."""
+    own_task(tmp_path, {"test": 2}, doc_to_visual="!own")
+    for shade in range(2):
+        film(tmp_path / f"{shade}.mp4", 12, (64, 48), seed=shade)
+    code = f"def visual(doc):\n    return ['{tmp_path}/' + str(doc['shade']) + '.mp4']\n"
+    (tmp_path / "own.py").write_text(code)
+    seeing = Checkpoint(build_qwen3(tmp_path / "model"), dtype="float32")
+    own = partial(calibration_prompts, data="own", count=2, include_path=[tmp_path])
+    few, many = (list(own(seeing, family=seeing.family(frames=n))) for n in (4, 8))
+    assert [len(one.visuals[0].frames) for one in (*few, *many)] == [4, 4, 8, 8]
+    assert [one.digest for one in few] == [one.digest for one in many]
+    found = measure(seeing, iter(few), 2, budgets=(16,), window=8)
+    assert found.kinds["own"].prompts == 2
+    blind = Checkpoint(build_llava("llama", tmp_path / "llava"), dtype="float32")
+    with pytest.raises(UserError, match="own, test 0: a video is shown, and of a llava_next model"):
+        list(own(blind))
 
 
 def test_what_a_tasks_code_raises_is_one_sentence(reader: Checkpoint, tmp_path: Path) -> None:
