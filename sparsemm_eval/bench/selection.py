@@ -22,7 +22,7 @@ from sparsemm_eval.bench.timing import Measure, clocked, in_turn, quartiles
 from sparsemm_eval.cache import RaggedKV
 from sparsemm_eval.cache.ragged import Buffer
 from sparsemm_eval.errors import check_choice, check_int
-from sparsemm_eval.methods import Checks, Method, ModelShape, keep_rows
+from sparsemm_eval.methods import Checks, Method, ModelShape, PromptLayer, keep_rows
 
 GRIDS = {"demo": False, "paper": True}  # budgets 256 to 12 and window 8; 2048 to 64 and window 32
 
@@ -101,14 +101,15 @@ def _measure(
     methods = grid_methods(model, heavy_scores(model.layers, model.query_heads), large)
     scorer = next(method.scorer for method in methods if method.budget is not None)
     scored = _with_scores(methods, scorer(query[0], key[0]))
-    rows = keep_rows(scored, query[0], key[0], layer)
+    whole = PromptLayer(layer, query[0], key[0])
+    rows = keep_rows(scored, whole)
     most = sum(method.most_kept(layer, tokens) for method in methods)
     moved, token = _ready(key, most)
     buffer = Buffer()
 
     def select(cells: Sequence[Method]) -> Tensor:
         # As in a cache, which looks at all layers' checks at once.
-        return keep_rows(cells, query[0], key[0], layer, Checks())
+        return keep_rows(cells, whole, Checks())
 
     work: dict[str, Callable[[], Any]] = {
         "scoring": lambda: scorer(query[0], key[0]),

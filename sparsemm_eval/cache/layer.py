@@ -15,8 +15,16 @@ from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.choices import BACKENDS
-from sparsemm_eval.errors import check_choice
-from sparsemm_eval.methods import Checks, HeadMask, Method, keep_rows, row_lengths
+from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.methods import (
+    Checks,
+    HeadMask,
+    LayerShare,
+    Method,
+    PromptLayer,
+    PromptSelection,
+    row_lengths,
+)
 
 # What models and `generate` call the cache: transformers 5.24 renamed the argument, and 5.40 takes
 # only the new name.
@@ -30,10 +38,30 @@ CACHE_ARGUMENT = (
 class ReadPrompt:
     """What the layers of one cache share of the prompt they read; the first finds its lengths."""
 
-    def __init__(self) -> None:
+    def __init__(self, visual: Tensor | None) -> None:
+        self.layers: list[RaggedLayer] = []
+        self.visual = visual  # [samples, n] bool, where a method looks at it
+        self.selections: list[PromptSelection] = []  # of the samples
+        self.kept: list[Tensor] = []  # of the layers, while they may still be cut
         self.lengths: list[int] = []  # of the samples as they were read
         self.rows: list[int] = []  # of the rows that are held
         self.checks = Checks()  # of all layers, not yet looked at
+
+    def finish(self) -> None:
+        """Cut layers to what they keep in the end, once all are read.
+
+        Only methods that share the budget among layers by what they find in them left more.
+        """
+        kept, selections = self.kept, self.selections
+        self.kept, self.selections, self.visual = [], [], None
+        if not kept:
+            return
+        stay = [layer.clone() for layer in kept]
+        for sample, (length, selection) in enumerate(zip(self.lengths, selections, strict=True)):
+            for layer, final in zip(stay, selection.finish() or [], strict=False):
+                layer[sample, :, :, layer.shape[-1] - length :] = final
+        for layer, before, after in zip(self.layers, kept, stay, strict=True):
+            layer.store = layer.store.cut(before.flatten(0, 1), after.flatten(0, 1))
 
 
 class RaggedLayer(SilencingLayer):
@@ -89,7 +117,7 @@ class RaggedLayer(SilencingLayer):
             )
         if self.store is None:
             out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-            self._compress(query, key, value, mask)
+            self._compress(module, query, key, value, mask)
             return out
         store = self.filled()
         if query.shape[0] != store.rows:
@@ -157,7 +185,14 @@ class RaggedLayer(SilencingLayer):
     def prefetch(self) -> None:
         self.offload()
 
-    def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def _compress(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+    ) -> None:
         samples, heads, n, dim = key.shape
         shape = self.methods[0].shape
         if (query.shape[1], heads) != (shape.query_heads, shape.kv_heads):
@@ -168,20 +203,44 @@ class RaggedLayer(SilencingLayer):
         self.resolved = resolve_backend(
             self.requested, key.device, key.dtype, dim, query.shape[1] // heads
         )
+        prompt = self.prompt
         if self.index == 0:
-            self.prompt.lengths = prompt_lengths_of(mask, samples, n)
-            self.prompt.rows = [length for length in self.prompt.lengths for _ in self.methods]
+            prompt.lengths = prompt_lengths_of(mask, samples, n)
+            prompt.rows = [length for length in prompt.lengths for _ in self.methods]
+            prompt.selections = [
+                PromptSelection(self.methods, prompt.checks) for _ in prompt.lengths
+            ]
+        needs = {need for method in self.methods for need in method.needs}
+        if "visual" in needs and (prompt.visual is None or prompt.visual.shape != (samples, n)):
+            raise ValueError(
+                f"a method needs to know which of {samples} x {n} tokens are visual: give "
+                "HeadBudgetCache(visual=…) of this shape"
+            )
+        output = output_weight(module) if "output" in needs else None
         rows = torch.zeros(
             samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
         )
-        for sample, length in enumerate(self.prompt.lengths):
+        for sample, (length, selection) in enumerate(
+            zip(prompt.lengths, prompt.selections, strict=True)
+        ):
             start = n - length
-            rows[sample, :, :, start:] = keep_rows(
-                self.methods, query[sample], key[sample, :, start:], self.index, self.prompt.checks
+            rows[sample, :, :, start:] = selection.layer(
+                PromptLayer(
+                    self.index,
+                    query[sample, :, start:],
+                    key[sample, :, start:],
+                    value[sample, :, start:] if "value" in needs else None,
+                    output,
+                    prompt.visual[sample, start:].to(key.device) if "visual" in needs else None,
+                )
             )
         self.store = self.store_type.pack(
             key, value, rows.flatten(0, 1), self._most_kept(), self.buffer
         )
+        if any(isinstance(method.layers, LayerShare) for method in self.methods):
+            prompt.kept.append(rows)
+        if self.index == shape.layers - 1:
+            prompt.finish()
 
     def _most_kept(self) -> int | None:
         """At least what all rows keep of this layer; None where only the device knows."""
@@ -211,6 +270,8 @@ class HeadBudgetCache(Cache):
         Query heads that are silenced in every row.
     buffers : sequence of Buffer, optional
         Memory for each layer's slots, which no other live cache uses.
+    visual : Tensor, optional
+        [B, n] bool, which tokens show an image or a video, where a method needs it.
 
     Raises
     ------
@@ -228,6 +289,7 @@ class HeadBudgetCache(Cache):
         backend: str = "auto",
         mask: HeadMask | None = None,
         buffers: Sequence[Buffer] | None = None,
+        visual: Tensor | None = None,
     ) -> None:
         methods = (methods,) if isinstance(methods, Method) else tuple(methods)
         if len({method.shape for method in methods}) != 1:
@@ -235,7 +297,7 @@ class HeadBudgetCache(Cache):
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
-        prompt = ReadPrompt()
+        prompt = ReadPrompt(visual)
         layers = methods[0].shape.layers
         buffers = [None] * layers if buffers is None else buffers
         super().__init__(
@@ -246,6 +308,7 @@ class HeadBudgetCache(Cache):
         )
         self.methods = methods
         self._prompt = prompt
+        prompt.layers = self.layers
 
     @property
     def stores(self) -> list[RaggedKV]:
@@ -304,8 +367,27 @@ class HeadBudgetCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt; the next call reads a new one."""
-        self._prompt.lengths, self._prompt.rows, self._prompt.checks = [], [], Checks()
+        prompt = self._prompt
+        prompt.lengths, prompt.rows, prompt.checks = [], [], Checks()
+        prompt.selections, prompt.kept, prompt.visual = [], [], None
         super().reset()
+
+
+def output_weight(module: torch.nn.Module) -> Tensor:
+    """The weight [hidden, Hq * D] by which an attention module mixes its heads' outputs.
+
+    Raises
+    ------
+    UserError
+        If it has none that is dense, as where weights are quantized.
+    """
+    weight = getattr(getattr(module, "o_proj", None), "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise UserError(
+            f"{type(module).__name__} has no dense o_proj.weight, which a method here needs "
+            "(criticalkv): take a model whose weights are not quantized, or another method"
+        )
+    return weight
 
 
 def prompt_lengths_of(mask: Tensor | None, samples: int, n: int) -> list[int]:

@@ -230,6 +230,30 @@ class RaggedKV:
         heads = torch.arange(self.kv_heads)
         return self._gather((rows[:, None] * self.kv_heads + heads).flatten(), self.kept[rows])
 
+    def cut(self, kept: Tensor, stay: Tensor) -> RaggedKV:
+        """Only tokens of the prompt that stay, before any was appended.
+
+        Parameters
+        ----------
+        kept, stay : Tensor
+            [R, H, n] bool: what is held, and the part of it that stays.
+        """
+        n = kept.shape[-1]
+        at = kept.reshape(-1).nonzero()[:, 0]
+        slots = torch.arange(len(at), device=at.device) + at // n * self.slack
+        slots = slots[stay.reshape(-1)[at]]
+        counts, slack = stay.sum(-1).flatten(), self.slack
+        owners = torch.repeat_interleave(counts, output_size=len(slots))
+        places = torch.arange(len(slots), device=at.device) + owners * slack
+        laid = []
+        for name, x in (("keys", self.keys), ("values", self.values)):
+            tokens = x[slots]  # a copy: the buffer may be handed out anew where they lay
+            size = len(slots) + len(counts) * slack
+            laid.append(memory_for(self.buffer, name, size, tokens).zero_())
+            laid[-1][places] = tokens
+        shape = (self.rows, self.kv_heads)
+        return RaggedKV(*laid, _offsets(counts + slack), shape, slack, buffer=self.buffer)
+
     def bytes(self) -> CacheBytes:
         """Bytes held by this layer."""
         slot = self.keys.shape[-1] * self.keys.element_size()

@@ -119,7 +119,8 @@ def decode(
         return [_generate(model, inputs, method, options, backend, mask) for method in methods]
     start = time.perf_counter()
     decoder = decoder_of(model)
-    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
+    visual = visual_tokens(model, inputs, methods)
+    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers, visual)
     prompts = prefill(model, inputs, options, cache)
     rows = decoder.decode(model, cache, prompts, options, mask, cuda_graph)
     count = len(methods)
@@ -159,6 +160,17 @@ def is_greedy(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
         value is None or value is False or name in _WITHOUT_EFFECT or value == _NEUTRAL.get(name)
         for name, value in given.items()
     )
+
+
+def visual_tokens(
+    model: PreTrainedModel, inputs: Mapping[str, Tensor], methods: Sequence[Method]
+) -> Tensor | None:
+    """Which tokens of prompts show an image or a video, [B, n] bool; None if no method asks."""
+    if not any("visual" in method.needs for method in methods):
+        return None
+    tokens = family_of(model.config).visual_tokens(model.config)
+    ids = inputs["input_ids"]
+    return torch.isin(ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device))
 
 
 def not_finite_words(model: PreTrainedModel, token: int | None = None) -> str:
@@ -223,7 +235,7 @@ def _generate(
 ) -> Decoded:
     """Sampling and beams, by transformers' ``generate``."""
     start = time.perf_counter()
-    cache = HeadBudgetCache(method, backend, mask)
+    cache = HeadBudgetCache(method, backend, mask, visual=visual_tokens(model, inputs, [method]))
     length = inputs["input_ids"].shape[1]
     look = _Look()
     out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **options, logits_processor=[look])[

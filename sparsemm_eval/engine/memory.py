@@ -30,7 +30,7 @@ def row_bytes(method: Method, tokens: int, new_tokens: int, token_bytes: int) ->
     token_bytes : int
         One token's keys and values in all layers and KV heads.
     """
-    kept = tokens if method.keeps_all(tokens) else method.budget
+    kept = min(tokens, method.tokens(tokens))
     return (kept + new_tokens + LEAST_SLACK) * token_bytes
 
 

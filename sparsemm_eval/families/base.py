@@ -156,6 +156,15 @@ class Family:
         return [image for of_prompt in images for image in of_prompt] or None
 
     @classmethod
+    def visual_tokens(cls, config: PreTrainedConfig) -> list[int]:
+        """Ids that stand for images and videos in a prompt.
+
+        By default those that a config of transformers names so; none in a model of text alone.
+        """
+        named = (getattr(config, f"{what}_token_id", None) for what in ("image", "video"))
+        return [token for token in named if token is not None]
+
+    @classmethod
     def rope_delta(cls, model: PreTrainedModel) -> Tensor | None:
         """How far text positions lag behind tokens after the prompts that were just read.
 

@@ -9,12 +9,16 @@ from sparsemm_eval.methods.head_mask import (
     visual_heads,
 )
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape, find_scores
-from sparsemm_eval.methods.method import Method, keep_rows, row_lengths, tokens_per_head
+from sparsemm_eval.methods.layers import LayerShare
+from sparsemm_eval.methods.method import Method, row_lengths, tokens_per_head
+from sparsemm_eval.methods.picks import Pick
 from sparsemm_eval.methods.plugins import Plugin, load_plugin
 from sparsemm_eval.methods.registry import (
     FROM_FILES,
+    STRATA,
     Setting,
     canonical_settings,
+    check_budget,
     check_method,
     make_method,
     method_digest,
@@ -23,31 +27,39 @@ from sparsemm_eval.methods.registry import (
     register_method,
     settings_of,
     shown_name,
+    stratum,
 )
 from sparsemm_eval.methods.scoring import (
     Checks,
     ObservationWindow,
+    PromptLayer,
     Ranking,
     Recency,
     Scorer,
     SinksAndRecent,
     scorer_of_layer,
 )
+from sparsemm_eval.methods.selection import PromptSelection, keep_prompt, keep_rows
 from sparsemm_eval.methods.sensitivity import Sensitivity, read_head_scores
 
 __all__ = [
     "FROM_FILES",
     "MASK_MODES",
+    "STRATA",
     "Allocation",
     "Checks",
     "HeadMask",
     "HeadScores",
     "LayerAllocation",
+    "LayerShare",
     "Method",
     "ModelShape",
     "ObservationWindow",
+    "Pick",
     "Plugin",
     "Prompt",
+    "PromptLayer",
+    "PromptSelection",
     "Ranking",
     "Recency",
     "Scorer",
@@ -55,8 +67,10 @@ __all__ = [
     "Setting",
     "SinksAndRecent",
     "canonical_settings",
+    "check_budget",
     "check_method",
     "find_scores",
+    "keep_prompt",
     "keep_rows",
     "load_plugin",
     "make_method",
@@ -71,6 +85,7 @@ __all__ = [
     "scorer_of_layer",
     "settings_of",
     "shown_name",
+    "stratum",
     "tokens_per_head",
     "visual_heads",
 ]

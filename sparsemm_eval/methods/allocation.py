@@ -91,10 +91,23 @@ class LayerAllocation(ABC):
     def wants(self, prompt: Prompt, ranking: Ranking) -> Tensor:
         """Unrounded allotments from a layer's ranked scores, [H] float64."""
 
-    def counts(self, prompt: Prompt, ranking: Ranking, exact: bool) -> Tensor:
+    def counts(
+        self, prompt: Prompt, ranking: Ranking, exact: bool, total: int | None = None
+    ) -> Tensor:
         """Tokens that each KV head of a layer keeps beside the window, [H] int64.
 
         What only the device knows, that none is negative, is left to the caller.
+
+        Parameters
+        ----------
+        prompt : Prompt
+            Its base is this layer's.
+        ranking : Ranking
+            The layer's scores.
+        exact : bool
+            Whether the layer's heads together keep all that is the layer's.
+        total : int, optional
+            Tokens that are the layer's; its base in every head by default.
 
         Raises
         ------
@@ -119,7 +132,7 @@ class LayerAllocation(ABC):
             return allotted.clamp(max=prompt.candidates)
         wants = allotted.detach().to("cpu", torch.float64).numpy()
         _check_numbers(self, wants, exact)
-        total = prompt.base * prompt.shape.kv_heads
+        total = prompt.base * prompt.shape.kv_heads if total is None else total
         return torch.from_numpy(share_out(wants, prompt.candidates, total)).to(allotted.device)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
@@ -214,7 +227,7 @@ class Adaptive(LayerAllocation):
         share = best[:, : prompt.base].sum(-1, keepdim=True) / total
         # Negated, so that each head's scores rise; more than `count` of one head are never taken.
         scaled = best[:, :count] * -torch.where(total > 0, share, 1.0)
-        held = _least_of_all(scaled, count).to(torch.float64)
+        held = least_of_all(scaled, count).to(torch.float64)
         return (1 - self.floor) * held + int(self.floor * prompt.base)
 
     def most(self, prompt: Prompt, layer: int, exact: bool) -> int | None:
@@ -330,7 +343,7 @@ def _check_numbers(
         )
 
 
-def _least_of_all(rising: Tensor, count: int) -> Tensor:
+def least_of_all(rising: Tensor, count: int) -> Tensor:
     """How many of the ``count`` least of all numbers lie in each row.
 
     Parameters

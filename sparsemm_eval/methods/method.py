@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +15,21 @@ from sparsemm_eval.methods.allocation import (
     Allocation,
     LayerAllocation,
     Prompt,
+    share_out,
 )
 from sparsemm_eval.methods.head_scores import ModelShape
+from sparsemm_eval.methods.layers import LayerShare
+from sparsemm_eval.methods.picks import Pick
 from sparsemm_eval.methods.scoring import (
     Checks,
+    PromptLayer,
     Ranking,
     Scorer,
     is_plain_tensor,
+    needs_of,
     scorer_of_layer,
 )
+from sparsemm_eval.methods.selection import keep_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Method:
-    """One way of compressing a prompt's cache: a scorer, an allocation and a budget.
+    """One way of compressing a prompt's cache: a scorer, rules that share the budget, a budget.
 
     A value: print it, compare it, key by it. Made by `make_method`, which checks the settings.
 
@@ -41,28 +47,72 @@ class Method:
         As registered.
     shape : ModelShape
         The decoder it is for.
-    budget : int or None
-        Mean tokens kept per KV head, window included; None keeps everything.
+    budget : int, float or None
+        Mean tokens kept per KV head, window included; below 1 the share of each prompt's tokens;
+        None keeps everything.
     scorer : Scorer
         Ranks the tokens of a head.
     allocation : Allocation or LayerAllocation
         Shares the budget among the heads.
     exact : bool
         Spend exactly the budget instead of the published rounding.
+    layers : LayerShare or Allocation, optional
+        Shares the budget among layers, by what is found in them or by a table whose heads are
+        alike; the allocation then shares each layer's part among its heads.
+    picks : Pick, optional
+        Chooses a head's tokens; its best by score without one.
+    question : {"seen", "hidden"}
+        Hidden, a prompt is compressed up to its last token that shows anything, as if the text
+        behind were not known yet; that text is kept beside the budget.
     """
 
     name: str
     shape: ModelShape
-    budget: int | None
+    budget: int | float | None
     scorer: Scorer
     allocation: Allocation | LayerAllocation
     exact: bool = False
+    layers: LayerShare | Allocation | None = None
+    picks: Pick | None = None
+    question: str = "seen"
+
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What it is made of, whose fields are its settings."""
+        parts = (self.scorer, self.allocation, self.layers, self.picks)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def needs(self) -> set[str]:
+        """What it looks at beside query and key, of `sparsemm_eval.methods.scoring.NEEDS`."""
+        needs = {need for part in self.parts for need in needs_of(part)}
+        return needs | ({"visual"} if self.question == "hidden" else set())
+
+    @property
+    def least(self) -> int:
+        """The smallest budget in tokens."""
+        return max(self.scorer.least_budget, self.scorer.window + 1)
+
+    def tokens(self, n: int) -> int:
+        """The budget for a prompt of n tokens, in tokens per KV head."""
+        if self.budget is None:
+            return n
+        if self.budget < 1:
+            return max(self.least, math.floor(self.budget * n + _ROUNDING))
+        return self.budget
 
     def keeps_all(self, n: int) -> bool:
         """Whether a prompt of n tokens is left whole."""
-        return self.budget is None or n <= self.budget
+        return n <= self.tokens(n)
 
-    def keep(self, query: Tensor, key: Tensor, layer: int, valid: Tensor | None = None) -> Tensor:
+    def keep(
+        self,
+        query: Tensor,
+        key: Tensor,
+        layer: int,
+        valid: Tensor | None = None,
+        **given: Tensor,
+    ) -> Tensor:
         """Choose the tokens of one layer that each KV head keeps.
 
         Parameters
@@ -75,6 +125,8 @@ class Method:
             Index of the layer.
         valid : Tensor, optional
             [B, n] bool, False where a row is padded; on the left only. None: no padding.
+        **given
+            What the method `needs`, as `PromptLayer` has it, those of tokens with a row in front.
 
         Returns
         -------
@@ -84,25 +136,34 @@ class Method:
         Raises
         ------
         ValueError
-            If shapes do not fit the model or each other, or the padding is not on the left.
+            If shapes do not fit the model or each other, or the padding is not on the left; or the
+            method shares its budget among layers by what is in them (see `keep_prompt`).
         UserError
             If the method's scores or counts are none that tokens can be kept by.
         """
         import torch
 
         self._check_tensors(query, key, layer)
+        if isinstance(self.layers, LayerShare):
+            raise ValueError(f"{self.name} keeps by all layers of a prompt: use keep_prompt")
         rows, heads, n, _ = key.shape
         lengths = [n] * rows if valid is None else row_lengths(valid, rows, n)
         mask = torch.zeros(rows, heads, n, dtype=torch.bool, device=key.device)
         for row, length in enumerate(lengths):
             start = n - length
-            mask[row, :, start:] = keep_rows((self,), query[row], key[row, :, start:], layer)[0]
+            own = {
+                name: x if name == "output" else x[row, ..., start:] if x.ndim == 2
+                else x[row, :, start:] for name, x in given.items()
+            }  # fmt: skip
+            asked = query[row, :, start:] if query.shape[2] == n else query[row]
+            of_row = PromptLayer(layer, asked, key[row, :, start:], **own)
+            mask[row, :, start:] = keep_rows((self,), of_row)[0]
         return mask
 
     def prompt(self, n: int) -> Prompt:
         """What the allocation knows of a prompt of n tokens, more than the budget."""
         window = self.scorer.window
-        return Prompt(self.shape, self.budget - window, n - window)
+        return Prompt(self.shape, self.tokens(n) - window, n - window)
 
     def most_kept(self, layer: int, n: int) -> int | None:
         """Tokens that a layer keeps of a prompt of n, over all its KV heads, or at most.
@@ -112,6 +173,8 @@ class Method:
         heads = self.shape.kv_heads
         if self.keeps_all(n):
             return heads * n
+        if self.layers is not None or self.question == "hidden":
+            return None
         window = heads * self.scorer.window
         if not isinstance(self.allocation, LayerAllocation):
             return window + int(self.counts(n)[layer].sum())
@@ -129,21 +192,48 @@ class Method:
         with self._named():
             return self.allocation.counts(self.prompt(n), self.exact)
 
-    def counts_of_layer(self, n: int, layer: int, ranking: Ranking, checks: Checks) -> Tensor:
-        """Tokens beside the window of a prompt of n by a `LayerAllocation`, [H] int64.
+    def layer_counts(self, n: int) -> np.ndarray:
+        """`counts` by a table that shares the budget among layers, [L, H] int64."""
+        with self._named():
+            return self.layers.counts(self.prompt(n), self.exact)
+
+    def counts_of_layer(
+        self, prompt: Prompt, layer: int, ranking: Ranking, checks: Checks, total: int | None = None
+    ) -> Tensor:
+        """Tokens beside the window that each head of a layer keeps, by its scores: [H] int64.
+
+        Parameters
+        ----------
+        prompt : Prompt
+            As `prompt` has it.
+        layer : int
+            Index of the layer.
+        ranking : Ranking
+            The layer's scores.
+        checks : Checks
+            Where to leave what only the device knows.
+        total : int, optional
+            Tokens of the layer's heads together; the budget in each by default.
 
         Raises
         ------
         UserError
-            As `counts`; what only the device knows is added to the checks.
+            As `counts`.
         """
-        prompt = self.prompt(n)
+        import torch
+
+        heads = self.shape.kv_heads
+        if total is not None:
+            # Of fewer tokens than heads the first ones get one.
+            prompt = replace(prompt, base=max(1, total // heads))
+            if total == 0 or not isinstance(self.allocation, LayerAllocation):
+                return torch.from_numpy(share_out(np.ones(heads), prompt.candidates, total))
         with self._named():
-            counts = self.allocation.counts(prompt, ranking, self.exact)
+            counts = self.allocation.counts(prompt, ranking, self.exact, total)
         most = self.allocation.most(prompt, layer, self.exact)
         within = counts.amin() >= 0
         if most is not None:
-            within &= counts.sum() <= most
+            within &= counts.sum() <= max(most, total or 0)
         checks.add(
             within,
             f"method={self.name}: {type(self.allocation).__name__} gives a KV head of layer "
@@ -151,8 +241,18 @@ class Method:
         )
         return counts
 
-    def ranking(self, query: Tensor, key: Tensor, layer: int, checks: Checks) -> Ranking:
-        """Score and rank the candidates of one prompt: query [Hq, m, d] and key [H, n, d].
+    def checked_weight(self, weight: float, layer: int) -> float:
+        """A layer's weight; UserError, naming the method, if it is no number to share by."""
+        if not 0 <= weight < math.inf:
+            raise UserError(
+                f"method={self.name}: {type(self.layers).__name__} gives layer {layer} a weight "
+                f"of {weight}: it must be finite and not negative (or the model's own numbers are "
+                "not finite; take another dtype)"
+            )
+        return weight
+
+    def ranking(self, layer: PromptLayer, checks: Checks) -> Ranking:
+        """Score and rank the candidates of one prompt.
 
         Raises
         ------
@@ -160,7 +260,10 @@ class Method:
             Naming the method, if the scores have another shape or are no floats; that they are
             finite and not negative is added to the checks.
         """
-        scores = scorer_of_layer(self.scorer, layer)(query, key)
+        key = layer.key
+        scores = scorer_of_layer(self.scorer, layer.index)(
+            layer.query, key, **layer.given(self.scorer)
+        )
         wanted = (key.shape[0], key.shape[1] - self.scorer.window)
         scorer = f"method={self.name}: {type(self.scorer).__name__}"
         plain = is_plain_tensor(scores)
@@ -174,11 +277,16 @@ class Method:
         low, high = scores.aminmax()
         checks.add(
             (low >= 0) & (high < math.inf),
-            f"{scorer} gives a score that is NaN, infinite or negative in layer {layer}: a score "
-            f"is finite and not negative (or the model's own numbers are not finite in "
+            f"{scorer} gives a score that is NaN, infinite or negative in layer {layer.index}: a "
+            f"score is finite and not negative (or the model's own numbers are not finite in "
             f"{key.dtype}; take another dtype)",
         )
         return Ranking(scores)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the published rounding is another than the exact one."""
+        return self.allocation.rounds or (self.layers is not None and self.layers.rounds)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -186,9 +294,11 @@ class Method:
         if self.budget is None:
             return {}
         values = {"budget": self.budget}
-        if self.allocation.rounds:
+        if self.rounds:
             values["allocation"] = "exact" if self.exact else "paper"
-        for part in (self.scorer, self.allocation):
+        if self.question != "seen":
+            values["question"] = self.question
+        for part in self.parts:
             for field in fields(part):
                 value = getattr(part, field.name)
                 # Of what was read from a file: what decides anything of it.
@@ -201,7 +311,7 @@ class Method:
 
         Empty where nothing was, or nothing is known of it.
         """
-        for part in (self.scorer, self.allocation):
+        for part in self.parts:
             for field in fields(part):
                 if documents := getattr(getattr(part, field.name), "documents", None):
                     return documents
@@ -237,75 +347,6 @@ class Method:
                 f"query of {query.shape[2]} positions: it must hold the last {window} (the window) "
                 f"or all {n}"
             )
-
-
-def keep_rows(
-    methods: Sequence[Method],
-    query: Tensor,
-    key: Tensor,
-    layer: int,
-    checks: Checks | None = None,
-) -> Tensor:
-    """Choose the tokens of one layer that each KV head keeps of one prompt, under each method.
-
-    Equal scorers score and rank the prompt once.
-
-    Parameters
-    ----------
-    methods : sequence of Method
-        All made for one shape.
-    query : Tensor
-        [Hq, m, d] after RoPE: the last ``window`` positions at least.
-    key : Tensor
-        [H, n, d] after RoPE, without padding.
-    layer : int
-        Index of the layer.
-    checks : Checks, optional
-        Where to leave what only the device knows of scores and counts; the caller settles it before
-        what is kept is used. Without, it is settled here.
-
-    Returns
-    -------
-    Tensor
-        [M, H, n] bool: the window and each head's best candidates. Equal scores: the earlier token
-        is kept.
-
-    Raises
-    ------
-    UserError
-        Naming the method, if its scores or counts are none that tokens can be kept by.
-    """
-    import torch
-
-    left = Checks() if checks is None else checks
-    heads, n, _ = key.shape
-    sharing: dict[Scorer, list[int]] = {}
-    for row, method in enumerate(methods):
-        if not method.keeps_all(n):
-            sharing.setdefault(method.scorer, []).append(row)
-    kept = None
-    for scorer, rows in sharing.items():
-        ranking = methods[rows[0]].ranking(query, key, layer, left)
-        ranks = ranking.ranks(scorer.window)
-        # No rank is n or more: under methods that do not share this scorer it leaves out nothing.
-        known = np.full((len(methods), heads), n, dtype=np.int64)
-        asked: dict[int, Tensor] = {}
-        for row in rows:
-            method = methods[row]
-            if isinstance(method.allocation, LayerAllocation):
-                asked[row] = method.counts_of_layer(n, layer, ranking, left)
-            else:
-                known[row] = method.counts(n)[layer]
-        counts = torch.from_numpy(known).to(ranks.dtype).to(ranks.device, non_blocking=True)
-        for row, count in asked.items():
-            counts[row] = count
-        chosen = ranks < counts[:, :, None]
-        kept = chosen if kept is None else kept & chosen
-    if checks is None:
-        left.settle()
-    if kept is None:
-        return torch.ones(len(methods), heads, n, dtype=torch.bool, device=key.device)
-    return kept
 
 
 def row_lengths(valid: Tensor, rows: int, n: int) -> list[int]:
@@ -345,7 +386,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
     shape = method.shape
     if method.keeps_all(n):
         return np.full((shape.layers, shape.kv_heads), n)
-    if isinstance(method.allocation, LayerAllocation):
+    if isinstance(method.allocation, LayerAllocation) or isinstance(method.layers, LayerShare):
         raise UserError(
             f"method={method.name}: what its heads keep depends on each prompt's attention, not on "
             "its length alone; take a method that shares the budget before it sees a prompt"
@@ -355,3 +396,7 @@ def tokens_per_head(method: Method, n: int) -> np.ndarray:
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+
+
+# 0.1 of 30 tokens are 3 of them.
+_ROUNDING = 1e-9

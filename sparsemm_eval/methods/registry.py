@@ -1,8 +1,11 @@
-"""Methods by name: how each is registered, the settings it reads, and how one is made."""
+"""Methods by name: how each is registered, the settings it reads, and how one is made.
+
+Names joined by + are one method: each brings what it has of its own, see `register_method`.
+"""
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +21,16 @@ from sparsemm_eval.methods.allocation import (
     Pyramid,
     Uniform,
 )
+from sparsemm_eval.methods.cake import ByDispersion, MeanAndVariance
+from sparsemm_eval.methods.criticalkv import TwoStages
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
+from sparsemm_eval.methods.keydiff import UnlikeKeys
+from sparsemm_eval.methods.knorm import SmallKeys
+from sparsemm_eval.methods.lava import BestOfLayer, ByEntropy, ByValue
+from sparsemm_eval.methods.layers import LayerShare
 from sparsemm_eval.methods.method import Method
+from sparsemm_eval.methods.mixkv import Mixed
+from sparsemm_eval.methods.picks import Pick
 from sparsemm_eval.methods.plugins import is_ours, load_installed, note_registered, source_digest
 from sparsemm_eval.methods.scoring import (
     ObservationWindow,
@@ -27,6 +38,12 @@ from sparsemm_eval.methods.scoring import (
     SinksAndRecent,
 )
 from sparsemm_eval.methods.sensitivity import ByRules, BySensitivity, Sensitivity
+from sparsemm_eval.methods.tova import LastQuery
+from sparsemm_eval.methods.vlcache import ByDensity, PostVision, RecentAndBest
+
+QUESTION = ("seen", "hidden")
+# How cells of a table are told apart that must not be ranked together.
+STRATA = ("query-aware", "query-agnostic")
 
 
 @dataclass(frozen=True)
@@ -50,16 +67,31 @@ class Setting:
 
 @dataclass(frozen=True)
 class _Entry:
-    allocation: type
     scorer: type
+    allocation: type
+    layers: type | None
+    picks: type | None
     budgeted: bool
     label: str
     # Modules of its classes that are not this package's, and their source as it was imported.
     modules: tuple[str, ...]
     digests: tuple[str | None, ...]
 
-    def parts(self) -> tuple[type, type]:
-        return self.scorer, self.allocation
+    def parts(self) -> tuple[type, ...]:
+        parts = (self.scorer, self.allocation, self.layers, self.picks)
+        return tuple(part for part in parts if part is not None)
+
+    def own(self) -> dict[str, type]:
+        """Parts that it brings to a method that is made of several."""
+        scorer = {} if self.scorer is ObservationWindow else {"scorer": self.scorer}
+        picks = {} if self.picks is None else {"picks": self.picks}
+        layers = {} if self.layers is None else {"layers": self.layers}
+        if self.allocation is Uniform:
+            return scorer | layers | picks
+        # What gives the heads of a layer alike leaves it to others how they share.
+        if self.allocation is Pyramid:
+            return scorer | {"layers": self.allocation} | picks
+        return scorer | layers | {"allocation": self.allocation} | picks
 
     def known(self) -> list[str]:
         if not self.budgeted:
@@ -69,9 +101,14 @@ class _Entry:
     def settings(self) -> tuple[Setting, ...]:
         if not self.budgeted:
             return ()
-        scorer, allocation = ([_setting(field) for field in fields(p)] for p in self.parts())
-        rounding = Setting("allocation", "str", "paper")
-        every = (Setting("budget", "int", MISSING), *scorer, rounding, *allocation)
+        scorer, *others = ([_setting(field) for field in fields(part)] for part in self.parts())
+        every = (
+            Setting("budget", "budget", MISSING),
+            *scorer,
+            Setting("allocation", "str", "paper"),
+            *(setting for part in others for setting in part),
+            Setting("question", "str", QUESTION[0]),
+        )
         return tuple(dict.fromkeys(every))
 
     def source(self) -> str:
@@ -87,12 +124,17 @@ _registry: dict[str, _Entry] = {}
 
 def register_method(
     name: str,
-    allocation: type,
+    allocation: type = Uniform,
     scorer: type = ObservationWindow,
     budgeted: bool = True,
     label: str = "",
+    layers: type | None = None,
+    picks: type | None = None,
 ) -> None:
     """Make ``make_method(name, …)`` and ``--model_args method=name`` known.
+
+    Methods whose names are joined by +, such as ``mixkv+adakv``, are one that has all parts that
+    each has of its own: a scorer, a pick, rules that share the budget among layers and heads.
 
     Parameters
     ----------
@@ -102,6 +144,11 @@ def register_method(
         Frozen dataclass deriving from `Allocation` or `LayerAllocation`; its fields are settings.
     scorer : type
         Frozen dataclass with the face of `Scorer`; its fields are settings too.
+    layers : type, optional
+        Frozen dataclass deriving from `LayerShare`; the allocation is then `Uniform` or derives
+        from `LayerAllocation`.
+    picks : type, optional
+        Frozen dataclass deriving from `Pick`.
     budgeted : bool
         False for a method that keeps everything.
     label : str
@@ -117,28 +164,123 @@ def register_method(
         raise UserError(f"method {name!r}: a name is made of letters, digits, _, - and .")
     _check_part(name, "allocation", allocation, (Allocation, LayerAllocation))
     _check_part(name, "scorer", scorer)
-    modules = sorted({part.__module__ for part in (allocation, scorer)})
-    outside = tuple(module for module in modules if not is_ours(module))
-    entry = _Entry(allocation, scorer, budgeted, label, outside, tuple(map(source_digest, outside)))
-    names = ["budget", "allocation", *(field.name for p in entry.parts() for field in fields(p))]
+    if layers is not None:
+        _check_part(name, "layers", layers, (LayerShare,))
+        if allocation is not Uniform and not issubclass(allocation, LayerAllocation):
+            raise UserError(
+                f"method {name!r}: layers {layers.__qualname__} and allocation "
+                f"{allocation.__qualname__} both share the budget among layers; take an allocation "
+                "that derives from LayerAllocation"
+            )
+    if picks is not None:
+        _check_part(name, "picks", picks, (Pick,))
+    entry = _entry_of(scorer, allocation, layers, picks, budgeted, label)
     # One file may say both how heads score and what they are given.
-    twice = sorted({name for name in names if names.count(name) > 1} - set(FROM_FILES))
+    if twice := _twice(entry):
+        raise UserError(f"method {name!r} has two settings named {', '.join(twice)}")
     if name in _registry and _registry[name].source() != entry.source():
         raise UserError(
             f"method {name!r} is registered already, by {_registry[name].source()}; choose another "
             "name"
         )
-    if twice:
-        raise UserError(f"method {name!r} has two settings named {', '.join(twice)}")
     _registry[name] = entry
     note_registered(name)
+
+
+def _entry_of(
+    scorer: type,
+    allocation: type,
+    layers: type | None,
+    picks: type | None,
+    budgeted: bool,
+    label: str,
+) -> _Entry:
+    parts = [part for part in (scorer, allocation, layers, picks) if part is not None]
+    outside = tuple(sorted({one.__module__ for one in parts if not is_ours(one.__module__)}))
+    digests = tuple(map(source_digest, outside))
+    return _Entry(scorer, allocation, layers, picks, budgeted, label, outside, digests)
+
+
+def _twice(entry: _Entry) -> list[str]:
+    """Settings that two parts have, unless they are read from a file, which may say both."""
+    names = ["budget", "allocation", "question"]
+    names += [field.name for part in entry.parts() for field in fields(part)]
+    return sorted({name for name in names if names.count(name) > 1} - set(FROM_FILES))
+
+
+# Words for parts, in the order in which names are joined.
+_ROLES = {
+    "picks": "choose a head's tokens",
+    "scorer": "score tokens",
+    "layers": "share the budget among layers",
+    "allocation": "share the budget among heads",
+}
+
+
+def _find(name: object) -> _Entry:
+    """What a name is of, or names joined by +.
+
+    Raises
+    ------
+    UserError
+        If a name is no method's, or what they bring does not fit together.
+    """
+    known = method_names()
+    joined = name.split("+") if isinstance(name, str) else [name]
+    for one in joined:
+        if one not in known:
+            of = f" in {name!r}" if len(joined) > 1 else ""
+            raise UserError(
+                f"method={one!r}{of}: it must be one of {', '.join(known)}, or several of them "
+                "joined by +, or of a plugin that registers it (--plugin FILE, or plugin=FILE in "
+                "--model_args)"
+            )
+    return _registry[name] if len(joined) == 1 else _joined(name, joined)
+
+
+def _joined(name: str, names: list[str]) -> _Entry:
+    parts: dict[str, type] = {}
+    brought: dict[str, str] = {}
+    for one in names:
+        entry = _registry[one]
+        own = entry.own()
+        if not own or not entry.budgeted:
+            raise UserError(
+                f"method={name}: {one} brings nothing to a method that is made of several; leave "
+                "it out"
+            )
+        for role, part in own.items():
+            if role in parts:
+                raise UserError(
+                    f"method={name}: {brought[role]} and {one} both {_ROLES[role]}; take one of "
+                    "them"
+                )
+            parts[role], brought[role] = part, one
+    shares, allocation = parts.get("layers"), parts.get("allocation", Uniform)
+    if shares is not None and issubclass(allocation, Allocation) and allocation is not Uniform:
+        raise UserError(
+            f"method={name}: {brought['layers']} and {brought['allocation']} both share the budget "
+            "among layers; take one of them"
+        )
+    places = [min(list(_ROLES).index(role) for role in _registry[one].own()) for one in names]
+    ordered = [one for _, one in sorted(zip(places, names, strict=True), key=lambda at: at[0])]
+    if ordered != names:
+        raise UserError(f"method={name}: it is written {'+'.join(ordered)}")
+    scorer, picks = parts.get("scorer", ObservationWindow), parts.get("picks")
+    if allocation is Uniform and shares is Pyramid:
+        allocation, shares = shares, None
+    entry = _entry_of(scorer, allocation, shares, picks, True, "")
+    if twice := _twice(entry):
+        raise UserError(f"method={name}: two of its parts have a setting {', '.join(twice)}")
+    return entry
 
 
 def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()) -> None:
     """Raise UserError unless a class can be a method's allocation or scorer."""
     given = f"method {name!r}: {role} {getattr(part, '__qualname__', repr(part))}"
     if not isinstance(part, type) or (bases and not issubclass(part, bases)):
-        derived = " deriving from Allocation or LayerAllocation" if bases else ""
+        names = " or ".join(base.__name__ for base in bases)
+        derived = f" deriving from {names}" if bases else ""
         raise UserError(f"{given} must be a class{derived}")
     # A class inherits the fields of a dataclass, but not its own annotations as fields.
     if "__dataclass_fields__" not in vars(part) or not part.__dataclass_params__.frozen:
@@ -154,8 +296,7 @@ def _check_part(name: str, role: str, part: object, bases: tuple[type, ...] = ()
 
 def shown_name(name: str) -> str:
     """How tables and figures show a method: its label, or its name; UserError if it is unknown."""
-    check_method(name)
-    return _registry[name].label or name
+    return _find(name).label or name
 
 
 def method_names() -> list[str]:
@@ -165,18 +306,35 @@ def method_names() -> list[str]:
 
 
 def check_method(name: object) -> None:
-    """Raise UserError unless there is a method of this name."""
-    if name not in (known := method_names()):
-        raise UserError(
-            f"method={name!r}: it must be one of {', '.join(known)}, or of a plugin that registers "
-            "it (--plugin FILE, or plugin=FILE in --model_args)"
-        )
+    """Raise UserError unless there is a method of this name, or of these joined by +."""
+    _find(name)
+
+
+def stratum(name: str, settings: Mapping[str, Any]) -> str | None:
+    """Whether a method sees the question before it chooses: one of `STRATA`.
+
+    Parameters
+    ----------
+    name : str
+        The method's.
+    settings : mapping
+        Its settings, of which ``question`` counts.
+
+    Returns
+    -------
+    str or None
+        None for one that keeps everything.
+    """
+    entry = _find(name)
+    if not entry.budgeted:
+        return None
+    hidden = settings.get("question", QUESTION[0]) == "hidden"
+    return STRATA[hidden or not getattr(entry.scorer, "query_aware", True)]
 
 
 def settings_of(name: str) -> tuple[Setting, ...]:
     """Settings that a method reads, with their types and defaults, in the order of a cell's."""
-    check_method(name)
-    return _registry[name].settings()
+    return _find(name).settings()
 
 
 def method_digest(name: str) -> str | None:
@@ -187,8 +345,7 @@ def method_digest(name: str) -> str | None:
     UserError
         If its source is in no file: answers of two versions of it could not be told apart.
     """
-    check_method(name)
-    entry = _registry[name]
+    entry = _find(name)
     if None in entry.digests:
         raise UserError(
             f"method {name} was registered outside a file, so that its answers cannot be told "
@@ -199,8 +356,7 @@ def method_digest(name: str) -> str | None:
 
 def method_settings(name: str) -> list[str]:
     """Settings that a method reads; UserError for an unknown method."""
-    check_method(name)
-    return _registry[name].known()
+    return _find(name).known()
 
 
 def canonical_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,10 +383,9 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     shape : ModelShape
         The decoder it will run on.
     **settings
-        ``budget`` (mean tokens per KV head, window included), ``allocation`` ("paper" or
-        "exact") and the fields of the method's scorer and allocation: ``window``,
-        ``kernel_size``, ``pooling``, ``group_reduction``, ``ratio``, ``floor``, ``seed``,
-        ``head_scores``, ``sensitivity``, ``sinks``.
+        ``budget`` (mean tokens per KV head, window included; below 1 a share of each prompt's),
+        ``allocation`` ("paper" or "exact"), ``question`` ("seen" or "hidden") and the fields of
+        the method's parts, such as ``window``, ``kernel_size``, ``ratio``, ``head_scores``.
 
     Raises
     ------
@@ -240,25 +395,45 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
     _refuse_unknown(name, settings, method_settings(name))
     # A budget out of an array or a data frame is a number like any other.
     settings = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
-    entry = _registry[name]
+    entry = _find(name)
     if not entry.budgeted:
         return Method(name, shape, None, entry.scorer(), entry.allocation())
-    if settings.get("budget") is None:
+    budget = settings.get("budget")
+    if budget is None:
         raise UserError(f"method {name} needs a budget: the mean tokens kept per KV head")
-    rounding = settings.get("allocation", "paper")
+    rounding, question = settings.get("allocation", "paper"), settings.get("question", QUESTION[0])
     check_choice("allocation", rounding, ("paper", "exact"))
-    scorer = _build(name, entry.scorer, settings)
-    allocation = _build(name, entry.allocation, settings)
-    allocation.check(shape)
-    budget, least = settings["budget"], max(scorer.least_budget, scorer.window + 1)
-    if isinstance(budget, int) and budget < least:
+    check_choice("question", question, QUESTION)
+    scorer, allocation, layers, picks = (
+        None if part is None else _build(name, part, settings)
+        for part in (entry.scorer, entry.allocation, entry.layers, entry.picks)
+    )
+    for part in (allocation, layers):
+        if isinstance(part, Allocation | LayerAllocation):
+            part.check(shape)
+    method = Method(name, shape, budget, scorer, allocation, False, layers, picks, question)
+    check_budget(budget)
+    if budget >= 1 and budget < method.least:
         reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
         raise UserError(
-            f"budget={budget} is too small for {reserved}: {name} needs at least {least}"
+            f"budget={budget} is too small for {reserved}: {name} needs at least {method.least}"
         )
-    check_int("budget", budget, least=least)
-    exact = rounding == "exact" and allocation.rounds
-    return Method(name, shape, budget, scorer, allocation, exact)
+    return replace(method, exact=rounding == "exact" and method.rounds)
+
+
+def check_budget(budget: object) -> None:
+    """Raise UserError unless a budget is whole tokens, or the share of a prompt's.
+
+    It is an integer of at least 1, or a number between 0 and 1.
+    """
+    if isinstance(budget, float) and 0 < budget < 1:
+        return
+    if isinstance(budget, float):
+        raise UserError(
+            f"budget={budget!r}: it must be an integer, mean tokens per KV head, or a share of "
+            "each prompt's tokens between 0 and 1, such as 0.1"
+        )
+    check_int("budget", budget, least=1)
 
 
 def _setting(field: Field) -> Setting:
@@ -326,3 +501,11 @@ register_method("random", ByRandomScore)
 register_method("local", Uniform, scorer=Recency)
 register_method("streaming", Uniform, scorer=SinksAndRecent)
 register_method("sensitivity", BySensitivity, scorer=ByRules)
+register_method("mixkv", scorer=Mixed)
+register_method("criticalkv", picks=TwoStages)
+register_method("lava", BestOfLayer, scorer=ByValue, layers=ByEntropy)
+register_method("vlcache", scorer=PostVision, layers=ByDensity, picks=RecentAndBest)
+register_method("cake", scorer=MeanAndVariance, layers=ByDispersion)
+register_method("keydiff", scorer=UnlikeKeys)
+register_method("tova", scorer=LastQuery)
+register_method("knorm", scorer=SmallKeys)

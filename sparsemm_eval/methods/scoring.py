@@ -1,18 +1,18 @@
 """Which tokens matter: one score per (KV head, candidate token) of one prompt.
 
 A scorer is a frozen dataclass with a ``window`` (the last tokens, always kept and no candidates)
-and a call ``(query, key) -> scores``. Equal scorers give equal scores, so that one `Ranking` serves
-every method and budget.
+and a call ``(query, key) -> scores``; what else of a layer it looks at it names in ``needs``. Equal
+scorers give equal scores, so that one `Ranking` serves every method and budget.
 
 Settings are read from these classes before torch is there: only what computes imports it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -26,8 +26,16 @@ if TYPE_CHECKING:
 _LARGEST_KERNEL = 9_999
 
 
+# What a part of a method may need beside query and key, by the name it gets it by.
+NEEDS = ("value", "output", "visual")
+
+
 class Scorer(Protocol):
-    """What a method needs of a scorer."""
+    """What a method needs of a scorer.
+
+    Two more things may be stated in its class: ``needs``, a tuple of `NEEDS` that the call gets by
+    name; and ``query_aware = False`` of one that could rank a prompt before its question is known.
+    """
 
     @property
     def window(self) -> int:
@@ -43,6 +51,68 @@ class Scorer(Protocol):
         A scorer that scores layers unlike each other has in its place a method `of_layer`, which
         gives what scores a layer.
         """
+
+
+@dataclass(frozen=True, eq=False)
+class PromptLayer:
+    """One layer of one prompt, without padding, while it is dense.
+
+    Parameters
+    ----------
+    index : int
+        Which layer it is.
+    query : Tensor
+        [Hq, m, d] after RoPE: the last ``window`` positions at least.
+    key : Tensor
+        [H, n, d] after RoPE.
+    value : Tensor, optional
+        [H, n, d].
+    output : Tensor, optional
+        [hidden, Hq * d]: the weight by which the heads' outputs become the layer's.
+    visual : Tensor, optional
+        [n] bool: which tokens show an image or a video.
+    """
+
+    index: int
+    query: Tensor
+    key: Tensor
+    value: Tensor | None = None
+    output: Tensor | None = None
+    visual: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of the prompt (n)."""
+        return self.key.shape[1]
+
+    def given(self, part: object) -> dict[str, Tensor]:
+        """What a part of a method needs, by name.
+
+        Raises
+        ------
+        ValueError
+            If it is not there.
+        """
+        needs = needs_of(part)
+        for name in needs:
+            if getattr(self, name) is None:
+                raise ValueError(f"{type(part).__name__} needs {name}, which was not given")
+        return {name: getattr(self, name) for name in needs}
+
+    def first(self, tokens: int) -> PromptLayer:
+        """The layer of a prompt of these first tokens alone; the query must be of all positions."""
+        cut = {
+            field.name: given[..., :tokens] if field.name == "visual" else given[:, :tokens]
+            for field in fields(self)
+            if field.name not in ("index", "output")
+            and (given := getattr(self, field.name)) is not None
+        }
+        return replace(self, **cut)
+
+
+def needs_of(part: object) -> Sequence[str]:
+    """What a part of a method looks at, beside query and key."""
+    return getattr(part, "needs", ())
 
 
 def scorer_of_layer(scorer: Scorer, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -98,7 +168,7 @@ class Ranking:
 
     def __init__(self, scores: Tensor) -> None:
         self.scores = scores
-        self.order = _best_first(scores)
+        self.order = best_first(scores)
 
     def ranks(self, window: int) -> Tensor:
         """How many candidates of its head come before each token, [H, candidates + window].
@@ -121,7 +191,7 @@ class Ranking:
         return self.scores.gather(1, self.order).double()
 
 
-def _best_first(scores: Tensor) -> Tensor:
+def best_first(scores: Tensor) -> Tensor:
     """Positions by score, [H, candidates] int64. Equal scores: the earlier token first."""
     import torch
 
@@ -193,18 +263,23 @@ class ObservationWindow:
         Tensor
             [H, n - window], float32 or better.
         """
-        import torch
         import torch.nn.functional as F
 
         n, w = key.shape[1], self.window
         weights = attention_weights(query, key, w)
-        # Summed in float64, where a few float32 weights add up without rounding: else the order of
-        # summation, which differs by column and device, would decide between equal tokens.
-        rows = weights[..., : n - w].mean(-2, dtype=torch.float64)  # [H, G, n - w]
+        rows = self._of_rows(weights[..., : n - w])  # [H, G, n - w]
         scores = rows.mean(1) if self.group_reduction == "mean" else rows.amax(1)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
         half = self.kernel_size // 2
         return pool(scores.to(weights.dtype)[:, None], self.kernel_size, 1, half)[:, 0]
+
+    def _of_rows(self, weights: Tensor) -> Tensor:
+        """Of the window's rows [..., window, candidates] one, in float64."""
+        import torch
+
+        # Where a few float32 weights add up without rounding: else the order of summation, which
+        # differs by column and device, would decide between equal tokens.
+        return weights.mean(-2, dtype=torch.float64)
 
 
 def attention_weights(query: Tensor, key: Tensor, window: int) -> Tensor:
@@ -250,6 +325,8 @@ def _products(query: Tensor, key: Tensor, exact: torch.dtype) -> Tensor:
 class Recency:
     """Newer is better: keeps the last tokens and nothing else (Table 2, "local")."""
 
+    query_aware: ClassVar[bool] = False
+
     @property
     def window(self) -> int:
         """No token is set apart: the budget itself is the window."""
@@ -277,6 +354,8 @@ class SinksAndRecent:
     sinks : int
         First tokens of the prompt that are kept.
     """
+
+    query_aware: ClassVar[bool] = False
 
     sinks: int = 4
 

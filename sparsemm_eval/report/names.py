@@ -78,6 +78,14 @@ METHOD_NAMES = {
     "local": "Local",
     "streaming": "StreamingLLM",
     "sensitivity": "Sensitivity",
+    "mixkv": "MixKV",
+    "criticalkv": "CriticalKV",
+    "lava": "LAVA",
+    "vlcache": "VL-Cache",
+    "cake": "CAKE",
+    "keydiff": "KeyDiff",
+    "tova": "TOVA",
+    "knorm": "KNorm",
 }
 
 # Methods whose ranking of tokens never sees the question; all others look at it.
@@ -115,6 +123,13 @@ DEFAULTS: Mapping[str, Any] = {
     "allocation": "paper",
     "seed": 0,
     "sinks": 4,
+    "question": "seen",
+    "first": 0.5,
+    "gamma": 200.0,
+    "tau1": 1.0,
+    "tau2": 1.0,
+    "threshold": 0.01,
+    "recent": 0.1,
     "protocol": "plain",
 }
 
@@ -184,10 +199,10 @@ def last_part(name: str) -> str:
 def method_label(method: str, settings: Mapping[str, Any]) -> str:
     """A method's name in tables, with the settings that tell it apart.
 
-    >>> method_label("sparsemm", {"ratio": 0.2})
-    'SparseMM (ratio=0.2)'
+    >>> method_label("mixkv+sparsemm", {"ratio": 0.2})
+    'MixKV + SparseMM (ratio=0.2)'
     """
-    name = METHOD_NAMES.get(method, method)
+    name = " + ".join(METHOD_NAMES.get(one, one) for one in method.split("+"))
     words = ", ".join(f"{key}={_word(value)}" for key, value in settings.items())
     return f"{name} ({words})" if words else name
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from methods.test_keep import EVERY_METHOD, some_case
 
 from sparsemm_eval.methods import Ranking, keep_rows
-from sparsemm_eval.methods.allocation import _least_of_all
+from sparsemm_eval.methods.allocation import least_of_all
 
 # Few values, so that most are equal; -0.0 equals 0.0, and neighbours in float32 do not.
 VALUES = st.sampled_from([0.0, -0.0, 1e-45, 0.1, 0.1 + 1e-8, 0.25, 1.0, 3e38])
@@ -49,13 +49,13 @@ def test_ranks_of_a_long_prompt() -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(data=st.data())
-def test_the_least_of_all_rows_are_those_of_one_sort(data: st.DataObject) -> None:
+def test_theleast_of_all_rows_are_those_of_one_sort(data: st.DataObject) -> None:
     rows = heads_of(data, st.sampled_from([0.0, -0.0, -0.1, -0.2, -0.2 - 1e-16, -0.5]))
     rising = torch.tensor(rows, dtype=torch.float64).sort(-1).values
     count = data.draw(st.integers(1, rising.numel()))
     order = rising.flatten().sort(stable=True).indices[:count]
     held = (order // rising.shape[1]).bincount(minlength=len(rising))
-    assert _least_of_all(rising, count).tolist() == held.tolist()
+    assert least_of_all(rising, count).tolist() == held.tolist()
 
 
 @pytest.mark.parametrize("tokens", [17, 90])

@@ -13,6 +13,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import (
     HeadScores,
     ModelShape,
+    PromptLayer,
     Sensitivity,
     keep_rows,
     make_method,
@@ -108,7 +109,7 @@ def test_every_token_of_the_budget_is_spent(n: int, budget: int, seed: int) -> N
     generator = torch.Generator().manual_seed(seed)
     query, key = (torch.randn(heads, n, 4, generator=generator) for heads in (4, 2))
     for layer in range(SHAPE.layers):
-        kept = keep_rows((method,), query, key, layer)[0]
+        kept = keep_rows((method,), PromptLayer(layer, query, key))[0]
         assert kept.sum(-1).tolist() == counts[layer].tolist()
         assert kept[:, -1].all()
 
