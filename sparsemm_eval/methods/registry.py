@@ -38,6 +38,7 @@ from sparsemm_eval.methods.scoring import (
     SinksAndRecent,
 )
 from sparsemm_eval.methods.sensitivity import ByRules, BySensitivity, Sensitivity
+from sparsemm_eval.methods.tgvkv import ByVision, TextToVision
 from sparsemm_eval.methods.tova import LastQuery
 from sparsemm_eval.methods.vlcache import ByDensity, PostVision, RecentAndBest
 
@@ -412,12 +413,12 @@ def make_method(name: str, shape: ModelShape, **settings: Any) -> Method:
         if isinstance(part, Allocation | LayerAllocation):
             part.check(shape)
     method = Method(name, shape, budget, scorer, allocation, False, layers, picks, question)
-    check_budget(budget)
-    if budget >= 1 and budget < method.least:
+    if isinstance(budget, int) and budget < method.least:
         reserved = f"window={scorer.window}" if scorer.window else repr(scorer)
         raise UserError(
             f"budget={budget} is too small for {reserved}: {name} needs at least {method.least}"
         )
+    check_budget(budget)
     return replace(method, exact=rounding == "exact" and method.rounds)
 
 
@@ -509,3 +510,4 @@ register_method("cake", scorer=MeanAndVariance, layers=ByDispersion)
 register_method("keydiff", scorer=UnlikeKeys)
 register_method("tova", scorer=LastQuery)
 register_method("knorm", scorer=SmallKeys)
+register_method("tgvkv", scorer=TextToVision, layers=ByVision)

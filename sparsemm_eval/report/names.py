@@ -86,6 +86,7 @@ METHOD_NAMES = {
     "keydiff": "KeyDiff",
     "tova": "TOVA",
     "knorm": "KNorm",
+    "tgvkv": "TGV-KV",
 }
 
 # Methods whose ranking of tokens never sees the question; all others look at it.

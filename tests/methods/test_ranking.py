@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods.test_keep import EVERY_METHOD, some_case
 
-from sparsemm_eval.methods import Ranking, keep_rows
+from sparsemm_eval.methods import PromptLayer, Ranking, keep_rows
 from sparsemm_eval.methods.allocation import least_of_all
 
 # Few values, so that most are equal; -0.0 equals 0.0, and neighbours in float32 do not.
@@ -69,7 +69,7 @@ def test_methods_together_keep_what_each_keeps_alone(tokens: int) -> None:
         some_case("snapkv", settings={"budget": budget, "window": window, "pooling": "max"}).make()
         for budget, window in ((16, 4), (9, 4), (64, 4), (64, 8))
     ]
-    together = keep_rows(methods, query[0], key[0], 0)
+    together = keep_rows(methods, PromptLayer(0, query[0], key[0]))
     for method, mask in zip(methods, together, strict=True):
         assert torch.equal(mask, method.keep(query, key, 0)[0])
 
@@ -90,5 +90,5 @@ def test_equal_scorers_score_once() -> None:
         for budget in (8, 16)
     ]
     (query, *_), (key, *_), _ = some_case("snapkv", tokens=(90,)).batch()
-    keep_rows(methods, query[0], key[0], 0)
+    keep_rows(methods, PromptLayer(0, query[0], key[0]))
     assert len(calls) == 1
