@@ -61,9 +61,7 @@ class PromptSelection:
         UserError
             Naming the method, if its scores or counts are none that tokens can be kept by.
         """
-        import torch
-
-        heads, n = layer.key.shape[:2]
+        n = layer.tokens
         groups: dict[tuple[Scorer, Pick | None, bool], list[int]] = {}
         for row, method in enumerate(self.methods):
             hidden = method.question == "hidden"
@@ -80,15 +78,12 @@ class PromptSelection:
             counts = self._counts(rows, part, ranking, ranks)
             if picks is None and not hidden:
                 # No rank is n or more: of other rows nothing is left out.
-                every = torch.full((len(self.methods), heads), n, dtype=ranks.dtype)
-                every = every.to(ranks.device, non_blocking=True)
-                every[rows] = counts.to(ranks.dtype)
-                chosen = ranks < every[:, :, None]
+                chosen = ranks < counts[:, :, None]
                 kept = chosen if kept is None else kept & chosen
                 continue
             kept = self._all(layer) if kept is None else kept
             needs = {} if picks is None else part.given(picks)
-            chosen = _choose(picks, ranking, ranks, counts, needs)
+            chosen = _choose(picks, ranking, ranks, counts[rows], needs)
             kept[rows, :, : part.tokens] &= chosen
         kept = self._all(layer) if kept is None else kept
         if self.read:
@@ -103,8 +98,6 @@ class PromptSelection:
         list of Tensor or None
             Of each layer a part of what `layer` told; None where that was all of it already.
         """
-        import torch
-
         if not self.read:
             return None
         kept = [layer.clone() for layer in self.kept]
@@ -114,7 +107,7 @@ class PromptSelection:
             totals = method.layers.totals(prompt, np.array(self.weights[row]), method.exact)
             for index, (one, total) in enumerate(zip(layers, totals.tolist(), strict=True)):
                 counts = method.counts_of_layer(prompt, index, one.ranking, self.checks, int(total))
-                counts = torch.as_tensor(counts).to(one.ranks.device)[None]
+                counts = counts.to(one.ranks.device)[None]
                 chosen = _choose(method.picks, one.ranking, one.ranks, counts, one.needs)
                 kept[index][row, :, : chosen.shape[-1]] &= chosen[0]
         return kept
@@ -122,28 +115,28 @@ class PromptSelection:
     def _counts(
         self, rows: Sequence[int], layer: PromptLayer, ranking: Ranking, ranks: Tensor
     ) -> Tensor:
-        """Tokens beside the window of each head under some methods: [rows, H] on the device."""
+        """Tokens beside the window of each head under some methods, n under others: [M, H]."""
         import torch
 
-        known = np.zeros((len(rows), len(ranks)), dtype=np.int64)
+        n = layer.tokens
+        known = np.full((len(self.methods), len(ranks)), n, dtype=np.int64)
         asked: dict[int, Tensor] = {}
-        for place, row in enumerate(rows):
-            method, n = self.methods[row], layer.tokens
+        for row in rows:
+            method = self.methods[row]
             if isinstance(method.layers, LayerShare):
-                known[place] = self._for_now(row, layer, ranking, ranks)
-            elif method.layers is not None or isinstance(method.allocation, LayerAllocation):
+                known[row] = self._for_now(row, layer, ranking, ranks)
+            elif isinstance(method.allocation, LayerAllocation):
                 total = None
                 if method.layers is not None:
                     total = int(method.layer_counts(n)[layer.index].sum())
-                prompt = method.prompt(n)
-                asked[place] = method.counts_of_layer(
-                    prompt, layer.index, ranking, self.checks, total
+                asked[row] = method.counts_of_layer(
+                    method.prompt(n), layer.index, ranking, self.checks, total
                 )
             else:
-                known[place] = method.counts(n)[layer.index]
-        counts = torch.from_numpy(known).to(ranks.device, non_blocking=True)
-        for place, count in asked.items():
-            counts[place] = torch.as_tensor(count).to(counts)
+                known[row] = method.counts(n)[layer.index]
+        counts = torch.from_numpy(known).to(ranks.dtype).to(ranks.device, non_blocking=True)
+        for row, count in asked.items():
+            counts[row] = count
         return counts
 
     def _for_now(self, row: int, layer: PromptLayer, ranking: Ranking, ranks: Tensor) -> int:

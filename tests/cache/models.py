@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from sparsemm_eval.cache import use_head_budget_attention
-from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method
+from sparsemm_eval.methods import HeadScores, Method, ModelShape, make_method, settings_of
 
 FAMILIES = ("llama-mha", "llama-gqa", "mistral", "qwen2vl")
 VOCABULARY = 128
@@ -39,6 +39,11 @@ COMPRESSING = (
     ("random", "paper"), ("random", "exact"), ("local", "paper"), ("streaming", "paper"),
 )  # fmt: skip
 METHODS = tuple(dict.fromkeys(name for name, _ in COMPRESSING))
+# Those that look at more than queries and keys, or share the budget among layers as they are read.
+MORE = (
+    ("mixkv+pyramidkv", "exact"), ("criticalkv+sparsemm", "paper"), ("lava", "exact"),
+    ("vlcache", "paper"), ("criticalkv+cake", "exact"), ("tgvkv", "paper"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,9 +117,11 @@ def method_for(
     """Make a method for a model: window 8, and visual scores that are far from even."""
     shape = shape_of(model)
     settings: dict[str, object] = {} if name == "fullkv" else {"budget": budget}
-    if name not in ("fullkv", "local", "streaming"):
-        settings |= {"allocation": allocation, "window": WINDOW}
-    if name == "sparsemm":
+    known = {setting.name for setting in settings_of(name)}
+    settings |= {
+        k: v for k, v in {"allocation": allocation, "window": WINDOW}.items() if k in known
+    }
+    if "head_scores" in known:
         generator = torch.Generator().manual_seed(7)
         drawn = torch.randn(shape.layers, shape.query_heads, generator=generator)
         settings["head_scores"] = HeadScores((1.5 * drawn).exp().numpy())

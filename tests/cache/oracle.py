@@ -1,11 +1,12 @@
 """The long way to a compressed cache: keep every token and mask the evicted ones.
 
-A model on this attention keeps transformers' own DynamicCache. When a layer has read the prompt,
-the method is asked which tokens each KV head keeps; from then on the others get no weight.
+A model on this attention keeps transformers' own DynamicCache. When all layers have read the
+prompt, the method is asked which tokens each KV head keeps; from then on the others get no weight.
 Attention is written out, in the model's precision, and shares no code with the cache under test.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
-from sparsemm_eval.methods import Method
+from sparsemm_eval.methods import Method, PromptLayer, keep_prompt
 
 ORACLE = "evicted-tokens-masked"
 
@@ -25,24 +26,45 @@ class Oracle:
     Parameters
     ----------
     method : Method
-        Asked once a layer.
+        Asked once a row, when all layers have read the prompt.
     valid : Tensor
         [B, n] bool, False on padding.
+    visual : Tensor
+        [B, n] bool, True on tokens of an image.
     """
 
-    def __init__(self, method: Method, valid: Tensor) -> None:
-        self.method, self.valid = method, valid
-        self.kept: dict[int, Tensor] = {}
+    def __init__(self, method: Method, valid: Tensor, visual: Tensor) -> None:
+        self.method, self.valid, self.visual = method, valid, visual
+        self.read: dict[int, tuple[Tensor, ...]] = {}
+
+    @cached_property
+    def kept(self) -> dict[int, Tensor]:
+        """[B, H, n] by layer."""
+        kept = {layer: [] for layer in sorted(self.read)}
+        for row, valid in enumerate(self.valid):
+            layers = [
+                PromptLayer(
+                    index, *(x[row][:, valid] for x in read[:3]), read[3], self.visual[row, valid]
+                )
+                for index, read in sorted(self.read.items())
+            ]
+            for mask, of_layer in zip(
+                keep_prompt([self.method], layers), kept.values(), strict=True
+            ):
+                whole = torch.zeros(mask.shape[1], len(valid), dtype=torch.bool)
+                whole[:, valid] = mask[0]
+                of_layer.append(whole)
+        return {layer: torch.stack(rows) for layer, rows in kept.items()}
 
     def counts(self) -> Tensor:
         """Tokens of the prompt that are kept, [B, L, H]."""
         return torch.stack([self.kept[layer].sum(-1) for layer in sorted(self.kept)], 1)
 
-    def visible(self, layer: int, query: Tensor, key: Tensor) -> Tensor:
+    def visible(self, layer: int, *read: Tensor) -> Tensor:
         """Who sees whom, [B, H, m, positions]; the first call of a layer reads the prompt."""
-        rows, heads, positions, _ = key.shape
-        if layer not in self.kept:
-            self.kept[layer] = self.method.keep(query, key, layer, self.valid)
+        rows, heads, positions, _ = read[1].shape
+        if layer not in self.read:
+            self.read[layer] = read
             past = torch.ones(positions, positions, dtype=torch.bool).tril()
             # A padded position sees itself, or it would see nothing and turn into NaN.
             seen = (past & self.valid[:, None]) | torch.eye(positions, dtype=torch.bool)
@@ -61,7 +83,7 @@ def _attend(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    visible = module.oracle.visible(module.layer_idx, query, key)
+    visible = module.oracle.visible(module.layer_idx, query, key, value, module.o_proj.weight)
     group = query.shape[1] // key.shape[1]
     key, value, visible = (x.repeat_interleave(group, 1) for x in (key, value, visible))
     logits = torch.einsum("bhmd,bhnd->bhmn", query, key) * scaling
@@ -81,7 +103,8 @@ def generate_masked(
     The beams of a row read the same prompt, so it does not matter which beam's mask one has.
     """
     beams = options.get("num_beams", 1)
-    oracle = Oracle(method, inputs["attention_mask"].bool().repeat_interleave(beams, 0))
+    seen = (inputs["attention_mask"].bool(), visual_of(model, inputs))
+    oracle = Oracle(method, *(x.repeat_interleave(beams, 0) for x in seen))
     decoder = getattr(model.model, "language_model", None) or model.model.text_model
     for layer in decoder.layers:
         layer.self_attn.oracle = oracle
@@ -97,8 +120,13 @@ def generate_budgeted(
     **options: Any,
 ) -> tuple[GenerateOutput, HeadBudgetCache]:
     """Generate on the cache under test."""
-    cache = HeadBudgetCache(methods, backend)
+    cache = HeadBudgetCache(methods, backend, visual=visual_of(model, inputs))
     return run(model, inputs, **{CACHE_ARGUMENT: cache}, **options), cache
+
+
+def visual_of(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Which tokens are an image's."""
+    return inputs["input_ids"] == getattr(model.config, "image_token_id", -1)
 
 
 def run(model: PreTrainedModel, inputs: dict[str, Tensor], **options: Any) -> GenerateOutput:

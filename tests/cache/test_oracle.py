@@ -5,6 +5,7 @@ import torch
 from cache.models import (
     COMPRESSING,
     FAMILIES,
+    MORE,
     SAMPLES,
     budgeted,
     build,
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 STEPS = 32
 BUDGET = 24
-each_method = pytest.mark.parametrize(("name", "allocation"), COMPRESSING)
+each_method = pytest.mark.parametrize(("name", "allocation"), COMPRESSING + MORE)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

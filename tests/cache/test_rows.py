@@ -8,6 +8,7 @@ from cache.models import (
     COMPRESSING,
     FAMILIES,
     METHODS,
+    MORE,
     SAMPLES,
     Sample,
     budgeted,
@@ -15,7 +16,7 @@ from cache.models import (
     method_for,
     prompt,
 )
-from cache.oracle import generate_budgeted, logits, new_tokens, run
+from cache.oracle import generate_budgeted, logits, new_tokens, run, visual_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,7 +24,7 @@ from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
 from sparsemm_eval.methods import Method
 
 STEPS = 24
-each_method = pytest.mark.parametrize("name", METHODS)
+each_method = pytest.mark.parametrize("name", [*METHODS, "lava", "criticalkv+cake"])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -33,7 +34,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 
 def test_many_methods_in_one_cache_equal_their_own_runs(model: PreTrainedModel) -> None:
     """One prefill of B prompts, decoded as B * M rows, sample by sample."""
-    methods = [method_for(model, name, 24, allocation) for name, allocation in COMPRESSING]
+    every = COMPRESSING + MORE
+    methods = [method_for(model, name, 24, allocation) for name, allocation in every]
     methods += [method_for(model, "fullkv"), method_for(model, "snapkv", 40)]
     inputs = prompt(model, SAMPLES)
     tokens, seen, cache = _decode_rows(model, inputs, methods)
@@ -50,7 +52,7 @@ def _decode_rows(
     model: PreTrainedModel, inputs: dict[str, Tensor], methods: Sequence[Method]
 ) -> tuple[Tensor, Tensor, HeadBudgetCache]:
     """Tokens [B * M, STEPS], logits of all but the first, and the cache."""
-    cache = HeadBudgetCache(methods)
+    cache = HeadBudgetCache(methods, visual=visual_of(model, inputs))
     mask = inputs["attention_mask"]
     given = dict(inputs)
     if "mm_token_type_ids" not in inputs:

@@ -90,6 +90,6 @@ def test_adakvs_bound_holds_whatever_the_scores() -> None:
             method = make_method("adakv", shape, budget=budget, window=WINDOW, floor=floor)
             for n in (budget + 1, budget + 7, 3 * budget):
                 scores = torch.rand(shape.kv_heads, n - WINDOW, generator=generator) ** 8
-                counts = method.counts_of_layer(n, 0, Ranking(scores), Checks())
+                counts = method.counts_of_layer(method.prompt(n), 0, Ranking(scores), Checks())
                 kept = int(counts.sum()) + WINDOW * shape.kv_heads
                 assert kept <= method.most_kept(0, n) <= kept + shape.kv_heads
