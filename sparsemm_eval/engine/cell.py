@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsemm_eval.errors import UserError, check_choice
+from sparsemm_eval.errors import UserError, check_choice, short_repr
 from sparsemm_eval.families import PLAIN, Family, family_settings
 from sparsemm_eval.methods import (
     FROM_FILES,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 CHECKPOINT_SETTINGS = ("revision", "dtype", "device_map", "attn_implementation")
 RUN_SETTINGS = ("backend", "cuda_graph", "truncated_images", "allow_failed")
 MASK_SETTINGS = ("mask_heads", "mask_mode")
+_BYTES = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)([KMG])iB")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,34 @@ class Cell:
         return str(self.method) if self.mask is None else f"{self.method} {self.mask}"
 
 
+def budget_bytes(budget: str) -> int:
+    """Bytes of a budget that names them, such as ``2MiB``.
+
+    Raises
+    ------
+    UserError
+        If it does not.
+    """
+    found = _BYTES.fullmatch(budget)
+    if found is None:
+        raise UserError(
+            f"budget={short_repr(budget)}: it must be an integer, mean tokens per KV head; a share "
+            "of each prompt's tokens, such as 0.1; or bytes of keys and values a prompt, such as "
+            "512KiB, 2MiB or 1.5GiB"
+        )
+    return int(float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]])
+
+
+def _budget_tokens(budget: str, checkpoint: Checkpoint) -> int:
+    """Tokens per KV head whose keys and values are at most so many bytes, in the model's dtype."""
+    size = budget_bytes(budget)
+    shape = checkpoint.shape
+    tokens = size // (2 * shape.layers * shape.kv_heads * shape.head_dim * checkpoint.number_bytes)
+    if tokens < 1:
+        raise UserError(f"budget={budget} is less than one token per KV head of {shape}")
+    return tokens
+
+
 def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
     """Make a cell from its settings; those that its method does not read are dropped.
 
@@ -55,7 +85,8 @@ def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
     checkpoint : Checkpoint
         Whose shape and head scores it is for.
     settings : mapping
-        ``method``, what it reads, ``head_scores`` and ``sensitivity`` as names of files,
+        ``method``, what it reads, its budget perhaps as `budget_bytes` takes it, ``head_scores``
+        and ``sensitivity`` as names of files,
         ``mask_heads`` and ``mask_mode``.
 
     Raises
@@ -71,6 +102,8 @@ def make_cell(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Cell:
     check_choice("mask_mode", mode, MASK_MODES)
     path = settings.get("head_scores")
     chosen = canonical_settings(name, settings)
+    if isinstance(budget := chosen.get("budget"), str):
+        chosen["budget"] = _budget_tokens(budget, checkpoint)
     readers = {"head_scores": checkpoint.head_scores, "sensitivity": checkpoint.sensitivity}
     for setting in readers.keys() & set(method_settings(name)):
         chosen[setting] = readers[setting](settings.get(setting))

@@ -206,6 +206,13 @@ class Checkpoint:
         use_head_budget_attention(model)
         return model.eval()
 
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a number of its keys and values."""
+        named = self.dtype if self.dtype != "auto" else self.config.dtype
+        dtype = getattr(torch, named) if isinstance(named, str) else named or torch.float32
+        return dtype.itemsize
+
     def load(self) -> None:
         """Load the weights now, unless they are there."""
         _ = self.model

@@ -184,7 +184,7 @@ class CellModel(lmms):
             if flaws:
                 log_metrics(0.0, 0, 0.0, {"samples": 0, **flaws})
             return
-        count, budget = len(records), self.method.budget
+        count, method = len(records), self.method
         whole = sum(record["kept_per_head"] == record["prompt_tokens"] for record in records)
         new = [one.record for one in finished if one.key in answered.computed]
         seconds = sum(record["seconds"] for record in new)
@@ -196,7 +196,9 @@ class CellModel(lmms):
             additional_metrics={
                 "samples": count,
                 "samples_found": count - len(new),
-                "nominal_tokens_per_head": budget or 0,
+                "nominal_tokens_per_head": 0
+                if method.budget is None
+                else sum(method.tokens(r["prompt_tokens"]) for r in records) / count,
                 "kept_tokens_per_head": sum(r["kept_per_head"] for r in records) / count,
                 "prompt_tokens": sum(r["prompt_tokens"] for r in records) / count,
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
@@ -205,11 +207,11 @@ class CellModel(lmms):
                 **flaws,
             },
         )
-        if budget is not None and whole > count / 2:
+        if method.budget is not None and whole > count / 2:
             # Of many cells one line says it for all: `cli.common.quiet` leaves these out.
             logger.bind(of_cell=True).warning(
-                f"{self.method.name} left {whole} of {count} samples uncompressed: their prompts "
-                f"fit budget={budget}, so this is mostly a full-KV result"
+                f"{method.name} left {whole} of {count} samples uncompressed: their prompts "
+                f"fit budget={method.budget}, so this is mostly a full-KV result"
             )
 
     def _calibrated(

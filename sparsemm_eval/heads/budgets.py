@@ -31,6 +31,7 @@ from sparsemm_eval.methods import (
     shown_name,
     tokens_per_head,
 )
+from sparsemm_eval.report.cell_text import budget_text
 from sparsemm_eval.report.figures import DrawnFiles
 from sparsemm_eval.report.figures.style import (
     COLUMN,
@@ -247,7 +248,9 @@ def budget_maps(panels: Sequence[HeadBudgets], title: str) -> Figure:
             axes.set_ylim(layers - 0.5, -0.5)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(5, integer=True))
-            words = f"{panel.label}\nbudget {panel.budget:g}, kept {panel.kept.mean():.1f}"
+            words = (
+                f"{panel.label}\nbudget {budget_text(panel.budget)}, kept {panel.kept.mean():.1f}"
+            )
             axes.set_title(words, parse_math=False)
             axes.set_xlabel("KV head")
             if column == 0:

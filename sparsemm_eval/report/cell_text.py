@@ -104,8 +104,13 @@ def evened(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def budget_text(budget: float, none: str = "") -> str:
-    """A budget in tables and on the page; `none` for what has none, such as full KV."""
-    return none if pd.isna(budget) else f"{budget:g}"
+    """A budget in tables and on the page, tokens or a share of the prompt.
+
+    `none` for what has none, such as full KV.
+    """
+    if pd.isna(budget):
+        return none
+    return f"{100 * budget:g}%" if budget < 1 else f"{budget:g}"
 
 
 def cell_texts(cells: pd.DataFrame, shown: Sequence[str], plain: bool = False) -> pd.DataFrame:

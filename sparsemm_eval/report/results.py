@@ -269,6 +269,10 @@ def _read(
         raise NotResults("it holds no scores")
     where = {"model": _model(entry, settings, content, path), **_method(settings, config)}
     measured = _measured(content, len(tasks))
+    if where["budget"] is None and isinstance(settings.get("budget"), str) and len(tasks) == 1:
+        # It was stated in bytes.
+        tokens = number(_dict(content, "throughput").get("avg_nominal_tokens_per_head"))
+        where["budget"] = tokens if tokens and 0 < tokens <= _LARGEST else None
     left_out = [
         Unreadable(str(path), f"its task {printable(task)} has no score that counts")
         for task in tasks

@@ -95,7 +95,7 @@ def score_tables(frame: pd.DataFrame, chance: Chance) -> Iterator[tuple[str, Tab
             score /= top_score(task, first["metric"], None)
             title += f" (chance {score:.3f}, answering “{answer}”)"
         ordered = in_order(cells, ("method", "label"))
-        heads = {budget: f"{budget:g}" for budget in distinct(cells, "budget")}
+        heads = {budget: budget_text(budget) for budget in distinct(cells, "budget")}
         rows = [(label,) for label in ordered["label"]]
         yield title, _scores(ordered.assign(row=rows), "method", "budget", heads)
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from sparsemm_eval.bench.machine import BANDWIDTHS
 from sparsemm_eval.bench.models import DTYPES, shape_config
+from sparsemm_eval.engine.cell import budget_bytes
 from sparsemm_eval.engine.tasks import find_tasks, obstacle
 from sparsemm_eval.families import find_family
 from sparsemm_eval.methods import ModelShape
@@ -178,6 +179,15 @@ def kv_bytes(shape: ModelShape, tokens: int, size: int) -> int:
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * size * tokens
 
 
+def _kept(budget: int | float | str | None, prompt: int, one: int) -> int:
+    """Tokens of a prompt that a grid's budget keeps; `one` is the bytes of a token."""
+    if budget is None:
+        return prompt
+    if isinstance(budget, str):
+        budget = budget_bytes(budget) // one
+    return min(prompt, int(budget * prompt) if budget < 1 else budget)
+
+
 def samples_of(task: str, grid: Grid) -> int | None:
     """How many samples of a task a grid takes; None where that is not known without its data."""
     if task not in _USUAL:
@@ -231,8 +241,9 @@ def cost(grid: Grid, model: ModelSpec, task: str, cells: Sequence[Mapping[str, A
     config = config_of(model)
     shape = ModelShape.from_config(config)
     dtype = DTYPES.get(model.settings.get("dtype"), config.dtype or torch.float16)
-    kept = sum(min(cell.get("budget", prompt), prompt) + new for cell in cells)
-    cache = kv_bytes(shape, kept, dtype.itemsize) * grid.batch_size
+    one = kv_bytes(shape, 1, dtype.itemsize)
+    kept = sum(_kept(cell.get("budget"), prompt, one) + new for cell in cells)
+    cache = one * kept * grid.batch_size
     seconds = {}
     if task in _MINIATURE:
         seconds["2 CPU cores"] = samples * (_EMBEDDED_READ + _EMBEDDED_CELL * len(cells))

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from sparsemm_eval.choices import BACKENDS, CUDA_GRAPH, DTYPES
-from sparsemm_eval.engine.cell import MASK_SETTINGS, model_settings
+from sparsemm_eval.engine.cell import MASK_SETTINGS, budget_bytes, model_settings
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import families, protocols
 from sparsemm_eval.methods import (
@@ -410,8 +410,10 @@ _SHAPE = ModelShape(32, 32, 8)
 def _make(name: str, settings: Mapping[str, Any]) -> Method:
     # Files are read with the checkpoint that they are of.
     known = method_settings(name)
-    files = {file: kind.alike(_SHAPE) for file, kind in FROM_FILES.items() if file in known}
-    return make_method(name, _SHAPE, **{**settings, **files})
+    made = {file: kind.alike(_SHAPE) for file, kind in FROM_FILES.items() if file in known}
+    if isinstance(budget := settings.get("budget"), str):
+        made["budget"] = budget_bytes(budget)  # how many tokens that is, its checkpoint tells
+    return make_method(name, _SHAPE, **{**settings, **made})
 
 
 def _setting(method: str, name: str) -> Setting:
@@ -424,7 +426,11 @@ def _all_settings() -> list[str]:
     return list(dict.fromkeys(every))
 
 
-_TYPES = {"int": (int, "an integer"), "float": (int | float, "a number")}
+_TYPES = {
+    "int": (int, "an integer"),
+    "float": (int | float, "a number"),
+    "budget": (int | float | str, "tokens, a share of the prompt such as 0.1, or bytes as 2MiB"),
+}
 
 
 def _of_kind(kind: str, value: Any, key: str, place: int) -> Any:

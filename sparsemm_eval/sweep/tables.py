@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from sparsemm_eval.paths import tasks_folder, write_whole
+from sparsemm_eval.report.cell_text import budget_text
 from sparsemm_eval.report.provenance import provenance
 from sparsemm_eval.report.tables import (
     calibration_lines,
@@ -118,7 +119,7 @@ def uncompressed_cells(frame: pd.DataFrame) -> str | None:
     if whole.empty:
         return None
     where = "; ".join(
-        f"{model} at {budget:.0f} on {', '.join(dict.fromkeys(cells['task']))}"
+        f"{model} at {budget_text(budget)} on {', '.join(dict.fromkeys(cells['task']))}"
         for (model, budget), cells in whole.groupby(["model", "budget"], sort=False)
     )
     return (
