@@ -10,3 +10,5 @@ ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2", "flash_atte
 BACKENDS = ("auto", "cuda_ext", "varlen", "torch")
 # How the step of greedy decoding runs on one GPU.
 CUDA_GRAPH = ("auto", "compile", "eager", "off")
+# Methods of which are not ranked against each other.
+STRATA = ("query-aware", "query-agnostic")

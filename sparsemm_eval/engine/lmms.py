@@ -204,6 +204,7 @@ class CellModel(lmms):
                 "kept_kv_bytes": sum(r["kept_bytes"] for r in records) / count,
                 "cache_bytes": sum(r["cache_bytes"] for r in records) / count,
                 "share_uncompressed": whole / count,
+                "query_aware": float(method.query_aware),
                 **flaws,
             },
         )

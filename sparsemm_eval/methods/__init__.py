@@ -15,7 +15,6 @@ from sparsemm_eval.methods.picks import Pick
 from sparsemm_eval.methods.plugins import Plugin, load_plugin
 from sparsemm_eval.methods.registry import (
     FROM_FILES,
-    STRATA,
     Setting,
     canonical_settings,
     check_budget,
@@ -27,7 +26,6 @@ from sparsemm_eval.methods.registry import (
     register_method,
     settings_of,
     shown_name,
-    stratum,
 )
 from sparsemm_eval.methods.scoring import (
     Checks,
@@ -45,7 +43,6 @@ from sparsemm_eval.methods.sensitivity import Sensitivity, read_head_scores
 __all__ = [
     "FROM_FILES",
     "MASK_MODES",
-    "STRATA",
     "Allocation",
     "Checks",
     "HeadMask",
@@ -85,7 +82,6 @@ __all__ = [
     "scorer_of_layer",
     "settings_of",
     "shown_name",
-    "stratum",
     "tokens_per_head",
     "visual_heads",
 ]

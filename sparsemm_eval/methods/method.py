@@ -89,6 +89,11 @@ class Method:
         return needs | ({"visual"} if self.question == "hidden" else set())
 
     @property
+    def query_aware(self) -> bool:
+        """Whether what it keeps depends on the question; else it could be chosen before it."""
+        return self.question != "hidden" and getattr(self.scorer, "query_aware", True)
+
+    @property
     def least(self) -> int:
         """The smallest budget in tokens."""
         return max(self.scorer.least_budget, self.scorer.window + 1)

@@ -43,8 +43,6 @@ from sparsemm_eval.methods.tova import LastQuery
 from sparsemm_eval.methods.vlcache import ByDensity, PostVision, RecentAndBest
 
 QUESTION = ("seen", "hidden")
-# How cells of a table are told apart that must not be ranked together.
-STRATA = ("query-aware", "query-agnostic")
 
 
 @dataclass(frozen=True)
@@ -309,28 +307,6 @@ def method_names() -> list[str]:
 def check_method(name: object) -> None:
     """Raise UserError unless there is a method of this name, or of these joined by +."""
     _find(name)
-
-
-def stratum(name: str, settings: Mapping[str, Any]) -> str | None:
-    """Whether a method sees the question before it chooses: one of `STRATA`.
-
-    Parameters
-    ----------
-    name : str
-        The method's.
-    settings : mapping
-        Its settings, of which ``question`` counts.
-
-    Returns
-    -------
-    str or None
-        None for one that keeps everything.
-    """
-    entry = _find(name)
-    if not entry.budgeted:
-        return None
-    hidden = settings.get("question", QUESTION[0]) == "hidden"
-    return STRATA[hidden or not getattr(entry.scorer, "query_aware", True)]
 
 
 def settings_of(name: str) -> tuple[Setting, ...]:

@@ -17,13 +17,13 @@ COLUMNS = (
     "percent", "method", "label", "budget", "ratio", "allocation", "seed", "window", "settings",
     "score", "spread", "seeds", "stderr", "samples", "expected", "failed", "empty",
     "calibrated", "calibration_scored",
-    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "source",
-    "digits", "file", "files_of", "samples_files",
+    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "query_aware",
+    "source", "digits", "file", "files_of", "samples_files",
 )  # fmt: skip
 _NUMBERS = (
     "budget", "ratio", "seed", "window", "score", "spread", "stderr", "samples", "expected",
     "failed", "empty", "calibration_scored",
-    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed",
+    "kept_tokens_per_head", "kept_kv_bytes", "prompt_tokens", "share_uncompressed", "query_aware",
 )  # fmt: skip
 # How a cell is computed, not what: no answer depends on these but by rounding.
 NOT_KEYED = frozenset({

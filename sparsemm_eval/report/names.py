@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from sparsemm_eval.choices import EMBEDDED
+from sparsemm_eval.choices import EMBEDDED, STRATA
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,8 @@ METHOD_NAMES = {
     "tgvkv": "TGV-KV",
 }
 
-# Methods whose ranking of tokens never sees the question; all others look at it.
+# Where results do not say whether a method's ranking of tokens sees the question: these do not.
 _QUERY_AGNOSTIC = frozenset({"local", "streaming"})
-STRATA = ("query-aware", "query-agnostic")
 
 # What the best constant answer scores on our miniatures, 0 to 1, CIDEr as it is; of no other task
 # is it known. As `sparsemm_eval.tiny.chance` computes it.
@@ -169,13 +168,21 @@ def chance_score(task: str, metric: str) -> float:
     return _CHANCE.get(task, 0.0) if known else 0.0
 
 
-def stratum_of(method: str) -> str:
+def stratum_of(method: str, query_aware: float) -> str:
     """One of `STRATA`: whether a method's ranking of tokens sees the question.
 
     Methods of two strata are never ranked against each other: what is query-agnostic could
     compress before the question is known.
+
+    Parameters
+    ----------
+    method : str
+        Its name.
+    query_aware : float
+        1 or 0 as its results have it, NaN where they do not.
     """
-    return STRATA[method in _QUERY_AGNOSTIC]
+    aware = method not in _QUERY_AGNOSTIC if pd.isna(query_aware) else bool(query_aware)
+    return STRATA[not aware]
 
 
 def paper_model(name: str) -> str | None:

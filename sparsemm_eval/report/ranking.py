@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from sparsemm_eval.choices import STRATA
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.report.names import STRATA, chance_score, in_order, stratum_of
+from sparsemm_eval.report.names import chance_score, in_order, stratum_of
 from sparsemm_eval.report.resampling import RESAMPLES, holm, resampled_means, sign_flips
 from sparsemm_eval.report.statistics import LEVEL
 
@@ -266,7 +267,7 @@ def _over_tasks(
             low, high = np.nanquantile(drawn[row], _ENDS)
         rows.append({
             **about,
-            "stratum": stratum_of(about["method"]),
+            "stratum": stratum_of(about["method"], own["query_aware"].iloc[0]),
             "tasks": len(own),
             "share": own["share"].mean(),
             "low": low,

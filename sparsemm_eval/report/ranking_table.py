@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pandas as pd
 
+from sparsemm_eval.choices import STRATA
 from sparsemm_eval.report.cell_text import budget_text
 from sparsemm_eval.report.markup import BOLD, ITALIC, Table
-from sparsemm_eval.report.names import STRATA
 from sparsemm_eval.report.ranking import (
     ALONE,
     BEHIND,

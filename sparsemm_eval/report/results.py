@@ -49,6 +49,7 @@ MEASURED = {
     "avg_kept_kv_bytes": "kept_kv_bytes",
     "avg_prompt_tokens": "prompt_tokens",
     "avg_share_uncompressed": "share_uncompressed",
+    "avg_query_aware": "query_aware",
 }
 # Of our entry; what is not there is unknown.
 _ENTRY = {
