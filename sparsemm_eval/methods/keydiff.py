@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsemm_eval.errors import check_int
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,30 +15,25 @@ class UnlikeKeys:
 
     KeyDiff (arXiv 2504.15364, section 3): 1 - cosine. It looks at no query, so that a prompt could
     be compressed before its question is known.
-
-    Parameters
-    ----------
-    window : int
-        The last tokens, which are kept in any case; the paper sets none apart.
     """
 
     query_aware: ClassVar[bool] = False
 
-    window: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("window", self.window, least=0)
+    @property
+    def window(self) -> int:
+        """No token is set apart."""
+        return 0
 
     @property
     def least_budget(self) -> int:
-        """One token beside the window."""
-        return self.window + 1
+        """One token."""
+        return 1
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scores [H, n - window] from key [H, n, d]."""
+        """Scores [H, n] from key [H, n, d]."""
         import torch
         from torch.nn.functional import normalize
 
         unit = normalize(key.to(torch.promote_types(key.dtype, torch.float32)), dim=-1)
         mean = normalize(unit.mean(1, keepdim=True), dim=-1)
-        return (1 - (unit[:, : key.shape[1] - self.window] * mean).sum(-1)).clamp(min=0)
+        return (1 - (unit * mean).sum(-1)).clamp(min=0)

@@ -16,16 +16,11 @@ class SmallKeys(UnlikeKeys):
     """How much smaller a token's key is than the head's largest.
 
     Keys of a small L2 norm are attended to the most (arXiv 2406.11430). It looks at no query.
-
-    Parameters
-    ----------
-    window : int
-        The last tokens, which are kept in any case; the paper sets none apart.
     """
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
-        """Scores [H, n - window] from key [H, n, d]."""
+        """Scores [H, n] from key [H, n, d]."""
         import torch
 
         norm = key.to(torch.promote_types(key.dtype, torch.float32)).norm(dim=-1)
-        return (norm.amax(-1, keepdim=True) - norm)[:, : key.shape[1] - self.window]
+        return norm.amax(-1, keepdim=True) - norm

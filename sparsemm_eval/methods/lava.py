@@ -21,25 +21,23 @@ class ByValue(ObservationWindow):
     """The window's attention times the largest value of the head, in the L1 norm.
 
     LAVA's score (arXiv 2509.09754, section 3): what a dropped token can change at most in the
-    layer's output. Pooled as its public code does, over 7 tokens by their maximum.
+    layer's output; of the query heads of a KV head the largest. Its public code pools over 7 tokens
+    by their maximum (``kernel_size=7``, ``pooling=max``).
 
     Parameters
     ----------
-    window, kernel_size, pooling, group_reduction
+    window, kernel_size, pooling
         Of the attention, as of `ObservationWindow`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("value",)
-
-    kernel_size: int = 7
-    pooling: str = "max"
-    group_reduction: str = "max"
+    group_reduction: ClassVar[str] = "max"
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Scores [H, n - window]; as of `ObservationWindow`, with value [H, n, d]."""
-        attention = super().__call__(query, key)
-        largest = value.to(attention.dtype).abs().sum(-1).amax(-1, keepdim=True)
-        return attention * largest
+        rows, exact = self._rows(query, key)
+        largest = value.to(exact).abs().sum(-1).amax(-1, keepdim=True)
+        return self._pooled(rows.to(exact)).amax(1) * largest
 
 
 @dataclass(frozen=True)

@@ -263,15 +263,21 @@ class ObservationWindow:
         Tensor
             [H, n - window], float32 or better.
         """
+        rows, exact = self._rows(query, key)
+        scores = rows.mean(1) if self.group_reduction == "mean" else rows.amax(1)
+        return self._pooled(scores.to(exact)[:, None])[:, 0]
+
+    def _rows(self, query: Tensor, key: Tensor) -> tuple[Tensor, torch.dtype]:
+        """What the window pays to each candidate, [H, G, candidates] float64; the dtype it had."""
+        weights = attention_weights(query, key, self.window)
+        return self._of_rows(weights[..., : key.shape[1] - self.window]), weights.dtype
+
+    def _pooled(self, scores: Tensor) -> Tensor:
+        """Scores [H, channels, candidates] pooled over tokens."""
         import torch.nn.functional as F
 
-        n, w = key.shape[1], self.window
-        weights = attention_weights(query, key, w)
-        rows = self._of_rows(weights[..., : n - w])  # [H, G, n - w]
-        scores = rows.mean(1) if self.group_reduction == "mean" else rows.amax(1)
         pool = F.avg_pool1d if self.pooling == "avg" else F.max_pool1d
-        half = self.kernel_size // 2
-        return pool(scores.to(weights.dtype)[:, None], self.kernel_size, 1, half)[:, 0]
+        return pool(scores, self.kernel_size, 1, self.kernel_size // 2)
 
     def _of_rows(self, weights: Tensor) -> Tensor:
         """Of the window's rows [..., window, candidates] one, in float64."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsemm_eval.errors import check_int
 from sparsemm_eval.methods.layers import LayerShare
 
 if TYPE_CHECKING:
@@ -21,30 +20,24 @@ class TextToVision:
     TGV-KV (arXiv 2606.03075): softmax over the visual keys alone, and over those of the text for
     the weights, which are means over the text from that token on. Text stands above all vision,
     ordered by its weight. The published code takes one softmax over all keys.
-
-    Parameters
-    ----------
-    window : int
-        The last tokens, which are kept in any case; the paper sets none apart.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("visual",)
 
-    window: int = 0
-
-    def __post_init__(self) -> None:
-        check_int("window", self.window, least=0)
+    @property
+    def window(self) -> int:
+        """No token is set apart."""
+        return 0
 
     @property
     def least_budget(self) -> int:
-        """One token beside the window."""
-        return self.window + 1
+        """One token."""
+        return 1
 
     def __call__(self, query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
-        """Scores [H, n - window] from query [Hq, n, d], key [H, n, d] and visual [n]."""
+        """Scores [H, n] from query [Hq, n, d], key [H, n, d] and visual [n]."""
         import torch
 
-        n = key.shape[1]
         text = (~visual).nonzero()[:, 0]
         to_text = _attention(query, key, text, ~visual)[..., text]  # [H, G, T, T]
         later = torch.arange(len(text), 0, -1, device=key.device)
@@ -53,7 +46,7 @@ class TextToVision:
         seen = torch.einsum("hgt,hgtn->hn", weight, to_vision) / weight.shape[1]
         above = 1 + seen.amax(-1, keepdim=True)
         seen[:, text] = above + weight.mean(1)
-        return seen[:, : n - self.window]
+        return seen
 
 
 @dataclass(frozen=True)

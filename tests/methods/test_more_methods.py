@@ -163,7 +163,7 @@ def _shared(
             weigh(q, k, visual=drawn.visual, window=window)
             for q, k in zip(drawn.query, drawn.key, strict=True)
         ]
-        wants = np.array(weights) / sum(weights) * len(weights) * base
+        wants = np.array(weights) / (sum(weights) or 1) * len(weights) * base
         # A share of 27.5 is one or the other, as its last bit falls.
         assume((np.abs(wants % 1 - 0.5) > NEAR).all())
         layers = budget(weights, base, scores[0].shape[1], allocation)
@@ -175,7 +175,7 @@ def _shared(
 cake = _shared(reference_more.cake_preference)
 tgvkv = _shared(reference_more.tgvkv_mass)
 vlcache = _shared(reference_more.vlcache_density, reference_more.vlcache_layers)
-# Scorer and counts of the reference by the method's name; windows of those that have one.
+# Scorer and counts of the reference by the method's name.
 METHODS: Mapping[str, tuple[str, Callable[..., Counts]]] = {
     "mixkv": ("mixkv", uniform),
     "mixkv+adakv": ("mixkv", adakv),
@@ -195,7 +195,11 @@ METHODS: Mapping[str, tuple[str, Callable[..., Counts]]] = {
     "tgvkv": ("tgvkv", tgvkv),
     "keydiff+sparsemm": ("keydiff", sparsemm),
 }
-WINDOWS = {"vlcache": None, "tova": None, "keydiff": 0, "knorm": 0, "tgvkv": 0}
+# Tokens that are set apart by those that have no window.
+RESERVED = {"vlcache": 0, "tova": 1, "keydiff": 0, "knorm": 0, "tgvkv": 0}
+
+# The reference has the public code's pooling for these.
+LIKE_OURS = {"lava": {"kernel_size": 5, "pooling": "avg"}}
 
 
 def apart(scores: np.ndarray) -> bool:
@@ -214,13 +218,12 @@ def test_a_prompt_keeps_what_the_reference_keeps(
 ) -> None:
     scorer, count = METHODS[name]
     window = min(window, drawn.tokens - 2)
-    own = WINDOWS.get(scorer, window)
-    given = {} if own is None else {"window": own}
-    reserved = {"tova": 1, "vlcache": 0}.get(scorer, own)
+    reserved = RESERVED.get(scorer, window)
+    given = {} if scorer in RESERVED else {"window": window}
     budget = base + reserved
     assume(budget < drawn.tokens)
     method = drawn.make(name, budget=budget, **given, allocation=allocation)
-    scores = drawn.scores(scorer, **({"window": reserved} | given))
+    scores = drawn.scores(scorer, window=reserved, **LIKE_OURS.get(scorer, {}))
     assume(all(apart(layer) for layer in scores))
     counts = count(drawn, scores, base, "exact" if method.exact else "paper")
     kept = keep_prompt([method], drawn.layers())
@@ -250,9 +253,9 @@ def test_methods_together_keep_what_each_keeps_alone(drawn: Drawn, base: int) ->
     methods = [
         drawn.make("fullkv"),
         *(
-            drawn.make(name, budget=base + 2, **({"window": 2} if name not in WINDOWS else {}))
-            for name in METHODS
-            if WINDOWS.get(name, True) is not False
+            drawn.make(name, budget=base + 2, **given)
+            for name, (scorer, _) in METHODS.items()
+            for given in ({} if scorer in RESERVED else {"window": 2},)
         ),
     ]
     layers = drawn.layers(torch.float32)
@@ -314,6 +317,8 @@ def test_hidden_is_what_a_prompt_without_its_question_keeps() -> None:
     short = [layer.first(image) for layer in layers]
     for name in ("snapkv", "adakv", "cake", "keydiff"):
         given = {"budget": 20, "window": 4}
+        if name == "keydiff":
+            del given["window"]
         hidden = make_method(name, shape, **given, question="hidden")
         seen = make_method(name, shape, **given)
         whole = keep_prompt([seen, hidden], layers)

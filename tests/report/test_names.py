@@ -5,6 +5,7 @@ import pytest
 
 from sparsemm_eval.families import PLAIN
 from sparsemm_eval.methods import FROM_FILES, ModelShape, make_method, method_names, method_settings
+from sparsemm_eval.methods.registry import QUESTION
 from sparsemm_eval.report.names import (
     DEFAULTS,
     METHOD_NAMES,
@@ -72,7 +73,8 @@ def test_defaults_are_those_of_the_methods() -> None:
         assert own == {key: DEFAULTS[key] for key in own}, name
         stated |= {*own}
     assert DEFAULTS["protocol"] == PLAIN
-    assert stated | {"protocol"} == {*DEFAULTS}
+    assert DEFAULTS["question"] == QUESTION[0]  # not stated where it is seen
+    assert stated | {"protocol", "question"} == {*DEFAULTS}
 
 
 def test_every_method_has_a_name() -> None:
