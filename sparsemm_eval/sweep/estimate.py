@@ -16,7 +16,8 @@ from sparsemm_eval.bench.machine import BANDWIDTHS
 from sparsemm_eval.bench.models import DTYPES, shape_config
 from sparsemm_eval.engine.cell import budget_bytes
 from sparsemm_eval.engine.tasks import find_tasks, obstacle
-from sparsemm_eval.families import find_family
+from sparsemm_eval.families import family_of, find_family
+from sparsemm_eval.families.qwen2_vl import QwenVL
 from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.sweep.checks import free_space, readable_size
 from sparsemm_eval.sweep.grid import Grid, ModelSpec
@@ -51,7 +52,7 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Usual:
-    """A usual sample of one of the paper's benchmarks.
+    """A usual sample of one of the paper's benchmarks, or of one of videos.
 
     Parameters
     ----------
@@ -60,19 +61,22 @@ class Usual:
     samples : int
         The published split's.
     image : (int, int)
-        Assumed: width and height in pixels.
+        Assumed: width and height in pixels, of a video's frames.
     answer : int
         Assumed: tokens.
-    embedded : (int, int)
+    embedded : (int, int), optional
         Measured in miniature, results/demo/summary.json: tokens of a prompt of embedded:qwen2vl
         and embedded:llava_next.
+    video : bool
+        Whether a video is shown.
     """
 
     task: str
     samples: int
     image: tuple[int, int]
     answer: int
-    embedded: tuple[int, int]
+    embedded: tuple[int, int] | None = None
+    video: bool = False
 
 
 _PUBLISHED = {
@@ -89,7 +93,8 @@ _PUBLISHED = {
     )
 }
 _MINIATURE = {f"{task.split('_')[0]}_mini": usual for task, usual in _PUBLISHED.items()}
-_USUAL = _PUBLISHED | _MINIATURE
+_VIDEOS = {"videomme": Usual("videomme", 2700, (1280, 720), 2, video=True)}
+_USUAL = _PUBLISHED | _MINIATURE | _VIDEOS
 
 
 def _llava_next_tokens(width: int, height: int, settings: Mapping[str, Any]) -> int:
@@ -192,7 +197,7 @@ def samples_of(task: str, grid: Grid) -> int | None:
     """How many samples of a task a grid takes; None where that is not known without its data."""
     if task not in _USUAL:
         return None
-    size = _USUAL[task].samples if task in _PUBLISHED else DEFAULT_SAMPLES
+    size = DEFAULT_SAMPLES if task in _MINIATURE else _USUAL[task].samples
     return size if grid.samples is None else min(size, grid.samples)
 
 
@@ -202,13 +207,32 @@ def prompt_tokens(model: ModelSpec, task: str) -> int | None:
     if task in _MINIATURE and model.pretrained in embedded:
         return _MINIATURE[task].embedded[embedded.index(model.pretrained)]
     config = config_of(model)
-    if task not in _PUBLISHED or model.pretrained in embedded or config is None:
+    if task not in _PUBLISHED | _VIDEOS or model.pretrained in embedded or config is None:
         return None
-    vision = _VISION.get(config.model_type)
-    if vision is None:
+    vision, usual = _VISION.get(config.model_type), _USUAL[task]
+    if vision is None or (steps := _steps(model, task)) is None:
         return None
     preset = find_family(config.model_type).protocols.get(model.settings.get("protocol"), {})
-    return _TEXT + vision.tokens(*_PUBLISHED[task].image, {**preset, **model.settings})
+    given = {**preset, **model.settings}
+    if usual.video:
+        prefix = "video_"
+        given = {
+            name.removeprefix(prefix): value
+            for name, value in given.items()
+            if name.startswith(prefix)
+        }
+    return _TEXT + steps * vision.tokens(*usual.image, given)
+
+
+def _steps(model: ModelSpec, task: str) -> int | None:
+    """How many grids of tokens a usual prompt has: one of an image, of a video one of two frames.
+
+    None where the model's family reads no videos.
+    """
+    if not _USUAL[task].video:
+        return 1
+    family = family_of(config_of(model))
+    return model.settings.get("frames", family.frames) // 2 if issubclass(family, QwenVL) else None
 
 
 @dataclass(frozen=True)
@@ -251,7 +275,8 @@ def cost(grid: Grid, model: ModelSpec, task: str, cells: Sequence[Mapping[str, A
     elif dtype.itemsize == 2:
         weights, rows = decoder_weights(config), len(cells) * grid.batch_size
         heads = shape.query_heads * shape.head_dim
-        image = _VISION[config.model_type].flops(prompt - _TEXT)
+        steps = _steps(model, task)
+        image = steps * _VISION[config.model_type].flops((prompt - _TEXT) // steps)
         read = 2 * weights * prompt + 2 * shape.layers * heads * prompt**2 + image
         for name, (peak, bandwidth) in DEVICES.items():
             flops = peak * _FLOPS_SHARE

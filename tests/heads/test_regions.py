@@ -126,7 +126,9 @@ class Family:
         sizes = [(frames.shape[2], frames.shape[1])]
         given = self.model.config, self.processor, read, sizes
         (regions,) = find_regions(*given, shown="video")
-        (features,) = self.model.get_video_features(**read).pooler_output
+        # By place: transformers 5.17 calls them otherwise.
+        values = [read[name] for name in ("pixel_values_videos", "video_grid_thw") if name in read]
+        (features,) = self.model.get_video_features(*values).pooler_output
         return regions, features
 
     def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:

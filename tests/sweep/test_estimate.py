@@ -103,6 +103,19 @@ def test_image_limits_change_the_prompt() -> None:
     assert prompt_tokens(named, "docvqa_val") == sizes[0]
 
 
+def test_frames_of_a_video_are_counted_two_by_two() -> None:
+    one = 1280 * 720 // 28**2
+    assert prompt_tokens(QWEN, "videomme") == 60 + 16 * one
+    fewer = {"frames": 8, "video_max_pixels": 100 * 28**2, "max_pixels": 10_000}
+    assert prompt_tokens(QWEN.model_copy(update={"settings": fewer}), "videomme") == 60 + 4 * 100
+    assert prompt_tokens(VICUNA, "videomme") is None  # it reads none
+    long, short = (
+        seconds(grid_of(QWEN.model_copy(update={"settings": one}), tasks=["videomme"]), "videomme")
+        for one in ({}, fewer)
+    )
+    assert all(long[place] > short[place] for place in DEVICES)
+
+
 def test_where_nothing_is_known_nothing_is_made_up() -> None:
     assert prompt_tokens(VICUNA, "mme") is None
     assert prompt_tokens(TINY, "docvqa_val") is None
