@@ -51,7 +51,7 @@ def test_the_budget_of_each_head(tmp_path: Path) -> None:
     (["paper", "--kind", "budget", "--models", "x"], "models=x: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "7"], "budgets=7: it must be of"),
     (["paper", "--kind", "budget", "--budgets", "few"], "budgets='few'"),
-    (["paper", "--kind", "ranking"], "a ranking needs full KV and methods with budgets"),
+    (["paper", "--kind", "ranking"], "a ranking needs full KV and methods"),
     (["paper", "--kind", "ranking", "--paper"], "paper with kind=ranking"),
     (["paper", "--kind", "kept"], "none of the cells has a budget and kept_tokens_per_head"),
     (["paper", "--kind", "kept", "--paper"], "the paper does not say what was really kept"),

@@ -140,7 +140,7 @@ def rank_methods(
             tasks[model] = tuple(kept.shares)
     if not frames:
         why = "; ".join(notes) or "there is none"
-        raise UserError(f"a ranking needs full KV and methods with budgets on one task: {why}")
+        raise UserError(f"a ranking needs full KV and methods with budgets on a task: {why}")
     rows = pd.concat(frames, ignore_index=True)
     differences = rows["p"].notna()
     rows.loc[differences, "p_corrected"] = holm(rows.loc[differences, "p"].to_numpy(float))

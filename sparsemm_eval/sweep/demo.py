@@ -13,15 +13,19 @@ from sparsemm_eval.bench.machine import device_name
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.tasks import visuals
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.draw import concentration, draw
 from sparsemm_eval.heads.scene import drawn_scene
 from sparsemm_eval.methods import MASK_MODES, HeadScores, Plugin
+from sparsemm_eval.report.figures.ranking import ranking_curves
 from sparsemm_eval.report.figures.scores import score_curves
 from sparsemm_eval.report.figures.style import save
 from sparsemm_eval.report.markup import to_format
 from sparsemm_eval.report.names import top_score
 from sparsemm_eval.report.page import write_page
 from sparsemm_eval.report.paper_tables import applicable, paper_table
+from sparsemm_eval.report.ranking import rank_methods
+from sparsemm_eval.report.ranking_table import ranking_table
 from sparsemm_eval.report.results import load
 from sparsemm_eval.report.samples import score_samples
 from sparsemm_eval.report.statistics import add_statistics
@@ -132,12 +136,20 @@ def run_demo(
 
 
 def _report(paths: Sequence[Path], out: Path) -> Iterator[Path]:
-    """Curves of each model, tables in the paper's shape, and the page of all."""
+    """Curves of each model, the ranking, tables in the paper's shape, and the page of all."""
     results = load(paths)
     scores = score_samples(results.cells).frame
     for name, cells in add_statistics(results.cells, scores).groupby("model", sort=False):
         for over, file in (("budget", "budget"), ("kept_tokens_per_head", "kept")):
             yield from save(score_curves(cells, over), out / name / f"score_over_{file}", ("png",))
+    try:
+        ranking = rank_methods(results.cells, scores)
+    except UserError as error:  # full KV is at chance on so few samples; the page says so, too
+        (out / "ranking.md").write_text(f"There is no ranking: {error}.\n", "utf-8")
+    else:
+        (out / "ranking.md").write_text(to_format(ranking_table(ranking), "markdown"), "utf-8")
+        yield from save(ranking_curves(ranking), out / "ranking", ("png",))
+    yield out / "ranking.md"
     for like in applicable(results.cells):
         path = out / f"{like}.md"
         path.write_text(to_format(paper_table(results.cells, scores, like), "markdown"), "utf-8")

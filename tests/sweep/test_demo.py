@@ -69,6 +69,8 @@ def test_files_say_how_they_were_made(demo: tuple[Demo, Path]) -> None:
     for model in ("qwen2vl", "llava_next"):
         for name in ("score_over_budget", "score_over_kept", "heads/scores", "mask/masking"):
             assert (out / model / f"{name}.png").stat().st_size > 10_000
+    assert "tokens (" in (out / "ranking.md").read_text()
+    assert (out / "ranking.png").stat().st_size > 10_000
     for like, benchmark in (("table3", "DocVQA (ANLS)"), ("table4", "VQAv2 (VQA accuracy)")):
         assert f"| {benchmark} " in (out / f"{like}.md").read_text()
     page = (out / "report" / "index.html").read_text()

@@ -229,7 +229,7 @@ def _ranking(cells: pd.DataFrame, scores: pd.DataFrame) -> dict[str, Any]:
     try:
         ranking = rank_methods(cells, scores)
     except UserError as error:
-        return {"said": [], "table": "", "figures": [], "lack": f"{error}."}
+        return {"said": [], "table": "", "figures": [], "lack": f"There is no ranking: {error}."}
     figures = []
     if ranking.rows["kept_kv_bytes"].notna().any():
         figures = [_drawn("Share of full KV's score over the bytes kept", ranking_curves(ranking))]
