@@ -111,7 +111,7 @@ def test_sensitivity_of_text_alone(tmp_path: Path) -> None:
     (["mask", "-o", "m", "--mode", "key"], "mode='key': it must be one of query, output"),
     (["chase", "--model", str(default_checkpoint()), "--data", "books"], "data='books'"),
     (["sensitivity", "--data", "docvqa_vla"], "there is no task docvqa_vla"),
-    (["sensitivity", "--data", "seedbench_ppl"], "is of output_type multiple_choice"),
+    (["sensitivity", "--data", "ovo_forward"], "is of output_type generate_until_multi_round"),
     (["draw", "--heads", "9-9"], "heads='9-9'"),
     (["draw", "--device", "cuda:99"], "device='cuda:99': it must be one of auto, cpu"),
     (["chase", "--model", "embedded:gpt"], "pretrained='embedded:gpt': it must be one of"),

@@ -27,9 +27,9 @@ _WITHOUT_MEANING = {
 }
 # What lmms-eval says where nobody would guess the cause, and the cause.
 _IN_OUR_WORDS = {
-    "Currently messages is used for generation only": "a compressed cache is measured by what is "
-    "generated on it, and one of the tasks generates nothing (output_type multiple_choice or "
-    "loglikelihood): choose tasks of output_type generate_until",
+    "Currently messages is used for generation only": "one of the tasks is none that lmms-eval "
+    "puts to chat models: add --force_simple where it gives choices to be scored (output_type "
+    "multiple_choice or loglikelihood), else leave it out",
     "has no attribute 'sampler'": "--num_fewshot: one of the tasks has no examples to give (no "
     "fewshot_config); leave it out, or choose other tasks",
 }

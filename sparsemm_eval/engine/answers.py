@@ -52,7 +52,8 @@ class Answer:
     record : mapping
         What was measured on the way: tokens (of the answer, as ids, and how many), kept tokens and
         bytes, ``kl_full`` (see `sparsemm_eval.engine.decode.Decoded`), backend, batch size,
-        device. Older answers lack some of it.
+        device; where candidates were scored, each `sparsemm_eval.engine.decode.Candidate`, the
+        likeliest of which is the answer. Older answers lack some of it.
     """
 
     key: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,25 @@ _NEUTRAL = {
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A given answer to a prompt.
+
+    Parameters
+    ----------
+    tokens : tuple of int
+        Its tokens.
+    log_likelihood : float
+        Sum over them, in nats, each token behind the prompt and those before it.
+    is_greedy : bool
+        Whether each was the likeliest: whether greedy decoding would begin with this answer.
+    """
+
+    tokens: tuple[int, ...]
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True)
 class Decoded:
     """What one batch gave under one method, and what it held; lists have an entry a row.
 
@@ -64,6 +83,8 @@ class Decoded:
         What attended over the ragged rows.
     seconds : float
         Wall time; of methods that were decoded together an equal share each.
+    candidates : list of tuple of Candidate
+        Of `score`, which gives the likeliest one's tokens as the row's; none of `decode`.
     """
 
     tokens: list[Tensor]
@@ -75,6 +96,7 @@ class Decoded:
     kl_full: list[float | None]
     backend: str
     seconds: float
+    candidates: list[tuple[Candidate, ...]] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -147,6 +169,71 @@ def decode(
     ]
 
 
+@torch.inference_mode()
+def score(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Tensor],
+    methods: Sequence[Method],
+    candidates: Sequence[Sequence[Sequence[int]]],
+    options: Mapping[str, Any],
+    backend: str = "auto",
+    mask: HeadMask | None = None,
+    cuda_graph: str = "auto",
+) -> list[Decoded]:
+    """How likely given answers are under methods; prompts are read once for all of both.
+
+    The tokens of an answer are decoded as if they had been chosen, on each method's cache. The
+    first one's likelihood comes out of the prefill, which no method touches: answers of one token
+    tell methods no more apart than a generated first token does.
+
+    Parameters
+    ----------
+    model, inputs, methods, backend, mask, cuda_graph
+        As for `decode`.
+    candidates : sequence of sequence of sequence of int
+        Of each prompt, one at least: its tokens, one at least.
+    options : mapping
+        Of a greedy ``generate``.
+
+    Returns
+    -------
+    list of Decoded
+        One a method, of one row a sample; ``cache_bytes`` are those of its largest candidate.
+    """
+    start = time.perf_counter()
+    decoder = decoder_of(model)
+    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
+    prompts = prefill(model, inputs, options, cache)
+    forced = decoder.force(model, cache, prompts, candidates, mask, cuda_graph)
+    count = len(methods)
+    seconds = (time.perf_counter() - start) / count
+    scored: list[tuple[Candidate, ...]] = []
+    not_finite: list[int | None] = []
+    cache_bytes: list[int] = []
+    for of_sample in (one for one in candidates for _ in methods):
+        here = slice(begin := sum(map(len, scored)), begin + len(of_sample))
+        values = forced.log_likelihood[here], forced.is_greedy[here]
+        scored.append(tuple(map(Candidate, map(tuple, of_sample), *values)))
+        not_finite.append(min(filter(None, forced.not_finite[here]), default=None))
+        cache_bytes.append(max(forced.cache_bytes[here]))
+    likeliest = [max(row, key=lambda one: one.log_likelihood).tokens for row in scored]
+    return [
+        Decoded(
+            tokens=[torch.tensor(tokens) for tokens in likeliest[m::count]],
+            prompt_tokens=prompts.tokens[m::count],
+            kept=prompts.kept[m::count],
+            kept_bytes=prompts.kept_bytes[m::count],
+            cache_bytes=cache_bytes[m::count],
+            not_finite=not_finite[m::count],
+            kl_full=[None] * len(candidates),
+            backend=cache.backend(),
+            seconds=seconds,
+            candidates=scored[m::count],
+        )
+        for m in range(count)
+    ]
+
+
 def is_greedy(model: PreTrainedModel, options: Mapping[str, Any]) -> bool:
     """Whether tokens are the likeliest ones, but for a repetition penalty.
 
@@ -204,10 +291,12 @@ def prefill(
 ) -> Prompts:
     """Read prompts into a cache and choose each one's first token; parameters as of `decode`."""
     first_alone = {**options, "max_new_tokens": 1}
+    first_alone |= {"return_dict_in_generate": True, "output_logits": True}
     look = _Look()
-    ids = model.generate(
+    out = model.generate(
         **inputs, **{CACHE_ARGUMENT: cache}, **first_alone, logits_processor=[look]
     )
+    ids = out.sequences
     count = len(cache.methods)
     padding = inputs["attention_mask"]
     positions = padding.sum(1)
@@ -222,7 +311,14 @@ def prefill(
     of_samples = (ids, positions, ended | not_finite, not_finite)
     start = Start(*(x.repeat_interleave(count, 0) for x in of_samples))
     kept = cache.kept()
-    return Prompts(start, cache.prompt_lengths(), kept, _kept_bytes(cache, kept), padding.shape[1])
+    return Prompts(
+        start,
+        cache.prompt_lengths(),
+        kept,
+        _kept_bytes(cache, kept),
+        padding.shape[1],
+        out.logits[0],
+    )
 
 
 def _generate(

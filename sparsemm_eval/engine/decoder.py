@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,11 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import HeadBudgetCache
 from sparsemm_eval.cache.ragged import Buffer
-from sparsemm_eval.engine.step import Prompts, Step, StepKey
+from sparsemm_eval.engine.step import Prompts, Start, Step, StepKey
 from sparsemm_eval.methods import HeadMask
 
 # The backend whose step can be captured: its calls depend on no length.
@@ -28,6 +29,7 @@ NO_TOKEN = -1
 # device always has steps to go on with: up to twice as many are decoded for nothing at the end.
 _LOOK_EVERY = 2
 _MOST_STEPS = 8
+_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,28 @@ class Rows:
     tokens: list[Tensor]
     cache_bytes: list[int]
     kl_full: list[float | None]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What became of rows whose tokens were given, an entry each.
+
+    Parameters
+    ----------
+    log_likelihood : list of float
+        Sum over the row's tokens, in nats.
+    is_greedy : list of bool
+        Whether each of them was the likeliest.
+    not_finite : list of int or None
+        At which token, from 1, the logits were not finite.
+    cache_bytes : list of int
+        As in `Rows`.
+    """
+
+    log_likelihood: list[float]
+    is_greedy: list[bool]
+    not_finite: list[int | None]
+    cache_bytes: list[int]
 
 
 class Decoder:
@@ -85,12 +109,43 @@ class Decoder:
         after_step : callable, optional
             Called after each.
         """
-        # Events and graphs are of the current device, which need not be the model's.
-        on_gpu = model.device.type == "cuda"
-        with torch.cuda.device(model.device) if on_gpu else nullcontext():
+        with _on(model.device):
             loop = _Loop(self, model, cache, prompts, options, mask, cuda_graph)
             loop.run(after_step)
             return Rows(loop.tokens(), loop.cache_bytes, loop.kl_full)
+
+    @torch.inference_mode()
+    def force(
+        self,
+        model: PreTrainedModel,
+        cache: HeadBudgetCache,
+        prompts: Prompts,
+        candidates: Sequence[Sequence[Sequence[int]]],
+        mask: HeadMask | None = None,
+        cuda_graph: str = "auto",
+    ) -> Forced:
+        """Decode given tokens, each candidate of a prompt as a row of its own.
+
+        Parameters
+        ----------
+        model, cache, prompts, mask, cuda_graph
+            As for `decode`; the cache's rows become those of the candidates: sample by sample, in
+            it method by method, in it candidate by candidate.
+        candidates : sequence of sequence of sequence of int
+            By sample: tokens of each, one at least.
+        """
+        rows = [
+            (sample, sample * len(cache.methods) + method, tokens)
+            for sample, of_sample in enumerate(candidates)
+            for method in range(len(cache.methods))
+            for tokens in of_sample
+        ]
+        samples, owners, tokens = zip(*rows, strict=True)
+        cache.batch_select_indices(torch.tensor(owners))
+        with _on(model.device):
+            loop = _Forcing(self, model, cache, prompts, samples, owners, tokens, mask, cuda_graph)
+            loop.run(None)
+            return loop.forced()
 
     def step(self, model: PreTrainedModel, cache: HeadBudgetCache, key: StepKey) -> Step:
         """The step of a key; one that is captured is kept, as capturing takes long."""
@@ -181,10 +236,7 @@ class _Loop:
                 )
             step.run(self.model)
             self.done += 1
-            chosen = step.ids[:rows, 0].masked_fill(step.not_finite[:rows], NO_TOKEN)
-            self.new_tokens[self.done, self.going] = chosen
-            if self.done == 1 and self.full is not None and self.count > 1:
-                self._compare(step.logits[:rows])
+            self._take(step, rows)
             if after_step is not None:
                 after_step()
             if flag is None:
@@ -196,6 +248,13 @@ class _Loop:
                 break
         self.cache.count_tokens(self.done - begun)
         return over
+
+    def _take(self, step: Step, rows: int) -> None:
+        """Note what a step has chosen for the rows that are going."""
+        chosen = step.ids[:rows, 0].masked_fill(step.not_finite[:rows], NO_TOKEN)
+        self.new_tokens[self.done, self.going] = chosen
+        if self.done == 1 and self.full is not None and self.count > 1:
+            self._compare(step.logits[:rows])
 
     def _step(self) -> Step:
         return self.decoder.step(self.model, self.cache, self.key)
@@ -227,6 +286,83 @@ class _Loop:
         for row, kl in zip(self.going.tolist(), divergences, strict=True):
             if not ended[row] and row % self.count != self.full and math.isfinite(kl):
                 self.kl_full[row] = kl
+
+
+class _Forcing(_Loop):
+    """The steps of one batch whose tokens are given: the likeliest ones are noted and replaced."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        model: PreTrainedModel,
+        cache: HeadBudgetCache,
+        prompts: Prompts,
+        samples: Sequence[int],
+        owners: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        mask: HeadMask | None,
+        cuda_graph: str,
+    ) -> None:
+        device, before = model.device, prompts.start
+        samples, owners = (torch.tensor(x, device=device) for x in (samples, owners))
+        self.lengths = torch.tensor([len(row) for row in tokens], device=device)
+        # [longest, rows]; nothing is read of what pads the shorter ones.
+        self.given = pad_sequence([torch.tensor(row) for row in tokens]).to(device)
+        not_finite = before.not_finite[owners]
+        ended = not_finite | (self.lengths == 1)
+        start = Start(self.given[0][:, None], before.positions[owners], ended, not_finite)
+        options = {"max_new_tokens": len(self.given)}
+        prompts = replace(prompts, start=start)
+        super().__init__(decoder, model, cache, prompts, options, mask, cuda_graph)
+        # Any token may be given, an end too, and none is made less likely for having been.
+        self.key = replace(self.key, ends=(), penalty=1.0)
+        self.log_likelihood = torch.zeros(len(tokens), dtype=torch.double, device=device)
+        self.is_greedy = torch.ones(len(tokens), dtype=torch.bool, device=device)
+        self.not_finite = not_finite.long()
+        first = prompts.logits
+        self._note(_log_softmax(first)[samples, self.given[0]], first.argmax(-1)[samples])
+
+    def forced(self) -> Forced:
+        """What was noted of the rows."""
+        return Forced(
+            self.log_likelihood.tolist(),
+            self.is_greedy.tolist(),
+            [token or None for token in self.not_finite.tolist()],
+            self.cache_bytes,
+        )
+
+    def _take(self, step: Step, rows: int) -> None:
+        given = self.given[self.done, self.going]
+        log_likelihood = [
+            _log_softmax(logits).gather(-1, tokens[:, None])[:, 0]
+            for logits, tokens in zip(  # not all at once: a vocabulary is large
+                step.logits[:rows].split(_ROWS_AT_ONCE), given.split(_ROWS_AT_ONCE), strict=True
+            )
+        ]
+        self._note(torch.cat(log_likelihood), step.ids[:rows, 0])
+        new = self._is_here() & step.not_finite[:rows] & (self.not_finite[self.going] == 0)
+        self.not_finite[self.going] += new * (self.done + 1)
+        step.ids[:rows, 0] = given
+        step.ended[:rows].logical_or_(self.lengths[self.going] <= self.done + 1)
+
+    def _note(self, log_likelihood: Tensor, likeliest: Tensor) -> None:
+        """Add what is known of the tokens that are given now, by row."""
+        here = self._is_here()
+        self.log_likelihood[self.going] += log_likelihood.masked_fill(~here, 0)
+        self.is_greedy[self.going] &= (likeliest == self.given[self.done, self.going]) | ~here
+
+    def _is_here(self) -> Tensor:
+        """Which of the rows that are going have a token now."""
+        return self.done < self.lengths[self.going]
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return functional.log_softmax(logits.float(), -1)
+
+
+def _on(device: torch.device) -> AbstractContextManager[None]:
+    """Events and graphs are of the current device, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _EndFlag:

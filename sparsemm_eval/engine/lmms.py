@@ -36,9 +36,9 @@ from sparsemm_eval.engine.cell import (
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import check_cuda_graph
 from sparsemm_eval.engine.generation import check_generation
-from sparsemm_eval.engine.requests import Request, positive_int
+from sparsemm_eval.engine.requests import Request, positive_int, with_candidates
 from sparsemm_eval.engine.runner import Answers, Runner, raise_failures
-from sparsemm_eval.engine.tasks import check_tasks
+from sparsemm_eval.engine.tasks import WITHOUT_PROMPT, check_kind, check_kinds, check_tasks
 from sparsemm_eval.errors import UserError, check_choice, check_int, short_repr
 from sparsemm_eval.families import family_settings, find_family
 from sparsemm_eval.methods import FROM_FILES, Method, load_plugin, method_names
@@ -67,12 +67,23 @@ class CellModel(lmms):
     answered : collection of str, optional
         Documents that have an answer, each "split number"; the others are known to have failed,
         and are not tried again. Default: none is known yet.
+    is_simple : bool, optional
+        Whether lmms-eval is to ask as it asks simple models, the only ones it gives candidates to
+        score (`sparsemm_eval.engine.tasks.is_scored`). Default: as the class says.
     """
 
     is_simple = False
 
-    def __init__(self, runner: Runner, cell: Cell, answered: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        cell: Cell,
+        answered: Collection[str] | None = None,
+        is_simple: bool | None = None,
+    ) -> None:
         super().__init__()
+        if is_simple is not None:
+            self.is_simple = is_simple
         self.runner, self.cell, self.answered = runner, cell, answered
         self._was_asked = False
 
@@ -88,40 +99,83 @@ class CellModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer all requests, from disk where an answer is there already.
 
-        A sample that failed, and may, is withdrawn: its request is of no document any more, so that
-        lmms-eval scores the others alone, as where only a part of a task is run again.
-
         Raises
         ------
         UserError
-            Before the first, if the metric of one of their tasks cannot run here, or its
-            generation_kwargs cannot be heeded.
+            Before the first, if the metric of one of their tasks cannot run here, its
+            generation_kwargs cannot be heeded, or another task of the run cannot be answered.
         SampleFailures
             After all others are answered and safe, if more samples of a task failed than may: no
             score is made of it.
         """
+        self._check(requests)
+        asked = [(Request.of(one, self.task_dict), [one]) for one in requests]
+        return [
+            GenerationResult("") if one is None else GenerationResult(one.text, _counts(one))
+            for one in self._answer(asked)
+        ]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Score candidates, those of one document together; raises as `generate_until`.
+
+        Returns
+        -------
+        list of GenerationResult
+            In the place of its text a pair, as lmms-eval's evaluator makes text of any other: what
+            the task's metric takes, and whether greedy decoding gives the candidate. Choices
+            (output_type multiple_choice) are compared by their loss, of which the least wins: minus
+            the log-likelihood in nats, summed over tokens, since acc_norm divides it by the length.
+            An output_type loglikelihood gets the log-likelihood itself.
+        """
+        self._check(requests)
+        asked = with_candidates(requests, self.task_dict)
+        flat = [(request, [one for same in alike for one in same]) for request, alike in asked]
+        results: dict[int, GenerationResult] = {}
+        for (_, alike), answer in zip(asked, self._answer(flat), strict=True):
+            for place, same in enumerate(alike):
+                result = GenerationResult((0.0, False))
+                if answer is not None:
+                    found = answer.record["candidates"][place]
+                    sign = -1 if isinstance(same[0].args[1], str) else 1
+                    value = sign * found["log_likelihood"], found["is_greedy"]
+                    result = GenerationResult(value, _counts(answer))
+                results |= {id(one): result for one in same}
+        return [results[id(one)] for one in requests]
+
+    def _check(self, requests: Sequence[Instance]) -> None:
+        """Refuse what cannot be answered, of all that is asked, before any is."""
         self._was_asked = True
-        check_tasks(request.args[4] for request in requests)
+        tasks = {request.task_name for request in requests}
+        check_tasks(tasks)
+        # What lmms-eval will ask later, and what it may ask as if it were of one turn.
+        hidden = tasks if self.is_simple else set()
+        check_kinds(self.task_dict.keys() - tasks | hidden)
         for request in requests:
             _check_request(request)
-        asked = [Request.of(request, self.task_dict) for request in requests]
-        known = {one.document for one in asked} if self.answered is None else self.answered
+
+    def _answer(self, asked: Sequence[tuple[Request, list[Instance]]]) -> list[Answer | None]:
+        """Answers to requests, each with the instances that it is of; None of one that failed.
+
+        A sample that failed, and may, is withdrawn: its request is of no document any more, so that
+        lmms-eval scores the others alone, as where only a part of a task is run again.
+        """
+        of_run = {one.document for one, _ in asked}
+        known = of_run if self.answered is None else self.answered
         bar = tqdm(asked, desc=str(self.cell), disable=self.rank != 0)
-        tried = (one for one in bar if one.document in known)
+        tried = (one for one, _ in bar if one.document in known)
         (answered,) = self.runner.answer(tried, [self.cell])
         raise_failures([answered], self.runner.store, self.world_size, self.runner.allow_failed)
         answers = iter(answered.answers)
-        results: list[GenerationResult] = []
+        results: list[Answer | None] = []
         failed: dict[str, set[str]] = defaultdict(set)
-        for one, request in zip(asked, requests, strict=True):
+        for one, instances in asked:
             answer = next(answers) if one.document in known else None
             if answer is None or answer.error is not None:
+                answer = None
                 failed[one.task].add(one.document)
-                request.doc_id = None
-                results.append(GenerationResult(""))
-            else:
-                tokens = answer.record["prompt_tokens"], answer.record["new_tokens"]
-                results.append(GenerationResult(answer.text, TokenCounts(*tokens)))
+                for instance in instances:
+                    instance.doc_id = None
+            results.append(answer)
         self._report(answered, failed)
         return results
 
@@ -142,17 +196,10 @@ class CellModel(lmms):
     chat_template = apply_chat_template
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError(
-            f"{self.runner.family.lmms_name} answers one turn: a second prompt on a compressed "
-            "cache is not defined by the methods; choose tasks whose output_type is generate_until"
-        )
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(
-            f"{self.runner.family.lmms_name} has no loglikelihood: it reads its candidates without "
-            "decoding, so a compressed cache would change nothing; choose tasks of output_type "
-            "generate_until"
-        )
+        """Refused: UserError that names the task."""
+        for request in requests:
+            check_kind(request.task_name, request.request_type)
+        return []
 
     def clean(self) -> None:
         """Keep the weights: others share them, and looking for memory costs as much as a cell."""
@@ -337,6 +384,29 @@ class Qwen2VLSparseMM(SparseMM):
     model_type = "qwen2_vl"
 
 
+class SimpleSparseMM(SparseMM):
+    """``--model sparsemm --force_simple``: lmms-eval gives choices to simple models alone."""
+
+    is_simple = True
+
+
+class SimpleLlavaSparseMM(LlavaSparseMM):
+    """``--model llava_sparsemm --force_simple``."""
+
+    is_simple = True
+
+
+class SimpleQwen2VLSparseMM(Qwen2VLSparseMM):
+    """``--model qwen2vl_sparsemm --force_simple``."""
+
+    is_simple = True
+
+
+def _counts(answer: Answer) -> TokenCounts:
+    """How many tokens were read and written, as lmms-eval states it."""
+    return TokenCounts(answer.record["prompt_tokens"], answer.record["new_tokens"])
+
+
 def make_runner(
     checkpoint: Checkpoint,
     cells: Sequence[Mapping[str, Any]],
@@ -467,12 +537,19 @@ def score(
 
 def _check_request(request: Instance) -> None:
     """Raise UserError for a request that cannot be answered as it is meant."""
-    _, messages, generation, _, task, _ = request.args
+    task = request.task_name
+    if len(request.args) == 2:
+        raise UserError(f"{task}: {WITHOUT_PROMPT}")
+    _, second, third, *_ = request.args
+    messages, generation = (second, third) if isinstance(third, Mapping) else (third, second)
     if not callable(messages):
         raise UserError(
             f"{task}: lmms-eval's --cache_requests forgets how a document is put as messages; "
             "leave it out, finished answers are kept anyway"
         )
+    if getattr(messages, "__module__", None) == simple_evaluate.__module__:
+        # What an agentic task asks is made by the evaluator itself, round by round.
+        check_kind(task, "generate_until_agentic")
     # A bound method of lmms-eval's task. Its examples stand in a text that no message holds.
     config = getattr(getattr(messages, "__self__", None), "config", None)
     shots = getattr(config, "num_fewshot", None)
@@ -481,7 +558,8 @@ def _check_request(request: Instance) -> None:
             f"{task}: num_fewshot={shots}: lmms-eval puts no examples into the messages of a task "
             "with images; leave --num_fewshot out, or choose another task"
         )
-    check_generation(task, generation)
+    if isinstance(generation, Mapping):
+        check_generation(task, generation)
 
 
 def _sample_line(sample: Mapping[str, Any]) -> str:

@@ -25,6 +25,10 @@ def manifests() -> list[ModelManifest]:
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return [
-        ModelManifest(model_id=name, chat_class_path=f"sparsemm_eval.engine.lmms.{model}")
+        ModelManifest(
+            model_id=name,
+            simple_class_path=f"sparsemm_eval.engine.lmms.Simple{model}",
+            chat_class_path=f"sparsemm_eval.engine.lmms.{model}",
+        )
         for name, model in MODELS.items()
     ]

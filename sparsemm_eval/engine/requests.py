@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,10 @@ class Request:
         The task's own way from a document to chat messages.
     generation : mapping
         The task's generation_kwargs.
+    context : str
+        lmms-eval's text of the prompt; with candidates it may differ within a document.
+    candidates : tuple of str or callable
+        Answers to be scored, or what makes one of the document; none where one is generated.
     """
 
     task: str
@@ -51,13 +55,25 @@ class Request:
     number: int
     messages: Callable[[Any], list[dict]]
     generation: Mapping[str, Any]
+    context: str = ""
+    candidates: tuple[str | Callable[[Any], str], ...] = ()
 
     @classmethod
     def of(cls, instance: Instance, datasets: Mapping[str, Any]) -> Request:
-        """Read one of lmms-eval's instances; data sets by task, then by split."""
-        _, messages, generation, number, task, split = instance.args
-        documents = datasets[task][split]
-        return cls(task, f"{split} {number}", documents, number, messages, generation)
+        """Read one of lmms-eval's instances, as a chat model gets them or, with candidates or
+        under --force_simple, a simple one; data sets by task, then by split.
+        """
+        context, second, third, number, task, split = instance.args
+        chat = isinstance(third, Mapping)
+        return cls(
+            task,
+            f"{split} {number}",
+            datasets[task][split],
+            number,
+            second if chat else partial(_user_turn, context, third),
+            third if chat else second if isinstance(second, Mapping) else {},
+            context,
+        )
 
     @cached_property
     def place(self) -> tuple[str, ...] | None:
@@ -65,7 +81,10 @@ class Request:
         mark = getattr(self.documents, "_fingerprint", None)
         if mark is None:
             return None
-        settings = json.dumps(self.generation, sort_keys=True, default=str)
+        # A candidate that the document makes is known by the document.
+        given = [one if isinstance(one, str) else None for one in self.candidates]
+        asked = [self.generation, self.context if given else "", given]
+        settings = json.dumps(asked, sort_keys=True, default=str)
         return mark, self.document, self.task, settings
 
     def read(self, processor: ProcessorMixin, family: Family) -> Reading:
@@ -74,7 +93,9 @@ class Request:
         Code of others runs here on a document's data: the data set's, the task's, the chat
         template's, PIL's. Whatever it raises is about this sample.
         """
-        return read_chat(processor, self.messages(self.documents[self.number]), family)
+        document = self.documents[self.number]
+        texts = [one if isinstance(one, str) else one(document) for one in self.candidates]
+        return read_chat(processor, self.messages(document), family, texts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,12 +113,15 @@ class Reading:
     digest : str
         SHA-256 of what the document shows and asks, before any setting of a model's: alike for
         every checkpoint, family and protocol, and for calibration and evaluation.
+    candidates : tuple of tuple of int
+        Tokens of each answer that is to be scored.
     """
 
     prompt: str
     visuals: tuple[Visual, ...]
     hashes: tuple[str, ...]
     digest: str
+    candidates: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +142,8 @@ class Sample:
         The answer ends before any of these.
     parts : mapping
         What the keys of its answers are made of, beside the cell.
+    candidates : tuple of tuple of int
+        Tokens of each answer that is to be scored; none where one is generated.
     """
 
     task: str
@@ -127,6 +153,7 @@ class Sample:
     options: tuple[tuple[str, Any], ...]
     until: tuple[str, ...]
     parts: Mapping[str, Any]
+    candidates: tuple[tuple[int, ...], ...] = ()
 
 
 class Memo:
@@ -150,14 +177,43 @@ class Memo:
             self._known[request.place] = parts, digest
 
 
-def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -> Reading:
+def with_candidates(
+    instances: Iterable[Instance], datasets: Mapping[str, Any]
+) -> list[tuple[Request, list[list[Instance]]]]:
+    """Requests whose candidates are scored; of each, the instances of every candidate in turn.
+
+    lmms-eval asks for candidates one by one. Those of one prompt are one request, which is read
+    once; copies of an instance, as it makes them to repeat or to keep ranks in step, are alike.
+    """
+    groups: dict[tuple, dict[int, list[Instance]]] = {}
+    for one in instances:
+        context, _, _, number, task, split = one.args
+        group = groups.setdefault((task, split, number, context), {})
+        group.setdefault(one.idx, []).append(one)
+    found = []
+    for group in groups.values():
+        alike = [group[place] for place in sorted(group)]
+        texts = tuple(first.args[1] for first, *_ in alike)
+        found.append((replace(Request.of(alike[0][0], datasets), candidates=texts), alike))
+    return found
+
+
+def read_chat(
+    processor: ProcessorMixin,
+    messages: list[dict],
+    family: Family,
+    candidates: Sequence[str] = (),
+) -> Reading:
     """Messages through the chat template, and the visuals they show, in order, decoded; as a
     family's settings have them.
+
+    Candidates are tokenized as the model's own answer to the messages: see `_candidate`.
 
     Raises
     ------
     UserError
-        If there is a sound among them, or a video and the family or the chat template has none.
+        If there is a sound among them, a video and the family or the chat template has none, or a
+        candidate that is no answer.
     """
     from lmms_eval.protocol import ChatMessages
 
@@ -194,7 +250,8 @@ def read_chat(processor: ProcessorMixin, messages: list[dict], family: Family) -
             "a video is shown, and the checkpoint's chat template leaves it out: mend its "
             "chat_template.jinja, or choose tasks without videos"
         )
-    return Reading(prompt, tuple(shown), tuple(hashes), digest)
+    tokens = tuple(_candidate(processor, chat, prompt, text) for text in candidates)
+    return Reading(prompt, tuple(shown), tuple(hashes), digest, tokens)
 
 
 def open_video(
@@ -292,6 +349,48 @@ def _prompt(processor: ProcessorMixin, chat: ChatMessages) -> str:
     return processor.apply_chat_template(
         chat.to_hf_messages(), tokenize=False, add_generation_prompt=True
     )
+
+
+def _user_turn(context: str, doc_to_visual: Callable[[Any], Any], document: Any) -> list[dict]:
+    """A document as lmms-eval's simple models get it: what it shows, then the text."""
+    from lmms_eval.api.task import ConfigurableMessagesTask
+
+    return ConfigurableMessagesTask._build_user_turn(doc_to_visual(document), context)
+
+
+def _candidate(
+    processor: ProcessorMixin, chat: ChatMessages, prompt: str, text: str
+) -> tuple[int, ...]:
+    """Tokens of an answer that the model might give to a prompt.
+
+    What stands between prompt and answer is the chat template's to say, so that the blanks around
+    the text, such as a task's target_delimiter, are left out, and the answer is taken from where
+    the template puts it as the assistant's turn; what closes the turn is not scored. Prompt and
+    answer are tokenized jointly, since a tokenizer may write a word differently at the beginning of
+    a text; only where a token would reach over the border is the answer tokenized by itself, as the
+    prompt, which all candidates share, ends where the model itself begins to write.
+    """
+    text = text.strip()
+    if not text:
+        raise UserError(
+            "a candidate is empty, and an answer without a token has no likelihood: leave it out "
+            "of the task's choices"
+        )
+    turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    whole = processor.apply_chat_template([*chat.to_hf_messages(), turn], tokenize=False)
+    begin = whole.find(text, len(prompt))
+    if begin < 0 or not whole.startswith(prompt):
+        raise UserError(
+            f"the chat template does not put the answer {short_repr(text)} as it is behind the "
+            "prompt, so that it cannot be scored; mend its chat_template.jinja, or choose tasks "
+            "of output_type generate_until"
+        )
+    tokenizer, end = processor.tokenizer, begin + len(text)
+    own, both, alone = (
+        tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (prompt, whole[:end], whole[len(prompt) : end])
+    )
+    return tuple(both[len(own) :] if both[: len(own)] == own else alone)
 
 
 def check_template(processor: ProcessorMixin, pretrained: str, family: Family) -> None:

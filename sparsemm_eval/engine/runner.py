@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from sparsemm_eval import __version__
 from sparsemm_eval.engine.answers import Answer, AnswerStore, SampleFailures, answer_key
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.checkpoint import Checkpoint
-from sparsemm_eval.engine.decode import Decoded, decode, not_finite_words
+from sparsemm_eval.engine.decode import Decoded, decode, not_finite_words, score
 from sparsemm_eval.engine.decoder import release
 from sparsemm_eval.engine.generation import cut, generation_options
 from sparsemm_eval.engine.memory import (
@@ -199,6 +199,9 @@ class Runner:
         options |= dict(samples[0].options)
         methods = [cell.method for cell in cells]
         how = (self.backend, cells[0].mask, self.cuda_graph)
+        candidates = [sample.candidates for sample in samples]
+        if any(candidates):
+            return score(self.checkpoint.model, inputs, methods, candidates, options, *how)
         return decode(self.checkpoint.model, inputs, methods, options, *how)
 
 
@@ -217,7 +220,7 @@ class _Pass:
         self.digests: dict[tuple[str, str], str] = {}  # of documents, by task and document
         self.words: dict[str, list[str]] = {}  # of the cells, by task
         self.repeats: Counter[str] = Counter()
-        # Samples by generation settings and the cells that lack them.
+        # Samples by generation settings, the cells that lack them, and whether they are scored.
         self.waiting: dict[tuple, list[Sample]] = defaultdict(list)
         self.most_batches = 1
         # Causes of the samples that failed before the first answer; None after it.
@@ -251,16 +254,19 @@ class _Pass:
             return
         for place in lacking:
             self.queued[place].add(keys[place])
-        batch = self.waiting[options, lacking]
+        alike = options, lacking, bool(chat.candidates)
+        batch = self.waiting[alike]
         read = chat.prompt, chat.visuals
-        batch.append(Sample(request.task, request.document, *read, options, until, parts))
+        made = options, until, parts, chat.candidates
+        batch.append(Sample(request.task, request.document, *read, *made))
         if len(batch) == self.runner.batch_size:
-            self._compute(self.waiting.pop((options, lacking)), lacking)
+            self._compute(self.waiting.pop(alike), lacking)
 
     def finish(self) -> list[Answers]:
         """Compute what waits; each cell's answers in the order of the requests."""
-        for options, lacking in list(self.waiting):
-            self._compute(self.waiting.pop((options, lacking)), lacking)
+        for alike in list(self.waiting):
+            _, lacking, _ = alike
+            self._compute(self.waiting.pop(alike), lacking)
         self.runner.store.close()
         return [
             Answers([answers[key] for key in order], frozenset(computed), self.digests)
@@ -336,10 +342,16 @@ class _Pass:
     ) -> list[list[int]]:
         """Cells that are decoded together; each micro-batch reads the prompts again."""
         weights = self.runner.checkpoint.model
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        new_tokens = dict(samples[0].options)["max_new_tokens"]
+        if any(sample.candidates for sample in samples):  # each is a row of its own
+            rows = zip(lengths, samples, strict=True)
+            lengths = [length for length, sample in rows for _ in sample.candidates]
+            new_tokens = max(len(one) for sample in samples for one in sample.candidates)
         batches = plan_micro_batches(
             [self.cells[place].method for place in places],
-            inputs["attention_mask"].sum(1).tolist(),
-            dict(samples[0].options)["max_new_tokens"],
+            lengths,
+            new_tokens,
             token_bytes(weights),
             free_memory(weights),
         )
@@ -469,6 +481,8 @@ class _Pass:
             "batch_size": rows,
             "device": str(self.runner.checkpoint.model.device),
         }
+        if sample.candidates:
+            record["candidates"] = [asdict(one) for one in decoded.candidates[row]]
         if cell.mask is not None:
             record["masked_heads"] = cell.mask.settings
         return Answer(
@@ -542,6 +556,8 @@ def _parts(
         "document": request.document,
         "generation": [list(option) for option in options],
         "until": until,
+        # Only where there are any: a key without is as old as the answers.
+        **({"candidates": chat.candidates} if chat.candidates else {}),
     }
 
 

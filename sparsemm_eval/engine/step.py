@@ -81,6 +81,8 @@ class Prompts:
         Bytes of keys and values of these tokens, by row.
     width : int
         Tokens of the longest prompt.
+    logits : Tensor
+        [samples, vocabulary] float32 of the first new token, as the model made them.
     """
 
     start: Start
@@ -88,6 +90,7 @@ class Prompts:
     kept: Tensor
     kept_bytes: list[int]
     width: int
+    logits: Tensor
 
 
 class Step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -20,7 +20,7 @@ from PIL import Image
 from tenacity import RetryError
 
 from sparsemm_eval.engine.generation import check_generation
-from sparsemm_eval.engine.requests import Request, check_reads_videos
+from sparsemm_eval.engine.requests import Request, check_reads_videos, with_candidates
 from sparsemm_eval.engine.videos import check_decoder
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.families import Family
@@ -36,6 +36,13 @@ _NEEDS_JAVA = re.compile(
 # What a metric's code reaches when it asks another model, or runs a java program.
 _JUDGES = ("lmms_eval.llm_judge", "lmms_eval.verifiers.openai", "openai", "anthropic", "requests")
 _JAVA = ("pycocoevalcap.tokenizer", "pycocoevalcap.meteor", "pycocoevalcap.spice")
+# Output types whose candidates are scored, and those that put an answer into a further turn.
+_SCORED = ("multiple_choice", "loglikelihood")
+_ROUNDS = ("generate_until_multi_round", "generate_until_agentic")
+WITHOUT_PROMPT = (
+    "its metric acc_mutual_info asks for candidates without a prompt, and what is measured here is "
+    "what is kept of a prompt: leave the metric out"
+)
 
 
 def task_manager(tasks: Sequence[str], include_path: Sequence[Path] = ()) -> TaskManager:
@@ -100,10 +107,13 @@ def requests_of(
     check_int("shards", shards, least=shard + 1)
     check_tasks([task])
     part, parts = shard + shards * rank, shards * world_size
+    scored = is_scored(manager, task)
     return (
-        Request.of(instance, {name: loaded.dataset})
-        for name, loaded in _leaves(get_task_dict([task], manager, "chat"))
-        for instance in _instances(loaded, samples, part, parts)
+        request
+        for name, loaded in _leaves(get_task_dict([task], manager, "simple" if scored else "chat"))
+        for request in _requests(
+            _instances(loaded, samples, part, parts), {name: loaded.dataset}, scored
+        )
     )
 
 
@@ -121,6 +131,22 @@ def load_task(task: str, manager: TaskManager) -> Task:
         cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
         words = f"{type(cause).__name__}: {one_line(cause)}"
         raise UserError(f"{task}: its data cannot be loaded ({words})") from error
+
+
+def is_scored(manager: TaskManager, task: str) -> bool:
+    """Whether a task gives candidates to be scored, which lmms-eval gives to simple models alone.
+
+    Its chat models are asked for what they generate.
+    """
+    return _kind(manager, task) in _SCORED
+
+
+def _requests(
+    instances: Sequence[Instance], datasets: Mapping[str, Any], scored: bool
+) -> Iterable[Request]:
+    if scored:
+        return (request for request, _ in with_candidates(instances, datasets))
+    return (Request.of(instance, datasets) for instance in instances)
 
 
 def _leaves(tasks: Mapping[Any, Any]) -> Iterator[tuple[str, Task]]:
@@ -299,14 +325,9 @@ def check_answerable(manager: TaskManager, task: str) -> dict[str, Any]:
     UserError
         In one sentence.
     """
+    check_kind(task, _kind(manager, task))
     config = _config(manager, task)
     check_generation(task, config.get("generation_kwargs"))
-    kind = config.get("output_type") or "generate_until"
-    if kind != "generate_until":
-        raise UserError(
-            f"{task} is of output_type {kind}, and a compressed cache is measured by what is "
-            "generated on it: choose tasks of output_type generate_until"
-        )
     if _shows_videos(config):
         check_decoder()
     return config
@@ -327,6 +348,43 @@ def check_family(manager: TaskManager, task: str, family: type[Family]) -> None:
             raise UserError(f"{task}: {error}") from error
 
 
+def check_kind(task: str, kind: str) -> None:
+    """Refuse a task of an output type that cannot be answered on a compressed cache.
+
+    Raises
+    ------
+    UserError
+        In one sentence.
+    """
+    if kind in _ROUNDS:
+        raise UserError(
+            f"{task} is of output_type {kind}, which asks again with the model's own answer, and a "
+            "cache that was compressed for a prompt takes no second turn: choose tasks of one turn "
+            f"(output_type generate_until, {' or '.join(_SCORED)})"
+        )
+    if kind not in ("generate_until", *_SCORED):
+        raise UserError(
+            f"{task} is of output_type {kind}, which is not measured here: choose tasks of "
+            f"output_type generate_until, {' or '.join(_SCORED)}"
+        )
+
+
+def check_kinds(tasks: Collection[str]) -> None:
+    """`check_kind` of tasks by name alone, of those that lmms-eval or this package brings."""
+    if not tasks:
+        return
+    manager = TaskManager("WARNING", include_path=str(tasks_folder()))
+    for task in sorted(tasks & set(manager.all_subtasks)):
+        check_kind(task, _kind(manager, task))
+
+
+def _kind(manager: TaskManager, task: str) -> str:
+    """A task's output type; its code is not loaded."""
+    path = manager.task_index[task]["yaml_path"]
+    config = {} if path == -1 else load_yaml_config(path, mode="simple")
+    return config.get("output_type") or "generate_until"
+
+
 def _unscorable(task: str, config: Mapping[str, Any]) -> str | None:
     """What lacks here for a task's metrics, in one sentence; None if nothing does."""
     metrics = [metric for metric in config.get("metric_list") or () if isinstance(metric, Mapping)]
@@ -335,6 +393,13 @@ def _unscorable(task: str, config: Mapping[str, Any]) -> str | None:
         return (
             f"{task} has no score here, only a file to submit elsewhere ({', '.join(names)}): "
             "choose a split whose answers are public"
+        )
+    if "acc_mutual_info" in names:
+        return f"{task}: {WITHOUT_PROMPT}"
+    if config.get("output_type") == "loglikelihood" and config.get("process_results") is None:
+        return (
+            f"{task} is of output_type loglikelihood, for which lmms-eval's own metrics fail: give "
+            "it process_results, or choose tasks of output_type multiple_choice"
         )
     code = [config.get("process_results"), *(metric.get("aggregation") for metric in metrics)]
     reached = _reached([one for one in code if isinstance(one, FunctionType)])

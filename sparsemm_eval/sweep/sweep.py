@@ -26,7 +26,14 @@ from sparsemm_eval.engine.answers import Answer, SampleFailures, tally
 from sparsemm_eval.engine.cell import Cell
 from sparsemm_eval.engine.lmms import CellModel, make_runner, results_path, score
 from sparsemm_eval.engine.runner import Runner, raise_failures
-from sparsemm_eval.engine.tasks import LeftOut, check_family, find_tasks, requests_of, runnable
+from sparsemm_eval.engine.tasks import (
+    LeftOut,
+    check_family,
+    find_tasks,
+    is_scored,
+    requests_of,
+    runnable,
+)
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.methods import Plugin
 from sparsemm_eval.paths import write_whole
@@ -327,7 +334,9 @@ class _Process:
                 if cell.method.budget is None and cell.mask is None:
                     full[at] = answers
                 documents = {one.doc_id for one in answers.values()}
-                model = CellModel(runner, cell, documents)
+                model = CellModel(
+                    runner, cell, documents, is_simple=is_scored(self.manager, planned.task)
+                )
                 if (path := self._score(planned, model, answers)) is not None:
                     try:
                         row = load([path]).cells

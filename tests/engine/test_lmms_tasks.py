@@ -1,4 +1,4 @@
-"""Which tasks a sweep may run: any that generates, and what else one needs is said before."""
+"""Which tasks a sweep may run: any of one turn, and what else one needs is said before."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("task", [
     "infovqa_val", "mmmu_val", "ai2d", "mme", "pope", "realworldqa", "scienceqa_img", "mmstar",
     "docvqa_val", "ocrbench", "textvqa_val", "chartqa", "mmbench_en_dev_static", "gqa",
-    "vqav2_val", "docvqa_mini", "textcaps_mini", "mmbench_mini",
+    "vqav2_val", "docvqa_mini", "textcaps_mini", "mmbench_mini", "seedbench_ppl", "arc_easy",
 ])  # fmt: skip
 def test_what_scores_by_sample_needs_nothing(manager: TaskManager, task: str) -> None:
     assert obstacle(manager, task) is None
@@ -42,7 +42,10 @@ def test_what_scores_by_sample_needs_nothing(manager: TaskManager, task: str) ->
     ("mmbench_en_test", "a file to submit elsewhere (submission)"),
     ("mmbench_en_dev", "is scored by a judge"),
     ("llava_in_the_wild", "is scored by a judge"),
-    ("seedbench_ppl", "is of output_type multiple_choice"),
+    ("ovo_forward", "is of output_type generate_until_multi_round, which asks again with"),
+    ("mmsearch_end2end", "takes no second turn: choose tasks of one turn"),
+    ("tau2_bench_telecom", "is of output_type generate_until_agentic, which asks again with"),
+    ("unig2u_illusionbench_arshia_in_shape_visual_cot", "_visual_cot, which is not"),
 ])  # fmt: skip
 def test_what_else_a_task_needs_is_said(manager: TaskManager, task: str, words: str) -> None:
     cause = obstacle(manager, task)
@@ -116,7 +119,7 @@ def test_tasks_that_are_none_are_refused(tmp_path: Path) -> None:
         find_tasks(["docvqa_mini"], [tmp_path / "none"])
 
 
-@pytest.mark.parametrize("task", ["docvqa_test", "seedbench_ppl", "docvqa_vla"])
+@pytest.mark.parametrize("task", ["docvqa_test", "mmsearch_end2end", "docvqa_vla"])
 def test_a_dry_run_refuses_what_the_sweep_refuses(task: str, tmp_path: Path) -> None:
     path = tmp_path / "g.yaml"
     path.write_text(

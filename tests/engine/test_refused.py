@@ -5,10 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine.fixtures import refused, requests, sentence
+from engine.fixtures import SPLIT, TASK, refused, requests, sentence
+from lmms_eval.api.instance import Instance
+from lmms_eval.evaluator import _run_generate_until_agentic
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.lmms import LlavaSparseMM, Qwen2VLSparseMM
+from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadScores
 from sparsemm_eval.tiny import default_checkpoint
 
@@ -134,9 +137,22 @@ def test_no_head_scores_for_a_model_without(llava: Checkpoint) -> None:
     assert llava.pretrained in sentence(caught)
 
 
-def test_no_score_without_decoding(answers: Path) -> None:
+def test_no_second_turn(answers: Path) -> None:
+    """Whether lmms-eval asks for it at once, later in the run, or as if it were a first one."""
     model = Qwen2VLSparseMM(str(default_checkpoint()), method="fullkv", answers=answers)
-    for ask_for in (model.loglikelihood, model.generate_until_multi_round):
-        with pytest.raises(NotImplementedError, match="qwen2vl_sparsemm") as caught:
-            ask_for(requests(1, {}))
-        assert "generate_until" in sentence(caught)
+    asked = requests(1, {}, task="rounds")
+    for request in asked:
+        request.request_type = "generate_until_multi_round"
+    with pytest.raises(UserError, match="rounds is of output_type generate_until_multi_round"):
+        model.generate_until_multi_round(asked)
+    model.task_dict = {TASK: {SPLIT: []}, "ovo_forward": {SPLIT: []}}
+    with pytest.raises(UserError, match="ovo_forward is of output_type") as caught:
+        model.generate_until(requests(1, {}))
+    assert "takes no second turn" in sentence(caught)
+    request = Instance(
+        "generate_until_agentic", ("What?", {}, list, lambda *_, **__: "", 0, TASK, SPLIT), 0,
+        {"task": TASK, "doc_id": 0, "repeats": 1},
+    )  # fmt: skip
+    model.task_dict = {TASK: {SPLIT: [{}]}}
+    with pytest.raises(UserError, match="pages is of output_type generate_until_agentic"):
+        _run_generate_until_agentic(model, [request])

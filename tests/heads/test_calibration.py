@@ -333,7 +333,7 @@ def test_data_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("task", "words"), [
     ("docvqa_vla", "there is no task docvqa_vla"),
-    ("docvqa_mini,seedbench_ppl", "is of output_type multiple_choice"),
+    ("docvqa_mini,ovo_forward", "is of output_type generate_until_multi_round"),
     ("sparsemm_general_mini", "is a group of tasks"),
 ])  # fmt: skip
 def test_tasks_that_cannot_be_read(task: str, words: str) -> None:
