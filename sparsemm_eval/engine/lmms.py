@@ -147,9 +147,9 @@ class CellModel(lmms):
         self._was_asked = True
         tasks = {request.task_name for request in requests}
         check_tasks(tasks)
-        # What lmms-eval will ask later, and what it may ask as if it were of one turn.
-        hidden = tasks if self.is_simple else set()
-        check_kinds(self.task_dict.keys() - tasks | hidden)
+        # What lmms-eval will ask later, and of simple models what it asks as if it were one turn.
+        sure = {one.task_name for one in requests if one.request_type != "generate_until"}
+        check_kinds(self.task_dict.keys() - (sure if self.is_simple else tasks))
         for request in requests:
             _check_request(request)
 
