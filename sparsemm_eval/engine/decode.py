@@ -202,7 +202,8 @@ def score(
     """
     start = time.perf_counter()
     decoder = decoder_of(model)
-    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers)
+    visual = visual_tokens(model, inputs, methods)
+    cache = HeadBudgetCache(methods, backend, mask, decoder.buffers, visual)
     prompts = prefill(model, inputs, options, cache)
     forced = decoder.force(model, cache, prompts, candidates, mask, cuda_graph)
     count = len(methods)
