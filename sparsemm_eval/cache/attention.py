@@ -37,13 +37,13 @@ class SilencingLayer(AttendingLayer):
 
     Parameters
     ----------
-    index : int
-        Which layer it is.
+    index : int or None
+        Which layer it is, among those that methods compress; None of another.
     mask : HeadMask, optional
         Query heads that are silenced, of all layers.
     """
 
-    def __init__(self, index: int, mask: HeadMask | None = None) -> None:
+    def __init__(self, index: int | None, mask: HeadMask | None = None) -> None:
         super().__init__()
         self.index = index
         silent = [] if mask is None else mask.of_layer(index)

@@ -154,7 +154,8 @@ def _append_attend_torch(
     append(key, value, kv)
     starts, lengths = kv.offsets.tolist(), kv.lengths.tolist()
     slots = starts[1] - starts[0]
-    if len(set(lengths)) == 1 and lengths[0] > 0 and starts[-1] == slots * len(lengths):
+    evenly = starts[0] == 0 and starts[-1] == slots * len(lengths)
+    if evenly and len(set(lengths)) == 1 and lengths[0] > 0:
         shape = (len(lengths), slots, query.shape[-1])
         keys = kv.keys[: starts[-1]].view(shape)[:, : lengths[0]]
         values = kv.values[: starts[-1]].view(shape)[:, : lengths[0]]

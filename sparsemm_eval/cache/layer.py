@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
 from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
+from sparsemm_eval.cache.sliding import SlidingKV
 from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.methods import (
@@ -39,13 +40,20 @@ class ReadPrompt:
     """What the layers of one cache share of the prompt they read; the first finds its lengths."""
 
     def __init__(self, visual: Tensor | None) -> None:
-        self.layers: list[RaggedLayer] = []
+        self.layers: list[RaggedLayer] = []  # that are compressed
+        self.clear()
         self.visual = visual  # [samples, n] bool, where a method looks at it
+
+    def clear(self) -> None:
+        """Forget the prompt."""
+        self.visual = None
         self.selections: list[PromptSelection] = []  # of the samples
         self.kept: list[Tensor] = []  # of the layers, while they may still be cut
         self.lengths: list[int] = []  # of the samples as they were read
         self.rows: list[int] = []  # of the rows that are held
         self.checks = Checks()  # of all layers, not yet looked at
+        # By window, how many tokens of each sample the next one sees in it.
+        self.in_window: dict[int, list[int]] = {}
 
     def finish(self) -> None:
         """Cut layers to what they keep in the end, once all are read.
@@ -71,10 +79,11 @@ class RaggedLayer(SilencingLayer):
     is_croppable = False
     supports_early_init = False
     store_type: ClassVar[type[RaggedKV]] = RaggedKV
+    window: int | None = None  # it attends to all tokens that it holds
 
     def __init__(
         self,
-        index: int,
+        index: int | None,
         methods: tuple[Method, ...],
         backend: str,
         prompt: ReadPrompt,
@@ -110,7 +119,7 @@ class RaggedLayer(SilencingLayer):
         key, value = self.pending
         self.pending = None
         window = kwargs.get("sliding_window")
-        if window is not None and self.seen > window:
+        if window != self.window and self.seen > window:
             raise NotImplementedError(
                 f"the model attends to the last {window} tokens only (sliding window), and "
                 f"{self.seen} were read: HeadBudgetCache has no sliding window"
@@ -252,6 +261,50 @@ class RaggedLayer(SilencingLayer):
         return None if None in each else sum(each)
 
 
+class SlidingLayer(RaggedLayer):
+    """One layer of a HeadBudgetCache that is not compressed: it holds its window, in every row.
+
+    Parameters
+    ----------
+    window : int
+        Tokens that one attends to, its own included.
+    methods, backend, prompt, buffer
+        As of a `RaggedLayer`; all methods hold the same.
+    """
+
+    def __init__(
+        self,
+        window: int,
+        methods: tuple[Method, ...],
+        backend: str,
+        prompt: ReadPrompt,
+        buffer: Buffer | None = None,
+    ) -> None:
+        super().__init__(None, methods, backend, prompt, buffer=buffer)
+        self.window = window
+
+    def _compress(
+        self,
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+    ) -> None:
+        samples, heads, n, dim = key.shape
+        group = query.shape[1] // heads
+        self.resolved = resolve_backend(self.requested, key.device, key.dtype, dim, group)
+        first = n - (self.window - 1)
+        seen = (torch.arange(n, device=key.device) >= first).expand(samples, n)
+        if mask is not None:
+            seen = seen & mask[:, 0, -1]
+        held = self.prompt.in_window.get(self.window)
+        if held is None:
+            held = self.prompt.in_window[self.window] = seen.sum(1).tolist()
+        copies = len(self.methods)
+        self.store = SlidingKV.pack_last(key, value, seen, held, self.window, copies, self.buffer)
+
+
 class HeadBudgetCache(Cache):
     """One prompt a row, kept as its method says, then grown token by token.
 
@@ -298,22 +351,29 @@ class HeadBudgetCache(Cache):
         if mask is not None:
             mask.check_shape(methods[0].shape)
         prompt = ReadPrompt(visual)
-        layers = methods[0].shape.layers
-        buffers = [None] * layers if buffers is None else buffers
+        shape = methods[0].shape
+        buffers = [None] * len(shape.places) if buffers is None else buffers
         super().__init__(
             layers=[
-                self.layer_type(layer, methods, backend, prompt, mask, buffers[layer])
-                for layer in range(layers)
+                SlidingLayer(shape.windows[layer], methods, backend, prompt, buffers[layer])
+                if place is None
+                else self.layer_type(place, methods, backend, prompt, mask, buffers[layer])
+                for layer, place in enumerate(shape.places)
             ]
         )
         self.methods = methods
         self._prompt = prompt
-        prompt.layers = self.layers
+        prompt.layers = [layer for layer in self.layers if layer.index is not None]
 
     @property
     def stores(self) -> list[RaggedKV]:
-        """The compressed keys and values of all layers."""
+        """The keys and values of all layers, those of a sliding window among them."""
         return [layer.filled() for layer in self.layers]
+
+    @property
+    def compressed(self) -> list[RaggedKV]:
+        """The keys and values of those layers that methods compress."""
+        return [layer.filled() for layer in self.layers if layer.index is not None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -327,7 +387,7 @@ class HeadBudgetCache(Cache):
 
     def kept(self) -> Tensor:
         """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
-        stores = self.stores
+        stores = self.compressed
         if "kept" not in vars(stores[0]):
             # All layers in one copy: the device is waited for once.
             for store, offsets in zip(stores, torch.stack(self._offsets()).cpu(), strict=True):
@@ -336,7 +396,8 @@ class HeadBudgetCache(Cache):
 
     def _offsets(self) -> list[Tensor]:
         """Offsets of each layer, on the first one's device."""
-        return [store.offsets.to(self.stores[0].offsets.device) for store in self.stores]
+        device = self.compressed[0].offsets.device
+        return [store.offsets.to(device) for store in self.compressed]
 
     def count_tokens(self, tokens: int) -> None:
         """Note on the host that every row on the device is so many tokens longer."""
@@ -348,6 +409,19 @@ class HeadBudgetCache(Cache):
         """Tokens of each row's prompt, padding excluded."""
         return list(self._prompt.rows)
 
+    def kept_bytes(self) -> Tensor:
+        """Bytes of the prompt's keys and values that each row kept: [rows] int64 on the CPU.
+
+        What layers with a sliding window held of the prompt is among them.
+        """
+        shape, keys = self.methods[0].shape, self.stores[0].keys
+        tokens = self.kept().sum((1, 2))
+        lengths = torch.tensor(self._prompt.rows)
+        for window in shape.windows:
+            if window is not None:
+                tokens = tokens + shape.kv_heads * lengths.clamp(max=window - 1)
+        return tokens * 2 * keys.shape[1] * keys.element_size()
+
     def bytes(self) -> CacheBytes:
         """Bytes really held: keys, values, slack and metadata, all layers."""
         return sum((layer.filled().bytes() for layer in self.layers), CacheBytes())
@@ -358,7 +432,7 @@ class HeadBudgetCache(Cache):
 
     def backend(self) -> str:
         """What attends over the ragged rows, once a prompt was read."""
-        return self.layers[0].resolved
+        return self.layers[-1].resolved
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError(
@@ -367,9 +441,7 @@ class HeadBudgetCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt; the next call reads a new one."""
-        prompt = self._prompt
-        prompt.lengths, prompt.rows, prompt.checks = [], [], Checks()
-        prompt.selections, prompt.kept, prompt.visual = [], [], None
+        self._prompt.clear()
         super().reset()
 
 
@@ -396,20 +468,24 @@ def prompt_lengths_of(mask: Tensor | None, samples: int, n: int) -> list[int]:
     Raises
     ------
     NotImplementedError
-        For a mask that does more than hide padding.
+        For a mask that hides a token from a later one, but for padding. That it shows later ones,
+        as Gemma 3's does within an image, is no matter here: the last token sees all that are none.
     """
     if mask is None:
         return [n] * samples
-    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n) or not _only_pads(mask[:, 0]):
+    if mask.dtype != torch.bool or mask.shape != (samples, 1, n, n) or not _shows_past(mask[:, 0]):
         raise NotImplementedError(
             f"attention mask {tuple(mask.shape)} {mask.dtype}: HeadBudgetCache takes a 2-D padding "
-            "mask, no attention pattern of one's own"
+            "mask, no attention pattern of one's own that hides earlier tokens"
         )
     return row_lengths(mask[:, 0, -1], samples, n)
 
 
-def _only_pads(mask: Tensor) -> bool:
-    """Whether a mask [B, n, n] is causal but for keys that no query sees."""
+def _shows_past(mask: Tensor) -> bool:
+    """Whether a mask [B, n, n] shows each query all before it, but for keys that none sees."""
     n = mask.shape[-1]
     causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril()
-    return all(torch.equal(seen, causal & seen[-1]) for seen in mask)
+    return all(
+        torch.equal(seen | causal & seen[-1], seen) and not (seen & ~seen[-1]).any()
+        for seen in mask
+    )

@@ -209,8 +209,7 @@ class RaggedKV:
         Tensor
             [R, 1, Hq, D].
         """
-        if self.slack == 0:
-            self.grow()
+        self.make_way()
         rows, query_heads, _, dim = query.shape
         sequences = rows * self.kv_heads
         out = append_attend(
@@ -223,6 +222,15 @@ class RaggedKV:
         )
         self.count_token()
         return out.reshape(rows, 1, query_heads, dim)
+
+    def make_way(self) -> None:
+        """Have a free slot in every sequence for the next token."""
+        if self.slack == 0:
+            self.grow()
+
+    def held(self) -> Tensor:
+        """Tokens that each sequence holds by now, [rows, kv_heads] int64 on the CPU."""
+        return self.kept + self.steps
 
     def select_rows(self, rows: Tensor) -> RaggedKV:
         """These rows, in this order and as often as named: [R'] indices."""
@@ -257,7 +265,7 @@ class RaggedKV:
     def bytes(self) -> CacheBytes:
         """Bytes held by this layer."""
         slot = self.keys.shape[-1] * self.keys.element_size()
-        filled = (int(self.kept.sum()) + self.kept.numel() * self.steps) * slot
+        filled = int(self.held().sum()) * slot
         slack = 2 * (len(self.keys) * slot - filled)
         metadata = (self.offsets.numel() + self.lengths.numel()) * self.lengths.element_size()
         return CacheBytes(filled, filled, slack, metadata)
@@ -295,7 +303,8 @@ class RaggedKV:
             laid[places] = tokens
             gathered.append(laid)
         shape = (kept.shape[0], self.kv_heads)
-        grown = RaggedKV(*gathered, _offsets(counts + slack), shape, slack, self.steps, self.buffer)
+        offsets = offsets_of(counts + slack)
+        grown = type(self)(*gathered, offsets, shape, slack, self.steps, self.buffer)
         grown.kept = kept
         return grown
 
@@ -306,7 +315,7 @@ def _slack(lengths: Tensor) -> int:
     return max(LEAST_SLACK, min(mean // 10, MOST_SLACK))
 
 
-def _offsets(capacities: Tensor) -> Tensor:
+def offsets_of(capacities: Tensor) -> Tensor:
     """First slot of each sequence, and the end of the last: [S + 1] int32."""
     ends = capacities.cumsum(0, dtype=torch.int32)
     return functional.pad(ends, (1, 0))

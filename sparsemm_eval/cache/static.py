@@ -13,7 +13,8 @@ from transformers import Cache
 from sparsemm_eval.cache.attention import SilencingLayer
 from sparsemm_eval.cache.backends import append_attend
 from sparsemm_eval.cache.ragged import RaggedKV
-from sparsemm_eval.methods import HeadMask
+from sparsemm_eval.cache.sliding import slide
+from sparsemm_eval.methods import HeadMask, ModelShape
 
 
 class StaticCache(Cache):
@@ -26,8 +27,10 @@ class StaticCache(Cache):
     ----------
     devices : sequence of torch.device
         Where each layer lies.
-    rows, kv_heads : int
-        Sizes; rows that are not used have no slots and are marked finished.
+    rows : int
+        Those that are not used have no slots and are marked finished.
+    shape : ModelShape
+        Layers and heads.
     backend : str
         What attends, as resolved by `sparsemm_eval.cache.backends.resolve_backend`.
     mask : HeadMask, optional
@@ -38,23 +41,26 @@ class StaticCache(Cache):
         self,
         devices: Sequence[torch.device],
         rows: int,
-        kv_heads: int,
+        shape: ModelShape,
         backend: str,
         mask: HeadMask | None = None,
     ) -> None:
-        self.rows, self.kv_heads = rows, kv_heads
-        sequences = rows * kv_heads
+        self.rows, self.kv_heads = rows, shape.kv_heads
+        sequences = rows * shape.kv_heads
+        windows = shape.windows or (None,) * shape.layers
         self.offsets: list[Tensor] = []  # [layers, S + 1] of each device
         self.lengths: list[Tensor] = []  # [layers, S] of each device
         layers = []
         for device, places in groupby(range(len(devices)), lambda layer: devices[layer]):
             numbers = list(places)
-            shape = {"dtype": torch.int32, "device": device}
-            self.offsets.append(torch.zeros(len(numbers), sequences + 1, **shape))
-            self.lengths.append(torch.full((len(numbers), sequences), -1, **shape))
+            kind = {"dtype": torch.int32, "device": device}
+            self.offsets.append(torch.zeros(len(numbers), sequences + 1, **kind))
+            self.lengths.append(torch.full((len(numbers), sequences), -1, **kind))
             layers += [
-                StaticLayer(layer, self.offsets[-1][place], self.lengths[-1][place], backend, mask)
-                for place, layer in enumerate(numbers)
+                StaticLayer(shape.places[layer], offsets, lengths, backend, mask, windows[layer])
+                for layer, offsets, lengths in zip(
+                    numbers, self.offsets[-1], self.lengths[-1], strict=True
+                )
             ]
         super().__init__(layers=layers)
 
@@ -102,10 +108,17 @@ class StaticLayer(SilencingLayer):
     is_croppable = False
 
     def __init__(
-        self, index: int, offsets: Tensor, lengths: Tensor, backend: str, mask: HeadMask | None
+        self,
+        index: int | None,
+        offsets: Tensor,
+        lengths: Tensor,
+        backend: str,
+        mask: HeadMask | None,
+        window: int | None,
     ) -> None:
-        super().__init__(index, mask)
+        super().__init__(index, None if index is None else mask)
         self.offsets, self.lengths, self.backend = offsets, lengths, backend
+        self.window = window
         self.longest = 0
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -130,6 +143,8 @@ class StaticLayer(SilencingLayer):
         rows, heads, _, dim = key.shape
         query_heads = query.shape[1]
         scale = kwargs.get("scaling")
+        if self.window is not None:
+            slide(self.offsets, self.lengths, self.window)
         out = append_attend(
             self.backend,
             query.reshape(rows * heads, query_heads // heads, dim),

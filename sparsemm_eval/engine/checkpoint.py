@@ -128,7 +128,7 @@ class Checkpoint:
 
     @property
     def shape(self) -> ModelShape:
-        """Layers and heads of the decoder."""
+        """Layers and heads of the decoder that methods compress."""
         return ModelShape.from_config(self.config)
 
     @cached_property
@@ -195,7 +195,7 @@ class Checkpoint:
                 f"pretrained={self.pretrained}: its weight files lack {len(missing)} tensors that "
                 f"its config.json asks for, such as {missing[0]}"
             )
-        layers = self.shape.layers
+        layers = len(self.shape.places)
         if more := [
             name for name in sorted(info["unexpected_keys"]) if f".layers.{layers}." in name
         ]:

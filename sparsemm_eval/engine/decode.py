@@ -69,7 +69,8 @@ class Decoded:
     kept : Tensor
         [rows, L, H] tokens of the prompt that were kept.
     kept_bytes : list of int
-        Bytes of keys and values of these tokens.
+        Bytes of keys and values of these tokens, and of what layers that no method compresses
+        hold of the prompt.
     cache_bytes : list of int
         Bytes of the row's cache at the end: new tokens, slack and metadata included. Of many
         rows, when the row was taken out of the batch, which may be steps after its own last.
@@ -311,15 +312,9 @@ def prefill(
     not_finite = look.first > 0
     of_samples = (ids, positions, ended | not_finite, not_finite)
     start = Start(*(x.repeat_interleave(count, 0) for x in of_samples))
-    kept = cache.kept()
-    return Prompts(
-        start,
-        cache.prompt_lengths(),
-        kept,
-        _kept_bytes(cache, kept),
-        padding.shape[1],
-        out.logits[0],
-    )
+    lengths, kept_bytes = cache.prompt_lengths(), cache.kept_bytes().tolist()
+    width = padding.shape[1]
+    return Prompts(start, lengths, cache.kept(), kept_bytes, width, out.logits[0])
 
 
 def _generate(
@@ -351,7 +346,7 @@ def _generate(
         tokens=tokens,
         prompt_tokens=cache.prompt_lengths()[::beams],
         kept=kept,
-        kept_bytes=_kept_bytes(cache, kept),
+        kept_bytes=cache.kept_bytes()[::beams].tolist(),
         cache_bytes=cache.row_bytes().view(-1, beams).sum(1).tolist(),
         not_finite=not_finite,
         kl_full=[None] * len(out),
@@ -382,9 +377,3 @@ class _Look(LogitsProcessor):
 def _cut(row: Tensor, ends: Sequence[int]) -> Tensor:
     stops = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
     return row[: stops[0, 0]] if len(stops) else row
-
-
-def _kept_bytes(cache: HeadBudgetCache, kept: Tensor) -> list[int]:
-    """Bytes of the kept tokens' keys and values, by row."""
-    keys = cache.layers[0].filled().keys
-    return (kept.sum((1, 2)) * 2 * keys.shape[1] * keys.element_size()).tolist()

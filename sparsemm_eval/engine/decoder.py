@@ -189,8 +189,10 @@ class _Loop:
             cache.backend(),
             way,
         )
-        # Of a model that attends to so many last tokens only; None if it has no such window.
-        self.window = getattr(model.config.get_text_config(), "sliding_window", None)
+        # Of a model all of whose layers attend to so many last tokens only; else None.
+        self.window = None
+        if not cache.methods[0].shape.windows:
+            self.window = getattr(model.config.get_text_config(), "sliding_window", None)
         self.width = prompts.width
         # Of the rows of the whole batch; `going` are those that are still in it.
         self.going = torch.arange(rows, device=model.device)
@@ -209,7 +211,7 @@ class _Loop:
             flag = _EndFlag(self.model.device) if self.key.ends else None
             over = False
             while self.done < self.most and not over:
-                if self.cache.stores[0].slack == 0:
+                if self._slack() == 0:
                     for store in self.cache.stores:
                         store.grow()
                     step.cache.load(self.cache.stores, step.ended)
@@ -227,7 +229,7 @@ class _Loop:
     ) -> bool:
         """Decode until slots run out, or half of the rows have ended; whether all have."""
         begun, rows, over = self.done, len(self.going), False
-        end = min(self.most, begun + self.cache.stores[0].slack)
+        end = min(self.most, begun + self._slack())
         while self.done < end and not over:
             if self.window is not None and self.width + self.done >= self.window:
                 raise NotImplementedError(
@@ -255,6 +257,10 @@ class _Loop:
         self.new_tokens[self.done, self.going] = chosen
         if self.done == 1 and self.full is not None and self.count > 1:
             self._compare(step.logits[:rows])
+
+    def _slack(self) -> int:
+        """Tokens that every layer has slots for."""
+        return min(store.slack for store in self.cache.stores)
 
     def _step(self) -> Step:
         return self.decoder.step(self.model, self.cache, self.key)

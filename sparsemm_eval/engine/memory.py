@@ -28,10 +28,13 @@ def row_bytes(method: Method, tokens: int, new_tokens: int, token_bytes: int) ->
     tokens, new_tokens : int
         Of the prompt, and at most after it.
     token_bytes : int
-        One token's keys and values in all layers and KV heads.
+        One token's keys and values in all layers that methods compress, and KV heads.
     """
     kept = min(tokens, method.tokens(tokens))
-    return (kept + new_tokens + LEAST_SLACK) * token_bytes
+    windows = [window for window in method.shape.windows if window is not None]
+    sliding = sum(min(tokens + new_tokens, window) + LEAST_SLACK for window in windows)
+    a_layer = token_bytes // method.shape.layers
+    return (kept + new_tokens + LEAST_SLACK) * token_bytes + sliding * a_layer
 
 
 def plan_micro_batches(
@@ -75,7 +78,7 @@ def plan_micro_batches(
 
 
 def token_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one token's keys and values in all layers and KV heads."""
+    """Bytes of one token's keys and values in all layers that methods compress, and KV heads."""
     shape = ModelShape.from_config(model.config)
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * model.dtype.itemsize
 

@@ -114,8 +114,8 @@ class Step:
         device, rows = model.device, key.rows
         self.key, self.family = key, family_of(model.config)
         devices = [store.keys.device for store in cache.stores]
-        kv_heads = cache.stores[0].kv_heads
-        self.cache = StaticCache(devices, rows, kv_heads, key.backend, key.mask)
+        shape = cache.methods[0].shape
+        self.cache = StaticCache(devices, rows, shape, key.backend, key.mask)
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.ended = torch.ones(rows, dtype=torch.bool, device=device)
@@ -161,7 +161,7 @@ class Step:
         """Capture the step as a CUDA graph; buffers are left as they are."""
         # A step that is run for its kernels to be loaded must not count: what it writes into slots
         # is written again, and the rest is put back.
-        changed = [self.ids, self.positions, self.ended, *self.cache.lengths]
+        changed = [self.ids, self.positions, self.ended, *self.cache.offsets, *self.cache.lengths]
         changed += [] if self.seen is None else [self.seen]
         before = [x.clone() for x in changed]
         stream = torch.cuda.Stream(model.device)

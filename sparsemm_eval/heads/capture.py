@@ -27,6 +27,7 @@ from sparsemm_eval.engine.requests import Visual, model_inputs
 from sparsemm_eval.engine.videos import Video
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family
+from sparsemm_eval.methods import ModelShape
 
 # Rows whose logits over all keys are held at a time.
 _BLOCK = 32
@@ -124,10 +125,9 @@ def teacher_forced(
     forced = dict(inputs)
     forced["input_ids"] = extend("input_ids", ends, pad_token or 0)
     forced["attention_mask"] = extend("attention_mask", [torch.ones_like(e) for e in ends], 0)
-    if "mm_token_type_ids" in inputs:
-        forced["mm_token_type_ids"] = extend(
-            "mm_token_type_ids", [torch.zeros_like(e) for e in ends], 0
-        )
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            forced[name] = extend(name, [torch.zeros_like(e) for e in ends], 0)
     if not {"image_grid_thw", "video_grid_thw"} & inputs.keys():
         # Qwen2-VL makes positions of its own from the mask; others count padding unless told.
         forced["position_ids"] = (forced["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -181,18 +181,19 @@ class ArgmaxCapture(Cache):
 
     Parameters
     ----------
-    layers : int
-        Layers of the decoder.
+    shape : ModelShape
+        Of the decoder; layers that methods do not compress are left out.
     rows : int
         Tokens of the longest answer; answers end where the rows of the batch end.
     """
 
-    def __init__(self, layers: int, rows: int) -> None:
-        super().__init__(layers=[_ArgmaxLayer(rows) for _ in range(layers)])
+    def __init__(self, shape: ModelShape, rows: int) -> None:
+        self.captures = [_ArgmaxLayer(rows) for _ in range(shape.layers)]
+        super().__init__(layers=_beside_others(shape, self.captures))
 
     def looked(self) -> Tensor:
         """[B, L, Hq, rows]: position of the largest weight in the row that wrote each token."""
-        return torch.stack([layer.looked for layer in self.layers], 1).cpu()
+        return torch.stack([layer.looked for layer in self.captures], 1).cpu()
 
 
 class WeightCapture(Cache):
@@ -200,21 +201,27 @@ class WeightCapture(Cache):
 
     Parameters
     ----------
-    layers : int
-        Layers of the decoder.
+    shape : ModelShape
+        Of the decoder; layers that methods do not compress are left out.
     rows : int
         Tokens of the answer; all answers of the batch have as many.
     positions : ndarray
         Integers: the positions whose weights are kept.
     """
 
-    def __init__(self, layers: int, rows: int, positions: np.ndarray) -> None:
+    def __init__(self, shape: ModelShape, rows: int, positions: np.ndarray) -> None:
         columns = torch.from_numpy(positions)
-        super().__init__(layers=[_MeanLayer(rows, columns) for _ in range(layers)])
+        self.captures = [_MeanLayer(rows, columns) for _ in range(shape.layers)]
+        super().__init__(layers=_beside_others(shape, self.captures))
 
     def weights(self) -> Tensor:
         """[B, L, Hq, positions]: mean over the rows that wrote the answer."""
-        return torch.stack([layer.weights for layer in self.layers], 1)
+        return torch.stack([layer.weights for layer in self.captures], 1)
+
+
+def _beside_others(shape: ModelShape, captures: Sequence[_CaptureLayer]) -> list[_CaptureLayer]:
+    """A layer for each of the model's: those that capture, and others that only attend."""
+    return [_OtherLayer(0) if place is None else captures[place] for place in shape.places]
 
 
 class _CaptureLayer(AttendingLayer):
@@ -273,6 +280,11 @@ class _CaptureLayer(AttendingLayer):
     def get_max_cache_shape(self) -> int:
         """The name of `get_max_length` in transformers 5.17."""
         return -1
+
+
+class _OtherLayer(_CaptureLayer):
+    def capture(self, blocks: Iterator[Tensor], scaling: float) -> None:
+        """Look at nothing."""
 
 
 class _ArgmaxLayer(_CaptureLayer):

@@ -144,7 +144,7 @@ def _score_annotated(
     ids = inputs["input_ids"]
     looked = np.zeros((len(pages), shape.layers, shape.query_heads, 0), dtype=int)
     if rows:
-        capture = ArgmaxCapture(shape.layers, rows)
+        capture = ArgmaxCapture(shape, rows)
         # Logits tell what the model would write in place of a known text; a generated one is its.
         keep = rows + 1 if any(page.aligned for page in pages) else 1
         ids, logits = feed(checkpoint, inputs, answers, capture, keep)

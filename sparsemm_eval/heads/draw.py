@@ -172,7 +172,7 @@ def attend(checkpoint: Checkpoint, scene: Scene, max_new_tokens: int = 64) -> Im
             f"the answer to {scene.question!r} is empty: no token of it has attention to draw; "
             "ask another question"
         )
-    capture = WeightCapture(checkpoint.shape.layers, len(answer), positions)
+    capture = WeightCapture(checkpoint.shape, len(answer), positions)
     feed(checkpoint, inputs, [answer], capture)
     weights = capture.weights()[0].float().numpy()
     return ImageAttention(tokenizer.decode(answer).strip(), len(answer), weights, regions[0])

@@ -21,7 +21,7 @@ from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
 from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import family_of
-from sparsemm_eval.methods import Ranking
+from sparsemm_eval.methods import ModelShape, Ranking
 from sparsemm_eval.methods.sensitivity import RULES, rule_scores
 
 # Bytes beside the model and a prompt: at least, and as a share of the weights'.
@@ -41,14 +41,21 @@ class SharedPrompt(Cache):
 
     Parameters
     ----------
-    layers : int
-        Of the decoder.
+    shape : ModelShape
+        Of the decoder; rows see all of what layers that methods do not compress attend to.
     window : int
         Queries that observe the prompt, for the rankings of `sparsemm_eval.methods.sensitivity`.
     """
 
-    def __init__(self, layers: int, window: int) -> None:
-        super().__init__(layers=[_SharedLayer(window) for _ in range(layers)])
+    def __init__(self, shape: ModelShape, window: int) -> None:
+        self.starved = [_SharedLayer(window) for _ in range(shape.layers)]
+        self.sliding = [_SlidingLayer(window) for window in shape.windows if window is not None]
+        others = iter(self.sliding)
+        super().__init__(
+            layers=[
+                next(others) if place is None else self.starved[place] for place in shape.places
+            ]
+        )
 
     def begin(self, rules: Tensor, counts: Tensor) -> None:
         """Start rows that have nothing but the prompt.
@@ -60,8 +67,10 @@ class SharedPrompt(Cache):
         counts : Tensor
             [rows, L, H] int64: how many of the ranking it sees.
         """
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.starved):
             layer.begin(rules[:, number], counts[:, number])
+        for layer in self.sliding:
+            layer.begin_rows(len(rules))
 
     def bytes(self) -> int:
         """Bytes of keys, values and rankings."""
@@ -93,7 +102,11 @@ class _SharedLayer(AttendingLayer):
         heads = torch.arange(rules.shape[1], device=rules.device)
         # One row may see all of a head by any rule.
         self.hidden = self.ranks[rules, heads] >= counts[..., None]  # [rows, H, n]
-        shape = (len(rules), self.key.shape[0], 0, self.key.shape[2])
+        self.begin_rows(len(rules))
+
+    def begin_rows(self, rows: int) -> None:
+        """Start so many rows that have nothing of an answer yet."""
+        shape = (rows, self.key.shape[0], 0, self.key.shape[2])
         self.new = (self.key.new_zeros(shape), self.value.new_zeros(shape))
 
     def attend(
@@ -126,15 +139,23 @@ class _SharedLayer(AttendingLayer):
         # All rows' queries of a head in one product with its keys.
         flat = grouped.transpose(0, 1).reshape(heads, -1, dim)
         on_prompt = (flat @ self.key.to(exact).transpose(1, 2)).view(heads, rows, -1, tokens, n)
-        on_prompt.masked_fill_(self.hidden.transpose(0, 1)[:, :, None, None], -torch.inf)
+        on_prompt.masked_fill_(self._hidden(tokens), -torch.inf)
         on_new = (grouped @ new_key.to(exact)[:, :, None].transpose(-1, -2)).transpose(0, 1)
         steps = torch.arange(new_key.shape[2], device=query.device)
-        on_new = on_new.masked_fill(steps > steps[-tokens:, None], -torch.inf)
+        on_new = on_new.masked_fill(self._unseen(steps, steps[-tokens:, None]), -torch.inf)
         weights = torch.cat([on_prompt, on_new], -1).softmax(-1)  # [H, rows, G, tokens, n + new]
         out = weights[..., :n].reshape(heads, -1, n) @ self.value.to(exact)
         out = out.view(heads, rows, -1, tokens, dim).transpose(0, 1)
         out = out + weights[..., n:].transpose(0, 1) @ new_value.to(exact)[:, :, None]
         return out.flatten(1, 2).transpose(1, 2).to(query.dtype)
+
+    def _hidden(self, tokens: int) -> Tensor:
+        """What of the prompt the newest tokens do not see; as [H, rows, G, tokens, n]."""
+        return self.hidden.transpose(0, 1)[:, :, None, None]
+
+    def _unseen(self, steps: Tensor, own: Tensor) -> Tensor:
+        """Which tokens of the answer those at places `own` do not see."""
+        return steps > own
 
     def get_seq_length(self) -> int:
         return 0 if self.key is None else self.key.shape[1] + self.new[0].shape[2]
@@ -148,6 +169,26 @@ class _SharedLayer(AttendingLayer):
     def get_max_cache_shape(self) -> int:
         """The name of `get_max_length` in transformers 5.17."""
         return -1
+
+
+class _SlidingLayer(_SharedLayer):
+    """One prompt under many rows that all see the last tokens of it."""
+
+    def __init__(self, window: int) -> None:
+        super().__init__(window)
+        self.ranks = torch.empty(0)
+
+    def _read(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+        self.begin_rows(1)
+
+    def _hidden(self, tokens: int) -> Tensor:
+        n, after = self.key.shape[1], self.new[0].shape[2]
+        places = torch.arange(n + after, device=self.key.device)
+        return self._unseen(places[:n], places[-tokens:, None])
+
+    def _unseen(self, steps: Tensor, own: Tensor) -> Tensor:
+        return (steps > own) | (steps <= own - self.window)
 
 
 class AnsweredPrompt:
@@ -182,8 +223,8 @@ class AnsweredPrompt:
         answer: list[int] | None = None,
     ) -> None:
         self.model, self.family = model, family_of(model.config)
-        shape = model.config.get_text_config()
-        self.cache = SharedPrompt(shape.num_hidden_layers, window)
+        shape = ModelShape.from_config(model.config)
+        self.cache = SharedPrompt(shape, window)
         given = {CACHE_ARGUMENT: self.cache, **options}
         if answer is not None:
             given["max_new_tokens"] = 1
@@ -193,8 +234,7 @@ class AnsweredPrompt:
         self.answer: list[int] = ids[0, self.n :].tolist() if answer is None else answer
         delta = self.family.rope_delta(model)
         self.first = self.n + (0 if delta is None else int(delta[0, 0]))
-        heads = self.cache.layers[0].key.shape[0]
-        everything = np.full((1, len(self.cache.layers), heads), self.n)
+        everything = np.full((1, shape.layers, shape.kv_heads), self.n)
         self.whole = self._log_probabilities(np.zeros_like(everything), everything)[0]
         if not self.whole.isfinite().all():
             raise UserError(f"what is lost by starving heads means nothing, {self._not_finite()}")

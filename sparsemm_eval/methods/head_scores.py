@@ -23,6 +23,8 @@ _KEY = re.compile(r"([0-9]{1,6})-([0-9]{1,6})")
 # So large that no mean of as many as a file can hold overflows.
 _LARGEST = 1e300
 FILE_NAME = "head_scores.json"
+# Kinds of layers, as configs name them.
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ModelShape:
     Parameters
     ----------
     layers : int
-        Decoder layers (L).
+        Decoder layers (L) that methods compress: those that attend to all tokens, or, where none
+        does, all of them. Layers are counted among these alone, here and in all files of scores.
     query_heads : int
         Query heads a layer.
     kv_heads : int
@@ -40,6 +43,10 @@ class ModelShape:
     head_dim : int, optional
         Numbers in one head's query, key or value (D). No method depends on it, so that it does not
         make two shapes unequal.
+    windows : tuple, optional
+        Of each layer of the model, to how many of the last tokens it attends, its own included;
+        None where to all: those are the `layers`. Empty where no layer is left out. As `head_dim`
+        it makes no two shapes unequal.
 
     Raises
     ------
@@ -51,6 +58,7 @@ class ModelShape:
     query_heads: int
     kv_heads: int
     head_dim: int | None = field(default=None, compare=False, repr=False)
+    windows: tuple[int | None, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("layers", "query_heads", "kv_heads", "head_dim"):
@@ -70,6 +78,14 @@ class ModelShape:
         """Query heads that share one KV head (G)."""
         return self.query_heads // self.kv_heads
 
+    @property
+    def places(self) -> tuple[int | None, ...]:
+        """Of each layer of the model its number among `layers`; None where it is left out."""
+        if not self.windows:
+            return tuple(range(self.layers))
+        counted = iter(range(self.layers))
+        return tuple(next(counted) if window is None else None for window in self.windows)
+
     @classmethod
     def from_config(cls, config: Any) -> "ModelShape":
         """Read the decoder's shape from a transformers config, of a whole model or its text part.
@@ -77,7 +93,8 @@ class ModelShape:
         Raises
         ------
         UserError
-            If the config does not say how many layers and heads there are, or they do not fit.
+            If the config does not say how many layers and heads there are, or they do not fit; or
+            if it has layers of other kinds than full and sliding attention.
         """
         text = config.get_text_config()
         layers = getattr(text, "num_hidden_layers", None)
@@ -93,7 +110,34 @@ class ModelShape:
         kv_heads = query_heads if kv_heads is None else kv_heads
         shape = cls(layers, query_heads, kv_heads, getattr(text, "head_dim", None))
         head_dim = shape.head_dim or text.hidden_size // shape.query_heads
-        return cls(layers, query_heads, kv_heads, head_dim)
+        windows = _windows(text)
+        layers = windows.count(None) if windows else layers
+        return cls(layers, query_heads, kv_heads, head_dim, windows)
+
+
+def _windows(text: Any) -> tuple[int | None, ...]:
+    """Windows of a decoder's layers, if they are of two kinds; () if all are of one."""
+    kinds = tuple(getattr(text, "layer_types", None) or ())
+    decoder = f"a decoder of model_type={getattr(text, 'model_type', '')}"
+    if others := sorted(set(kinds) - {_FULL, _SLIDING}):
+        raise UserError(
+            f"{decoder} has layers of {others[0]}: SparseMM-Eval compresses layers of {_FULL}, "
+            f"beside which there may be layers of {_SLIDING}; take another model"
+        )
+    if getattr(text, "num_kv_shared_layers", None):
+        raise UserError(
+            f"{decoder} has num_kv_shared_layers={text.num_kv_shared_layers}: layers that read "
+            "another layer's keys and values are not supported; take another model"
+        )
+    if len(set(kinds)) < 2:
+        return ()
+    window = getattr(text, "sliding_window", None)
+    if not isinstance(window, int) or window < 2:
+        raise UserError(
+            f"{decoder} has layers of {_SLIDING} and sliding_window={short_repr(window)}: it must "
+            "be an integer of at least 2"
+        )
+    return tuple(window if kind == _SLIDING else None for kind in kinds)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -106,9 +106,15 @@ def budgeted(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
 
 
 def shape_of(model: PreTrainedModel) -> ModelShape:
-    """Layers and heads of the decoder."""
+    """Layers and heads of the decoder; of sliding layers beside full ones, their windows."""
     text = model.config.get_text_config()
-    return ModelShape(text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+    kinds = list(getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers)
+    windows = ()
+    if len(set(kinds)) == 2:
+        windows = [None if kind == "full_attention" else text.sliding_window for kind in kinds]
+        kinds = [kind for kind in kinds if kind == "full_attention"]
+    heads = text.num_attention_heads, text.num_key_value_heads
+    return ModelShape(len(kinds), *heads, windows=tuple(windows))
 
 
 def method_for(

@@ -5,6 +5,7 @@ prompt, the method is asked which tokens each KV head keeps; from then on the ot
 Attention is written out, in the model's precision, and shares no code with the cache under test.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -31,11 +32,20 @@ class Oracle:
         [B, n] bool, False on padding.
     visual : Tensor
         [B, n] bool, True on tokens of an image.
+    both_ways : bool
+        Whether tokens of an image see those of the same image after them too.
     """
 
-    def __init__(self, method: Method, valid: Tensor, visual: Tensor) -> None:
+    def __init__(
+        self, method: Method, valid: Tensor, visual: Tensor, both_ways: bool = False
+    ) -> None:
         self.method, self.valid, self.visual = method, valid, visual
-        self.read: dict[int, tuple[Tensor, ...]] = {}
+        self.places = method.shape.places
+        self.read: dict[int, tuple[Tensor, ...]] = {}  # of the layers that are compressed
+        self.steps: Counter[int] = Counter()  # by layer, tokens that were fed one by one
+        begins = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+        image = begins.cumsum(1) * visual
+        self.alike = (image[:, :, None] == image[:, None]) & visual[:, None] & both_ways
 
     @cached_property
     def kept(self) -> dict[int, Tensor]:
@@ -60,18 +70,25 @@ class Oracle:
         """Tokens of the prompt that are kept, [B, L, H]."""
         return torch.stack([self.kept[layer].sum(-1) for layer in sorted(self.kept)], 1)
 
-    def visible(self, layer: int, *read: Tensor) -> Tensor:
+    def visible(self, layer: int, window: int | None, *read: Tensor) -> Tensor:
         """Who sees whom, [B, H, m, positions]; the first call of a layer reads the prompt."""
         rows, heads, positions, _ = read[1].shape
-        if layer not in self.read:
-            self.read[layer] = read
-            past = torch.ones(positions, positions, dtype=torch.bool).tril()
+        place, asked = self.places[layer], read[0].shape[2]
+        to = torch.arange(positions)
+        own = to[-asked:, None]
+        near = to > own - (positions + 1 if window is None else window)
+        if asked == positions:
+            if place is not None:
+                self.read[place] = read
+            past = (to <= own) | self.alike
             # A padded position sees itself, or it would see nothing and turn into NaN.
-            seen = (past & self.valid[:, None]) | torch.eye(positions, dtype=torch.bool)
+            seen = (past & near & self.valid[:, None]) | torch.eye(positions, dtype=torch.bool)
             return seen[:, None].expand(rows, heads, positions, positions)
-        since = positions - self.valid.shape[1]
-        answer = torch.ones(rows, heads, since, dtype=torch.bool)
-        return torch.cat([self.kept[layer], answer], -1)[:, :, None]
+        self.steps[layer] += 1
+        read = self.valid[:, None].expand(-1, heads, -1) if place is None else self.kept[place]
+        answer = torch.ones(rows, heads, self.steps[layer], dtype=torch.bool)
+        # transformers' own cache drops what has left a window.
+        return torch.cat([read, answer], -1)[..., -positions:][:, :, None] & near
 
 
 def _attend(
@@ -83,7 +100,9 @@ def _attend(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    visible = module.oracle.visible(module.layer_idx, query, key, value, module.o_proj.weight)
+    window = kwargs.get("sliding_window")
+    read = (query, key, value, module.o_proj.weight)
+    visible = module.oracle.visible(module.layer_idx, window, *read)
     group = query.shape[1] // key.shape[1]
     key, value, visible = (x.repeat_interleave(group, 1) for x in (key, value, visible))
     logits = torch.einsum("bhmd,bhnd->bhmn", query, key) * scaling
@@ -104,7 +123,8 @@ def generate_masked(
     """
     beams = options.get("num_beams", 1)
     seen = (inputs["attention_mask"].bool(), visual_of(model, inputs))
-    oracle = Oracle(method, *(x.repeat_interleave(beams, 0) for x in seen))
+    seen = (x.repeat_interleave(beams, 0) for x in seen)
+    oracle = Oracle(method, *seen, both_ways="token_type_ids" in inputs)
     decoder = getattr(model.model, "language_model", None) or model.model.text_model
     for layer in decoder.layers:
         layer.self_attn.oracle = oracle

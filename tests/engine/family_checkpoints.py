@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -203,6 +207,60 @@ def internvl_processor() -> InternVLProcessor:
 def build_internvl(folder: Path, decoder: str = "qwen2") -> Path:
     """Write an InternVL checkpoint; return its folder."""
     return _write(folder, internvl_model(decoder), internvl_processor())
+
+
+_GEMMA3_TOKENS = {
+    "image_token": "<image_soft_token>", "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}  # fmt: skip
+
+
+def gemma3_model(window: int = 12) -> PreTrainedModel:
+    """Draw a Gemma 3 of two full layers and two of such a window: 3 x 3 tokens an image."""
+    text = text_settings(
+        vocab_size=len(VOCABULARY) + len(_GEMMA3_TOKENS),
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=window,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        tie_word_embeddings=False,
+    )
+    config = Gemma3Config(
+        text_config=text,
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": TILE, "patch_size": PATCH,
+        },
+        mm_tokens_per_image=9,
+        tie_word_embeddings=False,
+        image_token_index=len(VOCABULARY),
+        boi_token_index=len(VOCABULARY) + 1,
+        eoi_token_index=len(VOCABULARY) + 2,
+    )  # fmt: skip
+    model = _draw(Gemma3ForConditionalGeneration, config)
+    # Zero at the start, as released weights are not.
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(generator=generator)
+    return model
+
+
+def gemma3_processor() -> Gemma3Processor:
+    """Make the processor."""
+    tokens = list(_GEMMA3_TOKENS.values())
+    vocabulary = VOCABULARY | {token: len(VOCABULARY) + n for n, token in enumerate(tokens)}
+    return Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": TILE, "width": TILE}),
+        tokenizer_of(vocabulary, extra_special_tokens=_GEMMA3_TOKENS),
+        chat_template=chat_template("<start_of_image>"),
+        image_seq_length=9,
+    )
+
+
+def build_gemma3(folder: Path, window: int = 12) -> Path:
+    """Write a Gemma 3 checkpoint; return its folder."""
+    return _write(folder, gemma3_model(window), gemma3_processor())
 
 
 _SMOLVLM_TOKENS = (

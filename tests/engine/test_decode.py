@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cache.models import FAMILIES, SAMPLES, budgeted, method_for, prompt
+from cache.models import FAMILIES, SAMPLES, Sample, budgeted, method_for, prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -213,6 +213,18 @@ def test_an_answer_longer_than_a_sliding_window(monkeypatch: pytest.MonkeyPatch)
     assert len(decode(model, inputs, chosen, {**LONG, "max_new_tokens": 21})[0].tokens[0]) == 21
     with pytest.raises(NotImplementedError, match=f"last {width + 20} tokens only"):
         decode(model, inputs, chosen, {**LONG, "max_new_tokens": 22})
+
+
+def test_layers_of_very_unlike_length_grow_before_the_first_is_full() -> None:
+    """PyramidKV keeps least in the last layer, which then has the fewest free slots."""
+    model = budgeted("mistral", seed=3)
+    inputs = prompt(model, [Sample(600, None, 5)])
+    method = method_for(model, "pyramidkv", budget=260)
+    (found,) = decode(model, inputs, [method], LONG)
+    with torch.inference_mode():
+        wanted = _generate(model, inputs, method, LONG, "auto", None)
+    assert_same([found], [wanted])
+    assert found.kept[0, 0, 0] > 10 * found.kept[0, -1, 0]
 
 
 def test_a_decoder_goes_with_its_model() -> None:

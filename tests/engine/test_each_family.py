@@ -19,6 +19,7 @@ from cache.models import shape_of
 from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
 from engine.family_checkpoints import (
     TILE,
+    build_gemma3,
     build_idefics3,
     build_internvl,
     build_qwen2,
@@ -45,6 +46,7 @@ from transformers.video_utils import VideoMetadata, load_video
 
 from sparsemm_eval.engine.decode import decode
 from sparsemm_eval.engine.lmms import SparseMM
+from sparsemm_eval.engine.memory import row_bytes, token_bytes
 from sparsemm_eval.engine.requests import Sample, read_chat
 from sparsemm_eval.engine.tasks import task_manager
 from sparsemm_eval.errors import UserError
@@ -63,6 +65,10 @@ BUILD: Mapping[str, Callable[[Path], Path]] = {
     "internvl on qwen3": partial(build_internvl, decoder="qwen3"),
     "idefics3": build_idefics3,
     "smolvlm": build_smolvlm,
+    # All prompts are longer than the window; some are, and some grow to be; none is.
+    "gemma3": build_gemma3,
+    "gemma3 of middling windows": partial(build_gemma3, window=40),
+    "gemma3 of wide windows": partial(build_gemma3, window=4096),
 }
 WINDOW, BUDGET, STEPS = 8, 24, 16
 # One image, two, none, and one of another shape; prompts of unlike length.
@@ -177,9 +183,9 @@ class Subject:
             )
         )
 
-    def stock_tokens(self, number: int) -> list[int]:
+    def stock_tokens(self, number: int, **options: Any) -> list[int]:
         inputs = self.stock_inputs(number)
-        out = self.stock.generate(**inputs, **OPTIONS)
+        out = self.stock.generate(**inputs, **{**OPTIONS, **options})
         return out[0, inputs["input_ids"].shape[1] :].tolist()
 
     def method(self, name: str) -> Any:
@@ -220,6 +226,30 @@ def test_a_left_padded_batch_equals_singles(subject: Subject) -> None:
     assert max(together[1].prompt_tokens) > BUDGET
 
 
+def test_a_long_answer_in_a_batch_is_stock(subject: Subject) -> None:
+    """So long that layers are copied to larger ones, and sliding windows are left behind."""
+    options = {**OPTIONS, "max_new_tokens": 50}
+    numbers = range(len(CONTENTS))
+    methods = [subject.method("fullkv"), subject.method("snapkv")]
+    full, _ = decode(subject.model, subject.read(numbers), methods, options)
+    for number in numbers:
+        assert full.tokens[number].tolist() == subject.stock_tokens(number, **options)
+
+
+def test_bytes_are_those_of_all_layers(subject: Subject) -> None:
+    """What layers of a sliding window hold is no less there for being the same in all methods."""
+    for method in (subject.method("fullkv"), subject.method("snapkv")):
+        inputs = subject.read([0, 1])
+        (found,) = decode(subject.model, inputs, [method], OPTIONS)
+        shape, a_token = method.shape, 2 * 16 * 4
+        for row, length in enumerate(found.prompt_tokens):
+            in_windows = sum(min(length, w - 1) for w in shape.windows if w is not None)
+            kept = int(found.kept[row].sum()) + shape.kv_heads * in_windows
+            assert found.kept_bytes[row] == kept * a_token
+            planned = row_bytes(method, length, STEPS, token_bytes(subject.model))
+            assert found.kept_bytes[row] < found.cache_bytes[row] < 1.1 * planned
+
+
 def test_snapkv_is_the_oracle_and_the_step_is_generate(subject: Subject) -> None:
     for numbers in ([0], [1], [0, 1, 2, 3], [4], [5], [4, 5, 6, 1]):
         if max(numbers) not in subject.numbers:
@@ -258,7 +288,7 @@ def test_where_heads_look_is_alike_in_a_padded_batch(subject: Subject) -> None:
     def looked(*sizes: tuple[int, int]) -> list[Tensor]:
         images, questions = [photo(*size) for size in sizes], ["What is it?"] * len(sizes)
         inputs = read_prompts(checkpoint.processor, images, questions, checkpoint.family)
-        capture = ArgmaxCapture(shape.layers, len(answer))
+        capture = ArgmaxCapture(shape, len(answer))
         feed(checkpoint, inputs, [answer] * len(sizes), capture)
         padding = (1 - inputs["attention_mask"]).sum(1)
         return [row - skip for row, skip in zip(capture.looked(), padding, strict=True)]

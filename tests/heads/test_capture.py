@@ -19,6 +19,7 @@ from sparsemm_eval.heads.capture import (
     read_prompts,
     teacher_forced,
 )
+from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.tiny import default_checkpoint
 
 N, ROWS = 100, 40  # more rows than a block
@@ -41,7 +42,7 @@ def watched(cache: Cache, dtype: torch.dtype, padding: tuple[int, int]) -> torch
 @pytest.mark.parametrize("padding", [(0, 0), (0, 45)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_argmax_is_that_of_the_softmax(padding: tuple, dtype: torch.dtype) -> None:
-    cache = ArgmaxCapture(1, ROWS)
+    cache = ArgmaxCapture(ModelShape(1, 4, 2), ROWS)
     weights = watched(cache, dtype, padding)
     assert cache.looked().shape == (2, 1, 4, ROWS)
     assert torch.equal(cache.looked()[:, 0], weights.argmax(-1))
@@ -51,7 +52,7 @@ def test_the_argmax_is_that_of_the_softmax(padding: tuple, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_weights_are_the_mean_of_the_softmax(padding: tuple, dtype: torch.dtype) -> None:
     positions = np.array([3, 50, 51, 98])
-    cache = WeightCapture(1, ROWS, positions)
+    cache = WeightCapture(ModelShape(1, 4, 2), ROWS, positions)
     weights = watched(cache, dtype, padding)
     found = cache.weights()
     assert found.shape == (2, 1, 4, len(positions))
@@ -117,15 +118,15 @@ def test_a_token_of_an_image_ends_an_answer(
 def test_where_heads_look_means_nothing_without_logits(checkpoint: Checkpoint) -> None:
     inputs = read_prompts(checkpoint.processor, IMAGES, QUESTIONS)
     answers = greedy_answers(checkpoint, inputs, 3)
-    layers, rows = checkpoint.shape.layers, max(map(len, answers))
+    shape, rows = checkpoint.shape, max(map(len, answers))
 
     def spoil(_: object, __: object, logits: torch.Tensor) -> torch.Tensor:
         return logits.index_fill(0, torch.tensor([1]), torch.nan)
 
-    feed(checkpoint, inputs, answers, ArgmaxCapture(layers, rows))
+    feed(checkpoint, inputs, answers, ArgmaxCapture(shape, rows))
     handle = checkpoint.model.lm_head.register_forward_hook(spoil)
     try:
         with pytest.raises(UserError, match="not finite in float32: look at the checkpoint"):
-            feed(checkpoint, inputs, answers, ArgmaxCapture(layers, rows))
+            feed(checkpoint, inputs, answers, ArgmaxCapture(shape, rows))
     finally:
         handle.remove()

@@ -14,6 +14,8 @@ from engine.family_checkpoints import (
     TILE,
     build_idefics3,
     build_smolvlm,
+    gemma3_model,
+    gemma3_processor,
     internvl_model,
     internvl_processor,
     qwen3_model,
@@ -24,6 +26,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
+    Gemma3ImageProcessorPil,
     GotOcr2ImageProcessor,
     GotOcr2ImageProcessorPil,
     LlavaNextForConditionalGeneration,
@@ -68,6 +71,8 @@ FAMILIES = (
     "idefics3",
     "idefics3-large",
     "smolvlm",
+    "gemma3",
+    "gemma3-pil",
 )
 # Wide, tall and large canvases; 1 x 1 is one that holds the image in a single tile.
 CANVASES = [[SIDE * rows, SIDE * columns] for rows, columns in
@@ -99,7 +104,7 @@ class Family:
         names = ("pixel_values", "image_sizes", "image_grid_thw", "batch_num_images")
         inputs = {name: x for name, x in self.read(*images).items() if name in names}
         features = self.model.get_image_features(**inputs).pooler_output
-        if isinstance(features, torch.Tensor):  # of all tiles, [tiles, tokens, channels]
+        if self.model.config.model_type == "internvl":  # of all tiles, [tiles, tokens, channels]
             how = {"crop_to_patches": True}
             count = self.processor.image_processor.get_number_of_image_patches
             tiles = [count(image.height, image.width, how) for image in images]
@@ -214,6 +219,14 @@ def _idefics3(name: str, factory: pytest.TempPathFactory) -> Family:
     return Family(type(checkpoint.model)(checkpoint.config).eval(), checkpoint.processor)
 
 
+def _gemma3(name: str, _: object) -> Family:
+    processor = gemma3_processor()
+    if name.endswith("pil"):
+        side = {"height": TILE, "width": TILE}
+        processor.image_processor = Gemma3ImageProcessorPil(size=side)
+    return Family(gemma3_model(), processor)
+
+
 MAKE = {
     "llava_next": _llava,
     "llava_onevision": _onevision,
@@ -223,6 +236,7 @@ MAKE = {
     "internvl": _internvl,
     "idefics3": _idefics3,
     "smolvlm": _idefics3,
+    "gemma3": _gemma3,
 }
 
 
@@ -366,6 +380,8 @@ def test_an_image_that_is_not_resized_has_sharp_edges(
         tile = 52 if name.endswith("odd") else TILE
         columns, rows = data.draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 3), (1, 6)]))
         size = (columns * tile, rows * tile)
+    elif name.startswith("gemma3"):
+        size = (TILE, TILE)
     elif name in ("idefics3", "smolvlm"):
         columns, rows = data.draw(st.sampled_from([(2, 2), (2, 1), (1, 2)]))
         size = (columns * TILE, rows * TILE)

@@ -3,10 +3,14 @@
 import pytest
 from transformers import (
     CLIPVisionConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
     LlamaConfig,
     LlavaNextConfig,
+    MistralConfig,
     PretrainedConfig,
+    Qwen3_5TextConfig,
 )
 
 from sparsemm_eval.errors import UserError
@@ -34,6 +38,29 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_it_for() -> None:
 def test_a_config_without_a_decoder_is_refused() -> None:
     with pytest.raises(UserError, match="num_hidden_layers"):
         ModelShape.from_config(PretrainedConfig())
+
+
+def test_layers_of_a_sliding_window_beside_full_ones_are_left_out() -> None:
+    shape = ModelShape.from_config(Gemma3TextConfig(num_hidden_layers=7, sliding_window=512))
+    assert shape == ModelShape(1, 8, 4)
+    assert shape.windows == (512,) * 5 + (None, 512)
+    assert shape.places == (None,) * 5 + (0, None)
+    # Where all slide, all are compressed, as long as the window holds them.
+    shape = ModelShape.from_config(MistralConfig(num_hidden_layers=3, sliding_window=512))
+    assert (shape.layers, shape.windows, shape.places) == (3, (), (0, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Qwen3_5TextConfig(num_hidden_layers=4), "has layers of linear_attention"),
+        (Gemma4TextConfig(num_kv_shared_layers=2), "num_kv_shared_layers="),
+        (Gemma3TextConfig(num_hidden_layers=7, sliding_window=1), "sliding_window=1: it must be"),
+    ],
+)
+def test_other_kinds_of_layers_are_refused(config: PretrainedConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        ModelShape.from_config(config)
 
 
 @pytest.mark.parametrize("head_dim", [0, -1, 1.5, True])
