@@ -97,6 +97,7 @@ class ModelShape:
             if it has layers of other kinds than full and sliding attention.
         """
         text = config.get_text_config()
+        windows = _windows(text)
         layers = getattr(text, "num_hidden_layers", None)
         query_heads = getattr(text, "num_attention_heads", None)
         if layers is None or query_heads is None:
@@ -110,7 +111,6 @@ class ModelShape:
         kv_heads = query_heads if kv_heads is None else kv_heads
         shape = cls(layers, query_heads, kv_heads, getattr(text, "head_dim", None))
         head_dim = shape.head_dim or text.hidden_size // shape.query_heads
-        windows = _windows(text)
         layers = windows.count(None) if windows else layers
         return cls(layers, query_heads, kv_heads, head_dim, windows)
 
@@ -123,6 +123,11 @@ def _windows(text: Any) -> tuple[int | None, ...]:
         raise UserError(
             f"{decoder} has layers of {others[0]}: SparseMM-Eval compresses layers of {_FULL}, "
             f"beside which there may be layers of {_SLIDING}; take another model"
+        )
+    if getattr(text, "is_heterogeneous", False):
+        raise UserError(
+            f"{decoder} has layers of unlike heads: a budget is shared among KV heads that are "
+            "alike in all layers; take another model"
         )
     if getattr(text, "num_kv_shared_layers", None):
         raise UserError(

@@ -3,6 +3,7 @@
 import pytest
 from transformers import (
     CLIPVisionConfig,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     Gemma4TextConfig,
     GPT2Config,
@@ -54,7 +55,8 @@ def test_layers_of_a_sliding_window_beside_full_ones_are_left_out() -> None:
     ("config", "words"),
     [
         (Qwen3_5TextConfig(num_hidden_layers=4), "has layers of linear_attention"),
-        (Gemma4TextConfig(num_kv_shared_layers=2), "num_kv_shared_layers="),
+        (Gemma4TextConfig(), "layers of unlike heads"),
+        (Gemma3nTextConfig(), "num_kv_shared_layers=15"),
         (Gemma3TextConfig(num_hidden_layers=7, sliding_window=1), "sliding_window=1: it must be"),
     ],
 )
