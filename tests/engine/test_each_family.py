@@ -195,8 +195,6 @@ class Subject:
 
 @pytest.fixture(scope="module", params=BUILD)
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    if request.param == "smolvlm":
-        pytest.importorskip("num2words")
     folder = tmp_path_factory.mktemp("family")
     return Subject(BUILD[request.param](folder / request.param), folder / "answers")
 

@@ -211,7 +211,6 @@ def _internvl(name: str, _: object) -> Family:
 def _idefics3(name: str, factory: pytest.TempPathFactory) -> Family:
     build = build_idefics3
     if name == "smolvlm":
-        pytest.importorskip("num2words")
         build = build_smolvlm
     checkpoint = Checkpoint(build(factory.mktemp(name)), dtype="float32")
     if name.endswith("large"):  # no whole number of tiles
