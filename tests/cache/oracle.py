@@ -125,10 +125,12 @@ def generate_masked(
     seen = (inputs["attention_mask"].bool(), visual_of(model, inputs))
     seen = (x.repeat_interleave(beams, 0) for x in seen)
     oracle = Oracle(method, *seen, both_ways="token_type_ids" in inputs)
-    decoder = getattr(model.model, "language_model", None) or model.model.text_model
+    names = ("language_model", "text_model")
+    decoder = next((getattr(model.model, x) for x in names if hasattr(model.model, x)), model.model)
     for layer in decoder.layers:
         layer.self_attn.oracle = oracle
-    model.set_attn_implementation({"text_config": ORACLE})
+    whole = model.config.get_text_config() is model.config
+    model.set_attn_implementation({"" if whole else "text_config": ORACLE})
     return run(model, inputs, **options), oracle
 
 

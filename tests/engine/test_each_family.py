@@ -270,6 +270,7 @@ def test_heads_can_be_starved_on_it(subject: Subject) -> None:
     for number in (1, 2, *subject.numbers[4:]):
         read = AnsweredPrompt(subject.model, subject.read([number]), WINDOW, OPTIONS)
         assert read.answer == subject.stock_tokens(number)
+        assert read.whole.argmax(-1).tolist() == read.answer[1:]
         shape = shape_of(subject.model)
         everything = np.full((1, shape.layers, shape.kv_heads), 10**6)
         for rule in range(len(RULES)):

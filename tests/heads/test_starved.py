@@ -12,6 +12,7 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.capture import read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
+from sparsemm_eval.methods import ModelShape
 from sparsemm_eval.methods.sensitivity import NEWEST, RECENT, RULES
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import PAGE, Split, draw_document, stream, value_question
@@ -49,6 +50,7 @@ class Fixed:
 
     def __init__(self, kept: torch.Tensor) -> None:
         self.kept = kept
+        self.shape = ModelShape(len(kept), 1, 1)
 
     def keep(self, query, key, layer, valid):
         return self.kept[layer][None]
