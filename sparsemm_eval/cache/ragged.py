@@ -260,7 +260,7 @@ class RaggedKV:
             laid.append(memory_for(self.buffer, name, size, tokens).zero_())
             laid[-1][places] = tokens
         shape = (self.rows, self.kv_heads)
-        return RaggedKV(*laid, _offsets(counts + slack), shape, slack, buffer=self.buffer)
+        return RaggedKV(*laid, offsets_of(counts + slack), shape, slack, buffer=self.buffer)
 
     def bytes(self) -> CacheBytes:
         """Bytes held by this layer."""
