@@ -115,9 +115,13 @@ AttentionInterface.register(ORACLE, _attend)
 
 
 def generate_masked(
-    model: PreTrainedModel, inputs: dict[str, Tensor], method: Method, **options: Any
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    method: Method,
+    kept: dict[int, Tensor] | None = None,
+    **options: Any,
 ) -> tuple[GenerateOutput, Oracle]:
-    """Generate on a stock cache, with what the method evicts masked.
+    """Generate on a stock cache, with what the method evicts masked, or all but what is `kept`.
 
     The beams of a row read the same prompt, so it does not matter which beam's mask one has.
     """
@@ -125,6 +129,8 @@ def generate_masked(
     seen = (inputs["attention_mask"].bool(), visual_of(model, inputs))
     seen = (x.repeat_interleave(beams, 0) for x in seen)
     oracle = Oracle(method, *seen, both_ways="token_type_ids" in inputs)
+    if kept is not None:
+        oracle.kept = kept
     names = ("language_model", "text_model")
     decoder = next((getattr(model.model, x) for x in names if hasattr(model.model, x)), model.model)
     for layer in decoder.layers:

@@ -12,7 +12,7 @@ from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.heads.capture import read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
-from sparsemm_eval.methods import ModelShape
+from sparsemm_eval.methods import make_method
 from sparsemm_eval.methods.sensitivity import NEWEST, RECENT, RULES
 from sparsemm_eval.tiny import embedded_checkpoints
 from sparsemm_eval.tiny.documents import PAGE, Split, draw_document, stream, value_question
@@ -45,17 +45,6 @@ def answered(name: str, tokens: int = 6) -> tuple[AnsweredPrompt, dict[str, torc
     return AnsweredPrompt(model, inputs, WINDOW, options), inputs
 
 
-class Fixed:
-    """A method that keeps what it is told."""
-
-    def __init__(self, kept: torch.Tensor) -> None:
-        self.kept = kept
-        self.shape = ModelShape(len(kept), 1, 1)
-
-    def keep(self, query, key, layer, valid):
-        return self.kept[layer][None]
-
-
 class Forced(LogitsProcessor):
     """Writes a known answer."""
 
@@ -72,7 +61,9 @@ def copied(name: str, answer: list[int], kept: torch.Tensor) -> torch.Tensor:
     """Log probabilities of the answer's tokens after the first, on a whole cache of one's own."""
     model, inputs = subject(name)
     forced = {"logits_processor": [Forced(answer)], "max_new_tokens": len(answer)}
-    out, _ = generate_masked(model, inputs, Fixed(kept), eos_token_id=None, **forced)
+    method = make_method("fullkv", shape_of(model))
+    told = {layer: mask[None] for layer, mask in enumerate(kept)}
+    out, _ = generate_masked(model, inputs, method, told, eos_token_id=None, **forced)
     return logits(out)[0, 1:].log_softmax(-1)
 
 
