@@ -100,7 +100,10 @@ def instances(task: str, samples: int, chat: bool) -> tuple[list[Instance], Any]
 def ask_stock(model: lmms, requests: Sequence[Instance], datasets: Mapping[str, Any]) -> Seen:
     """Answer requests one by one through a stock model."""
     seen, generate = Seen(), model.model.generate
-    chosen = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_sizes"}
+    chosen = {
+        "input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_sizes",
+        "pixel_values_videos", "video_grid_thw", "second_per_grid_ts",
+    }  # fmt: skip
 
     def watched(**given: Any) -> torch.Tensor:
         seen.inputs.append({name: given[name] for name in chosen & set(given)})

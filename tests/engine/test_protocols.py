@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
+from engine.family_checkpoints import build_qwen25
 from engine.fixtures import (
     SHORT,
     TASK,
     ask,
+    film,
     pages,
     photo,
     refused,
@@ -34,13 +41,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from lmms_eval.api.instance import Instance
 from lmms_eval.models.model_utils.media_encoder import encode_image_to_data_url
-from qwen_vl_utils import smart_resize
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from qwen_vl_utils import smart_resize, vision_process
+from transformers import (
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLVideoProcessor,
+)
 
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.generation import generation_options
 from sparsemm_eval.engine.lmms import Qwen2VLSparseMM, SparseMM, make_runner
-from sparsemm_eval.engine.requests import read_chat
+from sparsemm_eval.engine.requests import model_inputs, read_chat
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import Family, find_family
 from sparsemm_eval.families.llava_next import LlavaNext
@@ -186,6 +198,63 @@ def test_lmms_eval_is_fed_alike(name: str, stock: Callable, ours: Callable) -> N
     assert mine.new_tokens == theirs.new_tokens
     if name != "llava_next":  # whose stock model changes nothing
         assert any(differing(fed_by(ours(name, "plain"), documents), theirs))
+
+
+class Frames:
+    """What lmms-eval asks of decord, which is not installed; one of its own cannot read now."""
+
+    def __init__(self, path: str) -> None:
+        with av.open(path) as file:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
+            self.rate = float(file.streams.video[0].average_rate)
+        self.frames = np.stack(decoded)
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def get_avg_fps(self) -> float:
+        return self.rate
+
+    def get_batch(self, places: list[int]) -> SimpleNamespace:
+        return SimpleNamespace(asnumpy=lambda: self.frames[places])
+
+
+def test_lmms_eval_is_fed_alike_with_videos(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its chat model of Qwen2.5-VL: frames, sizes, and the seconds between frames; but for how
+    sizes are reached, pixels."""
+    folder = build_qwen25(tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(folder)
+    # Patches as large as qwen_vl_utils takes all to be.
+    processor.video_processor = Qwen2VLVideoProcessor()
+    processor.save_pretrained(folder)
+    model = make_stock("qwen2_5_vl", folder)
+    decord = SimpleNamespace(VideoReader=Frames)
+    monkeypatch.setitem(sys.modules, "decord", decord)
+    monkeypatch.setattr(import_module(STOCK["qwen2_5_vl"][0]), "decord", decord)
+    monkeypatch.setattr(vision_process, "get_video_reader_backend", lambda: "decord")
+    monkeypatch.setattr(model.model, "generate", lambda **given: given["input_ids"])
+    paths = [
+        str(film(tmp_path / f"{count}.mp4", count, size))
+        for count, size in ((3, (200, 120)), (5, (1280, 720)), (45, (64, 150)))
+    ]
+
+    def asking(path: str) -> list[dict[str, Any]]:
+        content = [{"type": "video", "url": path}, {"type": "text", "text": "What is it?"}]
+        return [{"role": "user", "content": content}]
+
+    theirs = ask_stock(model, requests(3, {}, messages=asking), {TASK: {"test": paths}})
+    assert [len(seen["pixel_values_videos"].shape) for seen in theirs.inputs] == [2, 2, 2]
+    family = find_family("qwen2_5_vl").under("lmms-eval")
+    told = family.configure(Checkpoint(folder, dtype="float32").processor)
+    for path, seen in zip(paths, theirs.inputs, strict=True):
+        read = read_chat(told, asking(path), family)
+        fed = model_inputs(told, family, [read.prompt], [read.visuals])
+        assert set(unlike(fed, seen)) <= {"pixel_values_videos"}
+        # qwen_vl_utils scales in single precision, the processor between whole levels of grey.
+        levels = (fed["pixel_values_videos"] - seen["pixel_values_videos"]).abs() * 255 / 4
+        assert levels.mean() < 0.2
 
 
 def test_the_paper_is_fed_alike(
