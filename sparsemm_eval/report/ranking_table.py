@@ -65,8 +65,8 @@ def ranking_table(
             "KV MiB": _mebibytes(row["kept_kv_bytes"]),
             "kept of full KV": numbers.interval(row["share"], row["low"], row["high"]),
             "behind the best": _behind(row, numbers),
-            "mean rank": "" if row["unranked"] else f"{row['mean_rank']:.1f}",
-            "best on": "" if row["unranked"] else f"{row['won']:.0f}+{row['shared']:.0f}",
+            "rank": "" if row["unranked"] else f"{row['mean_rank']:.1f}",
+            "won": "" if row["unranked"] else f"{row['won']:.0f}+{row['shared']:.0f}",
         }
         for row in rows
     ], dtype=object)  # fmt: skip
@@ -128,9 +128,9 @@ def _reason(row: Mapping) -> str:
     """Why a row has no rank, in few words."""
     return {
         FEWER_TASKS: f"{row['tasks']} of {row['of_tasks']} tasks",
-        NO_SAMPLES: "no scores by sample",
+        NO_SAMPLES: "no samples",
         NO_BYTES: "bytes not known",
-        ALONE: "no other of its bytes",
+        ALONE: "unlike bytes",
     }[row["unranked"]]
 
 
@@ -138,10 +138,11 @@ def _caption(ranking: Ranking) -> tuple[str, ...]:
     """What numbers and marks mean, and what was left out."""
     lines = [
         "Kept: mean over tasks of score / full KV's score (where lower is better, full KV's / "
-        "score), on tasks where full KV is above chance, as far as that is known. Best on: tasks "
-        "on which no other is better, alone + shared. Mean rank: over tasks.",
+        "score), on tasks where full KV is above chance, as far as that is known. Rank: mean over "
+        "tasks. Won: tasks on which no other is better, alone + shared.",
         "Ranked with each other are methods of one budget that all see the question or all do not, "
-        f"and whose kept bytes are within {ranking.tolerance:.0%} of each other on every task.",
+        f"and whose kept bytes are within {ranking.tolerance:.0%} of each other on every task; "
+        "a method of unlike bytes has no other.",
     ]
     if ranking.comparisons:
         lines.append(
@@ -198,11 +199,15 @@ def _said(rows: pd.DataFrame, numbers: _Numbers) -> Iterator[str]:
     if rows["group"].notna().any():
         yield _overall(rows)
     for budget, column in rows.groupby("budget", sort=False):
-        at = f"{budget_text(budget)} tokens"
+        at = f"{budget_text(budget)} {'tokens' if budget >= 1 else 'of the prompt'}"
         for _, group in column.groupby("group", sort=False):
             yield _best(group.to_dict("records"), at, numbers)
+        bests = column[column["verdict"].eq(BEST)]
         if left := [row for row in column.to_dict("records") if row["unranked"]]:
-            named = [f"{row['label']} ({_kept_at(row, numbers)}: {_reason(row)})" for row in left]
+            named = [
+                f"{row['label']} ({_kept_at(row, numbers)}: {_reason(row)}{_exceeds(row, bests)})"
+                for row in left
+            ]
             yield f"Not ranked at {at}: {', '.join(named)}."
 
 
@@ -244,6 +249,14 @@ def _best(group: Sequence[Mapping], at: str, numbers: _Numbers) -> str:
             named.append(f"{more} more by up to {numbers(behind[-1]['behind'])}")
         parts.append(f"behind it: {_listed(named)}")
     return "; ".join(parts) + "."
+
+
+def _exceeds(row: Mapping, bests: pd.DataFrame) -> str:
+    """That a method without rank keeps more score in fewer bytes than one that is best."""
+    less = bests["kept_kv_bytes"].gt(row["kept_kv_bytes"]) & bests["share"].lt(row["share"])
+    if row["unranked"] != ALONE or not less.any():
+        return ""
+    return f", and more in the mean than {_listed(bests.loc[less, 'label'])} in fewer bytes"
 
 
 def _kept_at(row: Mapping, numbers: _Numbers) -> str:

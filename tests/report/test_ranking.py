@@ -134,6 +134,13 @@ def test_four_documents_are_no_proof_though_all_of_them_agree() -> None:
     assert row["verdict"] == "tie"
 
 
+def test_a_budget_is_named_in_tokens_or_as_a_share_of_the_prompt() -> None:
+    cells, scores = made({"one": {FULL: [1, 1], OURS: [1, 1], SNAP: [1, 1]}})
+    assert "At 64 tokens (3 MiB" in said(rank_methods(cells, scores))
+    cells["budget"] = cells["budget"].where(cells["budget"].isna(), 0.1)
+    assert "At 10% of the prompt (3 MiB" in said(rank_methods(cells, scores))
+
+
 def test_equal_methods_tie_and_share_their_tasks() -> None:
     scores = {FULL: [1, 1, 1], OURS: [1, 0, 0], SNAP: [1, 0, 0]}
     rows = rank_methods(*made({"one": scores, "two": scores})).rows
@@ -163,7 +170,8 @@ def test_unlike_bytes_are_shown_and_not_ranked() -> None:
     assert rows.loc[["snapkv", "adakv"], "verdict"].tolist() == ["best", "behind"]
     assert pd.isna(rows.at["sparsemm", "mean_rank"])
     assert "Not ranked at 64 tokens: SparseMM (keeps" in said(ranking)
-    assert "at 0.858 MiB: no other of its bytes)" in said(ranking)
+    assert "at 0.858 MiB: unlike bytes, and more in the mean" in said(ranking)
+    assert "than SnapKV in fewer bytes)" in said(ranking)
     assert "as few bytes (the front): SparseMM at 64." in said(ranking)
     everyone = rank_methods(cells, scores, tolerance=0.2)
     assert named(everyone).at["sparsemm", "verdict"] == "best"
@@ -266,7 +274,7 @@ def test_who_lacks_a_task_or_documents_is_shown_and_not_ranked() -> None:
         "sparsemm": "tasks", "adakv": "samples", "snapkv": "alone",
     }  # fmt: skip
     assert "SparseMM (keeps 1.000 at 3 MiB: 1 of 2 tasks)" in said(ranking)
-    assert "AdaKV (keeps 1.000 at 3 MiB: no scores by sample)" in said(ranking)
+    assert "AdaKV (keeps 1.000 at 3 MiB: no samples)" in said(ranking)
 
 
 def test_without_samples_it_says_so_instead_of_ranking() -> None:
@@ -276,7 +284,7 @@ def test_without_samples_it_says_so_instead_of_ranking() -> None:
     assert list(ranking.rows["share"]) == [1, 0.5]
     assert "There is no ranking: without scores by sample" in said(ranking)
     table = ranking_table(ranking)
-    assert list(by_name(table)["behind the best"]) == ["no scores by sample"] * 2
+    assert list(by_name(table)["behind the best"]) == ["no samples"] * 2
     assert not any("Holm" in line for line in table.caption)
 
 
