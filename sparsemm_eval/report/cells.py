@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
@@ -253,6 +253,10 @@ class Filters:
     benchmarks: Sequence[str] = ()
     methods: Sequence[str] = ()
     budgets: Sequence[float] = ()
+
+    def with_full_kv(self) -> Filters:
+        """The same, and full KV where methods are named."""
+        return replace(self, methods=(*self.methods, "fullkv")) if self.methods else self
 
     def apply(self, cells: pd.DataFrame) -> pd.DataFrame:
         """Keep the cells named.

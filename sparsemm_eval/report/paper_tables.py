@@ -112,7 +112,8 @@ def written_table(
     elif shown != ("score",) or long or against != BEST:
         raise UserError("like=ranking shows what it shows: leave show, long and against out")
     read = gather(results, metric)
-    cells = filters.apply(join_seeds(read.cells))
+    chosen = filters.with_full_kv() if like == RANKING else filters
+    cells = chosen.apply(join_seeds(read.cells))
     scored = score_samples(cells)
     if like == RANKING:
         ranking = rank_methods(cells, scored.frame, within)

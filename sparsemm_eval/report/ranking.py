@@ -16,7 +16,9 @@ from sparsemm_eval.report.statistics import LEVEL
 
 TOLERANCE = 0.05
 # Why a row has no rank, in the order in which it is said.
-FEWER_TASKS, NO_SAMPLES, NO_BYTES, ALONE = "tasks", "samples", "bytes", "alone"
+FEWER_TASKS, NO_SAMPLES, DOCUMENTS, NO_BYTES, ALONE = (
+    "tasks", "samples", "documents", "bytes", "alone"
+)  # fmt: skip
 BEST, TIE, BEHIND = "best", "tie", "behind"
 _ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
@@ -28,8 +30,9 @@ class KeptShares:
     Parameters
     ----------
     rows : DataFrame
-        One row a method and budget: method, label, budget, stratum · tasks (how many) · share
-        (mean over them) with its interval low and high · kept_kv_bytes (mean over them, a prompt).
+        One row a method and budget: method, label, budget, stratum · tasks (how many) · sampled
+        (whether there are scores by sample of all) · share (mean over them) with its interval low
+        and high · kept_kv_bytes (mean over them, a prompt).
     shares, bytes : DataFrame
         [rows, tasks], NaN where a row lacks a task.
     draws : mapping of int to ndarray
@@ -190,7 +193,9 @@ def kept_shares(
             notes.append(f"{task}: left out, {reason}")
             continue
         rising, level = full["higher_is_better"], full["score"]
-        counted.append(compressed.assign(share=_share(compressed["score"], level, rising)))
+        shares = _share(compressed["score"], level, rising)
+        sampled = compressed.index.isin(scores["cell"])
+        counted.append(compressed.assign(share=shares, sampled=sampled))
         full_bytes.append(full["kept_kv_bytes"])
         documents[task] = scored[scored.columns.intersection(compressed.index)] / level
         for cell in documents[task]:
@@ -269,6 +274,7 @@ def _over_tasks(
             **about,
             "stratum": stratum_of(about["method"], own["query_aware"].iloc[0]),
             "tasks": len(own),
+            "sampled": bool(own["sampled"].all()),
             "share": own["share"].mean(),
             "low": low,
             "high": high,
@@ -299,10 +305,11 @@ def _ranked(kept: KeptShares, tolerance: float, seed: int) -> pd.DataFrame:
     rows["unranked"] = np.select(
         [
             rows["tasks"].lt(rows["of_tasks"]),
+            ~rows["sampled"],
             [row not in kept.draws for row in rows.index],
             kept.bytes.where(kept.shares.notna(), 0).isna().any(axis=1),
         ],
-        [FEWER_TASKS, NO_SAMPLES, NO_BYTES],
+        [FEWER_TASKS, NO_SAMPLES, DOCUMENTS, NO_BYTES],
         "",
     )
     groups: list[list[int]] = []

@@ -13,6 +13,7 @@ from sparsemm_eval.report.ranking import (
     ALONE,
     BEHIND,
     BEST,
+    DOCUMENTS,
     FEWER_TASKS,
     NO_BYTES,
     NO_SAMPLES,
@@ -129,6 +130,7 @@ def _reason(row: Mapping) -> str:
     return {
         FEWER_TASKS: f"{row['tasks']} of {row['of_tasks']} tasks",
         NO_SAMPLES: "no samples",
+        DOCUMENTS: "other documents",
         NO_BYTES: "bytes not known",
         ALONE: "unlike bytes",
     }[row["unranked"]]
@@ -190,10 +192,10 @@ def _front(rows: pd.DataFrame) -> Iterator[str]:
 
 def _said(rows: pd.DataFrame, numbers: _Numbers) -> Iterator[str]:
     """Sentences on one stratum of one model."""
-    if rows["unranked"].eq(NO_SAMPLES).all():
+    if rows["unranked"].isin((NO_SAMPLES, DOCUMENTS)).all():
         yield (
             "There is no ranking: without scores by sample (samples files, --log_samples of "
-            "lmms_eval) no interval can be made."
+            "lmms_eval) of the documents that full KV has, no interval can be made."
         )
         return
     if rows["group"].notna().any():

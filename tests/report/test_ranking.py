@@ -271,10 +271,10 @@ def test_who_lacks_a_task_or_documents_is_shown_and_not_ranked() -> None:
     }
     ranking = rank_methods(*made(tasks))
     assert named(ranking)["unranked"].to_dict() == {
-        "sparsemm": "tasks", "adakv": "samples", "snapkv": "alone",
+        "sparsemm": "tasks", "adakv": "documents", "snapkv": "alone",
     }  # fmt: skip
     assert "SparseMM (keeps 1.000 at 3 MiB: 1 of 2 tasks)" in said(ranking)
-    assert "AdaKV (keeps 1.000 at 3 MiB: no samples)" in said(ranking)
+    assert "AdaKV (keeps 1.000 at 3 MiB: other documents)" in said(ranking)
 
 
 def test_without_samples_it_says_so_instead_of_ranking() -> None:
@@ -335,6 +335,7 @@ def test_the_command_writes_words_and_table(tmp_path: Path) -> None:
     assert "SnapKV ties with it" in done.stdout
     assert "| small   | the question" in done.stdout
     assert run("--models", "small").stdout == done.stdout
+    assert run("--models", "small", "--methods", "sparsemm,snapkv").stdout == done.stdout
     for words in (["--show", "kept"], ["--long"], ["--against", "fullkv"]):
         refused = run(*words)
         assert refused.exit_code == 1

@@ -119,7 +119,7 @@ def draw_ranking(
     """
     check_formats(formats)
     read = gather(results)
-    cells = filters.apply(join_seeds(read.cells))
+    cells = filters.with_full_kv().apply(join_seeds(read.cells))
     scored = score_samples(cells)
     ranking = rank_methods(cells, scored.frame)
     notes = (*not_read(read.unreadable), *scored.notes, *ranking.notes)
