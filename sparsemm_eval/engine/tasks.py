@@ -10,6 +10,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.task import Task
 from lmms_eval.llm_judge import get_server
@@ -21,7 +22,7 @@ from tenacity import RetryError
 
 from sparsemm_eval.engine.generation import check_generation
 from sparsemm_eval.engine.requests import Request, check_reads_videos, with_candidates
-from sparsemm_eval.engine.videos import check_decoder
+from sparsemm_eval.engine.videos import check_decoder, read_video
 from sparsemm_eval.errors import UserError, check_int, one_line
 from sparsemm_eval.families import Family
 from sparsemm_eval.paths import tasks_folder
@@ -184,7 +185,8 @@ def visuals(task: str, doc_ids: Iterable[int]) -> dict[int, list[Image.Image]]:
     Returns
     -------
     dict
-        Images by number of document; what is no image (a video, a sound) is left out.
+        Images by number of document, and the frame in the middle of each video's file; what cannot
+        be seen, such as a sound, is left out.
 
     Raises
     ------
@@ -209,8 +211,21 @@ def visuals(task: str, doc_ids: Iterable[int]) -> dict[int, list[Image.Image]]:
         except Exception as error:  # the task's own code, whatever it raises
             words = f"{type(error).__name__}: {one_line(error)}"
             raise UserError(f"document {doc_id} cannot be shown ({words})") from error
-        images[doc_id] = [image for image in shown if isinstance(image, Image.Image)]
+        images[doc_id] = [still for visual in shown if (still := _still(visual)) is not None]
     return images
+
+
+def _still(visual: Any) -> Image.Image | None:
+    """An image as it is, one frame of a video's file, and nothing of anything else."""
+    if isinstance(visual, Image.Image):
+        return visual
+    if not isinstance(visual, str):
+        return None
+    try:
+        video = read_video(Path(visual), lambda count: np.array([count // 2]))
+    except (OSError, ValueError):  # a sound, or a file that is not here any more
+        return None
+    return Image.fromarray(video.frames[0])
 
 
 def check_tasks(tasks: Iterable[str]) -> None:

@@ -1,6 +1,11 @@
 """Images of a task's documents, for the report."""
 
+from pathlib import Path
+
+import av
+import numpy as np
 import pytest
+from engine.fixtures import film, photo
 from PIL import Image
 
 from sparsemm_eval.engine.tasks import visuals
@@ -14,6 +19,19 @@ def test_they_are_those_of_the_documents_asked_for() -> None:
     assert [len(images) for images in two.values()] == [1, 1]
     assert two[7][0].tobytes() == one[7][0].tobytes()
     assert two[7][0].tobytes() != two[3][0].tobytes()
+
+
+def test_of_a_video_it_is_one_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "song.wav").write_text("no video")
+    shown = [str(film(tmp_path / "film.mp4", 9, (64, 48))), str(tmp_path / "song.wav"), 7]
+    monkeypatch.setattr(
+        "lmms_eval.api.task.ConfigurableTask.doc_to_visual", lambda *_: [*shown, photo(8, 8)]
+    )
+    still, image = visuals("docvqa_mini", [3])[3]
+    with av.open(shown[0]) as file:
+        fifth = list(file.decode(video=0))[4]
+    assert np.array_equal(np.asarray(still), fifth.to_ndarray(format="rgb24"))
+    assert image.size == (8, 8)
 
 
 @pytest.mark.parametrize(("task", "docs", "words"), [
