@@ -14,7 +14,7 @@ from sparsemm_eval.sweep.grid import Grid
 from sparsemm_eval.sweep.grid_file import grids_folder, make_grid
 from sparsemm_eval.tiny import EMBEDDED
 
-BUDGETS = (256, 128, 64, 32, 16, 12)
+BUDGETS = (64, 32, 16)
 SAMPLES = 200
 SHARES = (0.01, 0.02, 0.05, 0.1)
 SEEDS = 3
