@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, LogitsProcessor, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache
@@ -181,3 +181,21 @@ def new_tokens(out: GenerateOutput, inputs: dict[str, Tensor]) -> Tensor:
 def logits(out: GenerateOutput) -> Tensor:
     """Logits of every step, [B, steps, V], in the model's precision."""
     return torch.stack(out.logits, 1)
+
+
+class Forced(LogitsProcessor):
+    """Leaves the given tokens alone, [rows, steps], one a step."""
+
+    def __init__(self, tokens: Tensor, read: int) -> None:
+        self.tokens, self.read = tokens, read
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = input_ids.shape[1] - self.read
+        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step, None], 0)
+
+
+def likelihood(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
+    """Of tokens under logits [steps, V] that each came out of."""
+    given = torch.tensor(tokens)
+    each = logits[: len(given)].double().log_softmax(-1).gather(-1, given[:, None])
+    return each.sum().item(), torch.equal(logits[: len(given)].argmax(-1), given)

@@ -35,8 +35,10 @@ PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
 # Vicuna's template leaves the leading <s> to the tokenizer, Mistral's writes it.
 TEMPLATES = {
     "llama": (
-        "{% for m in messages %}USER: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        "<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %} ASSISTANT:"
+        "{% for m in messages %}{{ ' ASSISTANT: ' if m['role'] == 'assistant' else 'USER: ' }}"
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}"
+        "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if messages[-1]['role'] != 'assistant' %} ASSISTANT:{% endif %}"
     ),
     "mistral": (
         "<s>{% for m in messages %}[INST] {% for c in m['content'] %}"

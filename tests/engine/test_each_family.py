@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 import torch
 from cache.models import shape_of
-from cache.oracle import generate_budgeted, generate_masked, logits, new_tokens
+from cache.oracle import (
+    Forced,
+    generate_budgeted,
+    generate_masked,
+    likelihood,
+    logits,
+    new_tokens,
+)
 from engine.family_checkpoints import (
     TILE,
     build_gemma3,
@@ -44,7 +51,7 @@ from transformers import (
 )
 from transformers.video_utils import VideoMetadata, load_video
 
-from sparsemm_eval.engine.decode import decode
+from sparsemm_eval.engine.decode import decode, score
 from sparsemm_eval.engine.lmms import SparseMM
 from sparsemm_eval.engine.memory import row_bytes, token_bytes
 from sparsemm_eval.engine.requests import Sample, read_chat
@@ -264,6 +271,34 @@ def test_snapkv_is_the_oracle_and_the_step_is_generate(subject: Subject) -> None
         assert torch.equal(cache.kept(), oracle.counts())
         assert new_tokens(ours, inputs).tolist() == new_tokens(masked, inputs).tolist()
         assert (logits(ours) - logits(masked)).abs().max() < 1e-4
+
+
+def test_candidates_are_scored_as_the_oracle_does(subject: Subject) -> None:
+    """Behind an image, two, none, and what else it reads; so long that windows are left behind."""
+    runner, texts = subject.runner, ("red", "It is a house, and behind it is another one.")
+    chats = [
+        read_chat(runner.processor, subject.messages(number), runner.family, texts)
+        for number in subject.numbers
+    ]
+    candidates = [chat.candidates for chat in chats]
+    methods = [subject.method("fullkv"), subject.method("snapkv")]
+    inputs = subject.read(subject.numbers)
+    found = score(subject.model, inputs, methods, candidates, {"do_sample": False})
+    for method, of_method in zip(methods, found, strict=True):
+        for place in range(len(texts)):
+            tokens = [of_sample[place] for of_sample in candidates]
+            (steps,) = {len(one) for one in tokens}
+            force = Forced(torch.tensor(tokens), inputs["input_ids"].shape[1])
+            try:
+                out, _ = generate_masked(
+                    subject.stock, inputs, method, max_new_tokens=steps, logits_processor=[force]
+                )
+            finally:
+                subject.stock.set_attn_implementation({"text_config": "sdpa"})
+            for row, one in zip(of_method.candidates, range(len(tokens)), strict=True):
+                wanted, is_greedy = likelihood(logits(out)[one], tokens[one])
+                assert row[place].log_likelihood == pytest.approx(wanted, abs=5e-3)
+                assert row[place].is_greedy is is_greedy
 
 
 def test_heads_can_be_starved_on_it(subject: Subject) -> None:

@@ -13,13 +13,12 @@ import pytest
 import torch
 import yaml
 from cache.models import FAMILIES, METHODS, SAMPLES, budgeted, build, method_for, prompt
-from cache.oracle import generate_masked, logits
+from cache.oracle import Forced, generate_masked, likelihood, logits
 from engine.fixtures import Stock, pages, photo, rows, sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmms_eval.api.instance import GenerationResult, Instance
-from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -36,24 +35,6 @@ GREEDY = {"do_sample": False}
 NAMES = ("fullkv", *METHODS)
 WORDS = st.lists(st.integers(4, 120), min_size=1, max_size=24).map(tuple)  # the slack is 16
 TASK, SPLIT = "choices", "test"
-
-
-class Forced(LogitsProcessor):
-    """Leaves the given tokens alone, [rows, steps], one a step."""
-
-    def __init__(self, tokens: Tensor, read: int) -> None:
-        self.tokens, self.read = tokens, read
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = input_ids.shape[1] - self.read
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, step, None], 0)
-
-
-def likelihood(logits: Tensor, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Of tokens under logits [steps, V] that each came out of."""
-    given = torch.tensor(tokens)
-    each = logits[: len(given)].double().log_softmax(-1).gather(-1, given[:, None])
-    return each.sum().item(), torch.equal(logits[: len(given)].argmax(-1), given)
 
 
 def assert_equal(found: Candidate, wanted: tuple[float, bool]) -> None:

@@ -509,6 +509,21 @@ def test_the_demo_grid_is_the_demo() -> None:
     assert all(model.settings == {"dtype": "float32"} for model in grid.models)
 
 
+@pytest.mark.parametrize(("name", "models", "cells"), [
+    ("today", 6, 31), ("today_long", 5, 37), ("today_video", 3, 21),
+])  # fmt: skip
+def test_grids_of_todays_models_need_no_published_scores(
+    name: str, models: int, cells: int
+) -> None:
+    grid = read_grid(name)
+    assert (len(grid.models), len(grid.cells())) == (models, cells)
+    assert {cell["head_scores"] for cell in grid.cells() if cell["method"] == "sparsemm"} == {
+        "sensitivity"
+    }
+    both = {*read_grid("paper_ocr").tasks, *read_grid("paper_general").tasks}
+    assert name != "today" or set(grid.tasks) == both
+
+
 @pytest.mark.parametrize(("name", "models", "tasks", "cells"), [
     ("paper_ocr", 3, "sparsemm_ocr_rich", 31),
     ("paper_general", 1, "sparsemm_general", 31),
