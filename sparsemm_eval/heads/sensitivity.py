@@ -357,7 +357,9 @@ class _Rows:
         if prompt.digest in self.held:
             return self.held[prompt.digest]
         checkpoint, model = self.checkpoint, self.checkpoint.model
-        asked = checkpoint.processor, checkpoint.family, [prompt.prompt], [prompt.visuals]
+        family = checkpoint.family()
+        processor = family.configure(checkpoint.processor)
+        asked = processor, family, [prompt.prompt], [prompt.visuals]
         inputs = to_model(model_inputs(*asked), model)
         known = self.records.find(_place(prompt), "answer")
         read = AnsweredPrompt(model, inputs, self.window, prompt.options, known)
