@@ -144,15 +144,18 @@ def _caption(ranking: Ranking) -> tuple[str, ...]:
         "tasks. Won: tasks on which no other is better, alone + shared.",
         "Ranked with each other are methods of one budget that all see the question or all do not, "
         f"and whose kept bytes are within {ranking.tolerance:.0%} of each other on every task; "
-        "a method of unlike bytes has no other.",
+        "unlike bytes: there is no other such method.",
     ]
     if ranking.comparisons:
         lines.append(
             "**Bold**: best alone; *italic*: best, or a tie with it. A tie: the interval of the "
             "paired difference reaches 0, or p of a permutation of signs, corrected (Holm) for "
-            f"{ranking.comparisons} comparisons, is {1 - LEVEL:.2g} or more. Intervals: "
-            f"{LEVEL:.0%} each, not corrected, bootstrap over the documents of each task, "
-            f"{RESAMPLES:,} resamples, the same documents for all methods."
+            f"{ranking.comparisons} comparisons, is {1 - LEVEL:.2g} or more."
+        )
+    if ranking.rows["low"].notna().any():
+        lines.append(
+            f"Intervals: {LEVEL:.0%} each, not corrected, bootstrap over the documents of each "
+            f"task, {RESAMPLES:,} resamples, the same documents for all methods."
         )
     return (*lines, *(f"{note}." for note in ranking.notes))
 
