@@ -116,7 +116,9 @@ class Family:
         inputs = self.read(*images)
         names = ("pixel_values", "pixel_attention_mask")
         given = {name: inputs[name] for name in names}
-        (features,) = self.model.get_image_features(**given).pooler_output
+        features = self.model.get_image_features(**given).pooler_output
+        # transformers 5.17 gives [tiles, tokens, channels], 5.24 a list of one prompt's tokens.
+        features = features.flatten(0, 1) if torch.is_tensor(features) else features[0]
         cut = self.processor.image_processor([list(images)], return_row_col_info=True)
         tiles = [
             rows * columns + 1
@@ -134,6 +136,9 @@ class Family:
         # By place: transformers 5.17 calls them otherwise.
         values = [read[name] for name in ("pixel_values_videos", "video_grid_thw") if name in read]
         (features,) = self.model.get_video_features(*values).pooler_output
+        if (lacking := regions.count - len(features)) == getattr(regions, "newlines", None):
+            # transformers 5.17 adds OneVision's newline later.
+            features = torch.nn.functional.pad(features, (0, 0, 0, lacking))
         return regions, features
 
     def regions(self, *images: Image.Image, image_tokens: str = "all") -> list[Regions]:
@@ -454,7 +459,7 @@ def test_an_unknown_family_is_named_with_those_that_are_known() -> None:
     class Other(PreTrainedConfig):
         model_type = "other_vl"
 
-    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of idefics3"):
+    with pytest.raises(ValueError, match="model_type=other_vl: it must be one of gemma3, idefics3"):
         find_regions(Other(), None, {}, [(8, 8)])
 
 
