@@ -99,6 +99,13 @@ def attention(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
+def usual_scale(query: Tensor, scaling: float | None) -> Tensor:
+    """Queries whose products with keys are to be scaled by 1/sqrt(D), as methods take them."""
+    usual = query.shape[-1] ** -0.5
+    same = scaling is None or abs(scaling - usual) < 1e-6 * usual
+    return query if same else query * (scaling / usual)
+
+
 # Without a mask function of the same name transformers passes no mask at all, and padded rows
 # would be silently wrong.
 AttentionInterface.register(ATTENTION, attention)

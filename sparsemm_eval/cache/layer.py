@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer
+from sparsemm_eval.cache.attention import AttendingLayer, SilencingLayer, usual_scale
 from sparsemm_eval.cache.backends import resolve_backend
 from sparsemm_eval.cache.ragged import Buffer, CacheBytes, RaggedKV
 from sparsemm_eval.cache.sliding import SlidingKV
 from sparsemm_eval.choices import BACKENDS
 from sparsemm_eval.errors import UserError, check_choice
 from sparsemm_eval.methods import (
+    AHEAD,
     Checks,
     HeadMask,
     LayerShare,
@@ -43,10 +45,12 @@ class ReadPrompt:
         self.layers: list[RaggedLayer] = []  # that are compressed
         self.clear()
         self.visual = visual  # [samples, n] bool, where a method looks at it
+        self.rotation: Tensor | None = None  # [2, samples, n + ahead, d], likewise
 
     def clear(self) -> None:
         """Forget the prompt."""
         self.visual = None
+        self.rotation: Tensor | None = None  # [2, samples, n + ahead, D], where a method asks
         self.selections: list[PromptSelection] = []  # of the samples
         self.kept: list[Tensor] = []  # of the layers, while they may still be cut
         self.lengths: list[int] = []  # of the samples as they were read
@@ -55,13 +59,38 @@ class ReadPrompt:
         # By window, how many tokens of each sample the next one sees in it.
         self.in_window: dict[int, list[int]] = {}
 
+    def note_rotation(
+        self,
+        rotary: torch.nn.Module,
+        given: tuple[Any, ...],
+        named: dict[str, Any],
+        turned: tuple[Tensor, Tensor],
+    ) -> None:
+        """What a model's rotary embedding makes of its positions, and of those that follow."""
+        x, positions, *kind = (*given, *named.values())
+        if self.rotation is not None or kind not in ([], ["full_attention"]):
+            return
+        last = positions.amax(-1)
+        last = last.amax(0) if positions.ndim == 3 else last  # [samples]
+        ahead = last[:, None] + torch.arange(1, AHEAD + 1, device=positions.device)
+        ahead = ahead.expand(*positions.shape[:-1], AHEAD)
+        # Not by a call of the module, which would come here again.
+        turning = rotary.forward(x, ahead, *kind)
+        sections = getattr(rotary, "mrope_section", None)
+        self.rotation = torch.stack(
+            [
+                torch.cat([_one_axis(known, sections), _one_axis(coming, sections)], 1)
+                for known, coming in zip(turned, turning, strict=True)
+            ]
+        )
+
     def finish(self) -> None:
         """Cut layers to what they keep in the end, once all are read.
 
         Only methods that share the budget among layers by what they find in them left more.
         """
         kept, selections = self.kept, self.selections
-        self.kept, self.selections, self.visual = [], [], None
+        self.kept, self.selections, self.visual, self.rotation = [], [], None, None
         if not kept:
             return
         stay = [layer.clone() for layer in kept]
@@ -126,7 +155,8 @@ class RaggedLayer(SilencingLayer):
             )
         if self.store is None:
             out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-            self._compress(module, query, key, value, mask)
+            asked = usual_scale(query, kwargs.get("scaling"))
+            self._compress(module, asked, key, value, mask)
             return out
         store = self.filled()
         if query.shape[0] != store.rows:
@@ -225,6 +255,11 @@ class RaggedLayer(SilencingLayer):
                 f"a method needs to know which of {samples} x {n} tokens are visual: give "
                 "HeadBudgetCache(visual=…) of this shape"
             )
+        if "rotation" in needs and prompt.rotation is None:
+            raise ValueError(
+                "a method needs to know how RoPE turns the tokens: read the prompt within "
+                "HeadBudgetCache.watching(model)"
+            )
         output = output_weight(module) if "output" in needs else None
         rows = torch.zeros(
             samples, len(self.methods), heads, n, dtype=torch.bool, device=key.device
@@ -241,6 +276,9 @@ class RaggedLayer(SilencingLayer):
                     value[sample, :, start:] if "value" in needs else None,
                     output,
                     prompt.visual[sample, start:].to(key.device) if "visual" in needs else None,
+                    prompt.rotation[:, sample, start:].to(key.device)
+                    if "rotation" in needs
+                    else None,
                 )
             )
         self.store = self.store_type.pack(
@@ -385,6 +423,30 @@ class HeadBudgetCache(Cache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    @contextmanager
+    def watching(self, model: PreTrainedModel) -> Iterator[None]:
+        """Learn how RoPE turns a prompt's tokens while a model reads it, where a method asks.
+
+        Raises
+        ------
+        UserError
+            If a method asks and the model's positions are none that it could use.
+        """
+        if not any("rotation" in method.needs for method in self.methods):
+            yield
+            return
+        rotary = getattr(model.get_decoder(), "rotary_emb", None)
+        if rotary is None or getattr(rotary, "rope_type", "") in ("dynamic", "longrope"):
+            raise UserError(
+                f"{type(model).__name__} has no RoPE whose angles are fixed, which a method here "
+                "needs (expected): take another method"
+            )
+        hook = rotary.register_forward_hook(self._prompt.note_rotation, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def kept(self) -> Tensor:
         """Tokens of the prompt that are kept, [rows, L, H] int64 on the CPU."""
         stores = self.compressed
@@ -443,6 +505,14 @@ class HeadBudgetCache(Cache):
         """Forget the prompt; the next call reads a new one."""
         self._prompt.clear()
         super().reset()
+
+
+def _one_axis(turned: Tensor, sections: Sequence[int] | None) -> Tensor:
+    """Cosines or sines [B, n, D]; transformers before 5.20 or so left three axes for later."""
+    if turned.ndim == 3:
+        return turned
+    parts = turned.split([*sections, *sections], -1)
+    return torch.cat([part[number % 3] for number, part in enumerate(parts)], -1)
 
 
 def output_weight(module: torch.nn.Module) -> Tensor:

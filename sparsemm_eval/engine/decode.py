@@ -295,9 +295,10 @@ def prefill(
     first_alone = {**options, "max_new_tokens": 1}
     first_alone |= {"return_dict_in_generate": True, "output_logits": True}
     look = _Look()
-    out = model.generate(
-        **inputs, **{CACHE_ARGUMENT: cache}, **first_alone, logits_processor=[look]
-    )
+    with cache.watching(model):
+        out = model.generate(
+            **inputs, **{CACHE_ARGUMENT: cache}, **first_alone, logits_processor=[look]
+        )
     ids = out.sequences
     count = len(cache.methods)
     padding = inputs["attention_mask"]
@@ -330,9 +331,10 @@ def _generate(
     cache = HeadBudgetCache(method, backend, mask, visual=visual_tokens(model, inputs, [method]))
     length = inputs["input_ids"].shape[1]
     look = _Look()
-    out = model.generate(**inputs, **{CACHE_ARGUMENT: cache}, **options, logits_processor=[look])[
-        :, length:
-    ].cpu()
+    with cache.watching(model):
+        out = model.generate(
+            **inputs, **{CACHE_ARGUMENT: cache}, **options, logits_processor=[look]
+        )[:, length:].cpu()
     # A beam search holds every beam as a row of its own; they share the prompt.
     beams = cache.kept().shape[0] // out.shape[0]
     kept = cache.kept()[::beams]

@@ -18,6 +18,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, AttendingLayer
+from sparsemm_eval.cache.attention import usual_scale
 from sparsemm_eval.engine.decode import not_finite_words
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import family_of
@@ -116,7 +117,7 @@ class _SharedLayer(AttendingLayer):
         del self.pending
         if self.key is None:
             out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-            self._read(query[0], key[0], value[0])
+            self._read(usual_scale(query, kwargs.get("scaling"))[0], key[0], value[0])
             return out
         self.new = (torch.cat([self.new[0], key], 2), torch.cat([self.new[1], value], 2))
         scale = kwargs.get("scaling")

@@ -1,6 +1,7 @@
 """Which tokens each KV head keeps: pure tensor arithmetic, torch only."""
 
 from sparsemm_eval.methods.allocation import Allocation, LayerAllocation, Prompt
+from sparsemm_eval.methods.expected import AHEAD
 from sparsemm_eval.methods.head_mask import (
     MASK_MODES,
     HeadMask,
@@ -41,6 +42,7 @@ from sparsemm_eval.methods.selection import PromptSelection, keep_prompt, keep_r
 from sparsemm_eval.methods.sensitivity import Sensitivity, read_head_scores
 
 __all__ = [
+    "AHEAD",
     "FROM_FILES",
     "MASK_MODES",
     "Allocation",

@@ -23,6 +23,7 @@ from sparsemm_eval.methods.allocation import (
 )
 from sparsemm_eval.methods.cake import ByDispersion, MeanAndVariance
 from sparsemm_eval.methods.criticalkv import TwoStages
+from sparsemm_eval.methods.expected import ExpectedAttention
 from sparsemm_eval.methods.head_scores import HeadScores, ModelShape
 from sparsemm_eval.methods.keydiff import UnlikeKeys
 from sparsemm_eval.methods.knorm import SmallKeys
@@ -486,4 +487,5 @@ register_method("cake", scorer=MeanAndVariance, layers=ByDispersion)
 register_method("keydiff", scorer=UnlikeKeys)
 register_method("tova", scorer=LastQuery)
 register_method("knorm", scorer=SmallKeys)
+register_method("expected", scorer=ExpectedAttention)
 register_method("tgvkv", scorer=TextToVision, layers=ByVision)

@@ -10,7 +10,7 @@ Settings are read from these classes before torch is there: only what computes i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
@@ -27,7 +27,7 @@ _LARGEST_KERNEL = 9_999
 
 
 # What a part of a method may need beside query and key, by the name it gets it by.
-NEEDS = ("value", "output", "visual")
+NEEDS = ("value", "output", "visual", "rotation")
 
 
 class Scorer(Protocol):
@@ -71,6 +71,9 @@ class PromptLayer:
         [hidden, Hq * d]: the weight by which the heads' outputs become the layer's.
     visual : Tensor, optional
         [n] bool: which tokens show an image or a video.
+    rotation : Tensor, optional
+        [2, n + ahead, d]: cosines and sines by which RoPE turned the tokens, and will turn those
+        that follow.
     """
 
     index: int
@@ -79,6 +82,7 @@ class PromptLayer:
     value: Tensor | None = None
     output: Tensor | None = None
     visual: Tensor | None = None
+    rotation: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -101,12 +105,20 @@ class PromptLayer:
 
     def first(self, tokens: int) -> PromptLayer:
         """The layer of a prompt of these first tokens alone; the query must be of all positions."""
+        import torch
+
         cut = {
-            field.name: given[..., :tokens] if field.name == "visual" else given[:, :tokens]
-            for field in fields(self)
-            if field.name not in ("index", "output")
-            and (given := getattr(self, field.name)) is not None
+            name: given[:, :tokens]
+            for name in ("query", "key", "value")
+            if (given := getattr(self, name)) is not None
         }
+        if self.visual is not None:
+            cut["visual"] = self.visual[:tokens]
+        if self.rotation is not None:
+            # What follows the whole prompt stays what is to come.
+            cut["rotation"] = torch.cat(
+                [self.rotation[:, :tokens], self.rotation[:, self.tokens :]], 1
+            )
         return replace(self, **cut)
 
 

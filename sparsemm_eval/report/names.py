@@ -86,6 +86,7 @@ METHOD_NAMES = {
     "keydiff": "KeyDiff",
     "tova": "TOVA",
     "knorm": "KNorm",
+    "expected": "Expected",
     "tgvkv": "TGV-KV",
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ from sparsemm_eval.errors import UserError
 from sparsemm_eval.families import VideoFamily, family_of, find_family, smolvlm
 from sparsemm_eval.heads.capture import ArgmaxCapture, feed, read_prompts
 from sparsemm_eval.heads.starved import AnsweredPrompt
-from sparsemm_eval.methods import make_method
+from sparsemm_eval.methods import AHEAD, make_method, register_method, registry
 from sparsemm_eval.methods.sensitivity import RULES
 
 BUILD: Mapping[str, Callable[[Path], Path]] = {
@@ -428,3 +429,63 @@ def test_smolvlm_without_its_package_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(smolvlm, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs the package num2words.*pip install num2words"):
         find_family("smolvlm").check(SmolVLMConfig())
+
+
+SEEN: list[tuple[Tensor, Tensor]] = []
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """A scorer that notes keys and rotations, by the door that any method has."""
+
+    needs = ("rotation",)
+    window: int = 1
+    least_budget: int = 2
+
+    def __call__(self, query: Tensor, key: Tensor, rotation: Tensor) -> Tensor:
+        """All tokens alike."""
+        SEEN.append((key, rotation))
+        return torch.ones(key.shape[0], key.shape[1] - 1)
+
+
+def test_rotations_are_what_the_model_does(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys before RoPE, turned by what a method is handed, are the keys that it is handed."""
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+    register_method("recorder", scorer=Recorder)
+    method = make_method("recorder", shape_of(subject.model), budget=2)
+    inputs = subject.read([0, 2])
+    before: dict[torch.nn.Module, Tensor] = {}
+    layers = [one.self_attn for one in subject.model.get_decoder().layers]
+    last = [getattr(layer, "k_norm", None) or layer.k_proj for layer in layers]
+
+    def note(part: torch.nn.Module, given: object, out: Tensor) -> None:
+        before.setdefault(part, out)
+
+    hooks = [part.register_forward_hook(note) for part in last]
+    SEEN.clear()
+    decode(subject.model, inputs, [method], OPTIONS)
+    for hook in hooks:
+        hook.remove()
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    compressed = [part for part, layer in zip(last, layers, strict=True) if not is_sliding(layer)]
+    for place, part in enumerate(compressed):
+        for row, length in enumerate(lengths):
+            key, rotation = SEEN[place * len(lengths) + row]
+            plain, width = before[part][row], inputs["input_ids"].shape[1]
+            if len(plain) != width:  # heads first
+                plain = plain.transpose(0, 1)
+            plain = plain.reshape(width, len(key), -1)[-length:].transpose(0, 1)
+            cos, sin = rotation[:, :length]
+            first, second = plain.chunk(2, -1)
+            turned = plain * cos + torch.cat([-second, first], -1) * sin
+            torch.testing.assert_close(turned, key)
+            # What follows goes on from the largest position, step by step alike.
+            assert rotation.shape[1] == length + AHEAD
+    assert len(SEEN) == len(compressed) * len(lengths)
+
+
+def is_sliding(attention: torch.nn.Module) -> bool:
+    """Whether a layer attends to its last tokens alone."""
+    return getattr(attention, "is_sliding", False)

@@ -15,6 +15,7 @@ from methods import reference, reference_more
 
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import (
+    AHEAD,
     HeadScores,
     Method,
     ModelShape,
@@ -25,6 +26,7 @@ from sparsemm_eval.methods import (
 
 # Near-equal numbers are left out: float32 or float64, one of two orders is as good as the other.
 NEAR = 1e-9
+DIM = 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,6 +57,7 @@ class Drawn:
                 index,
                 **{name: torch.tensor(getattr(self, name)[index], dtype=dtype) for name in names},
                 visual=torch.tensor(self.visual),
+                rotation=torch.tensor(turns(self.tokens + AHEAD), dtype=dtype),
             )
             for index in range(self.shape.layers)
         ]
@@ -81,17 +84,31 @@ class Drawn:
         return make_method(name, self.shape, **given)
 
 
+def turns(count: int) -> np.ndarray:
+    """Cosines and sines of RoPE at the first positions, [2, count, d]."""
+    angles = np.arange(count)[:, None] / 100.0 ** (np.arange(0, DIM, 2) / DIM)
+    angles = np.concatenate([angles, angles], 1)
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def rotated(vector: np.ndarray, position: int) -> np.ndarray:
+    """A vector at a position."""
+    cos, sin = turns(position + 1)[:, position]
+    first, second = np.split(vector, 2)
+    return vector * cos + np.concatenate([-second, first]) * sin
+
+
 @st.composite
-def prompts(draw: st.DrawFn) -> Drawn:
+def prompts(draw: st.DrawFn, most: int = 4) -> Drawn:
     """Random layers of unlike sharpness; an image with text before and behind it."""
-    heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 7]))
-    shape = ModelShape(draw(st.integers(1, 4)), heads * group, heads)
+    heads, group = draw(st.integers(1, min(3, most))), draw(st.sampled_from([1, 2, 3, 7][:most]))
+    shape = ModelShape(draw(st.integers(1, most)), heads * group, heads)
     before, image, behind = (
         draw(st.integers(0, 6)),
         draw(st.integers(3, 40)),
         draw(st.integers(1, 9)),
     )
-    n, dim = before + image + behind, 4
+    n, dim = before + image + behind, DIM
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
 
@@ -194,12 +211,16 @@ METHODS: Mapping[str, tuple[str, Callable[..., Counts]]] = {
     "cake": ("cake", cake),
     "tgvkv": ("tgvkv", tgvkv),
     "keydiff+sparsemm": ("keydiff", sparsemm),
+    "expected": ("expected", uniform),
 }
 # Tokens that are set apart by those that have no window.
-RESERVED = {"vlcache": 0, "tova": 1, "keydiff": 0, "knorm": 0, "tgvkv": 0}
+RESERVED = {"expected": 0, "vlcache": 0, "tova": 1, "keydiff": 0, "knorm": 0, "tgvkv": 0}
 
 # The reference has the public code's pooling for these.
-LIKE_OURS = {"lava": {"kernel_size": 5, "pooling": "avg"}}
+LIKE_OURS = {
+    "lava": {"kernel_size": 5, "pooling": "avg"},
+    "expected": {"rotate": lambda vector, position: rotated(vector, int(position))},
+}
 
 
 def apart(scores: np.ndarray) -> bool:
@@ -210,18 +231,32 @@ def apart(scores: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("allocation", ["paper", "exact"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "expected"])
 @settings(max_examples=25, deadline=None)
 @given(prompts(), st.integers(1, 40), st.integers(1, 4))
 def test_a_prompt_keeps_what_the_reference_keeps(
     name: str, allocation: str, drawn: Drawn, base: int, window: int
 ) -> None:
+    compare(name, allocation, drawn, base, window)
+
+
+@settings(max_examples=8, deadline=None)
+@given(prompts(most=2), st.integers(5, 20))
+def test_expected_attention_keeps_what_the_reference_keeps(drawn: Drawn, base: int) -> None:
+    """Of few heads, as the reference is slow; the sinks and one more token at least."""
+    compare("expected", "paper", drawn, base, 1)
+
+
+def compare(name: str, allocation: str, drawn: Drawn, base: int, window: int) -> None:
+    """A prompt under a method, and by the reference."""
     scorer, count = METHODS[name]
     window = min(window, drawn.tokens - 2)
     reserved = RESERVED.get(scorer, window)
     given = {} if scorer in RESERVED else {"window": window}
     budget = base + reserved
     assume(budget < drawn.tokens)
+    if name == "expected":  # the sinks and one more at least; the reference is slow
+        assume(budget > 4 and drawn.shape.layers == 1 and drawn.shape.query_heads <= 3)
     method = drawn.make(name, budget=budget, **given, allocation=allocation)
     scores = drawn.scores(scorer, window=reserved, **LIKE_OURS.get(scorer, {}))
     assume(all(apart(layer) for layer in scores))
@@ -249,7 +284,7 @@ def test_a_prompt_keeps_what_the_reference_keeps(
 @given(prompts(), st.integers(1, 30))
 def test_methods_together_keep_what_each_keeps_alone(drawn: Drawn, base: int) -> None:
     """Those of one layer at a time, those of all layers, and full KV."""
-    assume(base + 2 < drawn.tokens)
+    assume(base + 2 < drawn.tokens and base > 3)
     methods = [
         drawn.make("fullkv"),
         *(
