@@ -100,7 +100,7 @@ def test_settings_of_the_table_are_known() -> None:
     from sparsemm_eval.engine.lmms import SparseMM
 
     section = README.split("### Settings")[1].split("###")[0]
-    rows = re.findall(r"^\| ([a-z_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| ([a-z0-9_, ]+) \| .+ \| .+ \|$", section, re.MULTILINE)
     names = {name for row in rows for name in row.split(", ")} - {"setting", "method"}
     known = set(inspect.signature(SparseMM.__init__).parameters)
     methods = {s for name in method_names() for s in registry.method_settings(name)}
