@@ -67,10 +67,18 @@ def _check_said(arguments: list[str]) -> None:
         raise UserError("--model is missing: give one, such as --model sparsemm")
     theirs = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     theirs.add_argument("--model")
-    if theirs.parse_known_args(arguments)[0].model in MODELS:
+    theirs.add_argument("--tasks", default="")
+    theirs.add_argument("--include_path", action="append", default=[])
+    given = theirs.parse_known_args(arguments)[0]
+    if given.model in MODELS:
         for option in said:
             if option in _WITHOUT_MEANING:
                 raise UserError(f"{option}: {_WITHOUT_MEANING[option]}; leave it out")
+        if given.include_path:
+            # Others the model finds by itself, which does not know these folders.
+            from sparsemm_eval.engine.tasks import check_kinds
+
+            check_kinds(common.words(given.tasks), given.include_path)
 
 
 def _run(arguments: list[str]) -> str | None:

@@ -384,12 +384,15 @@ def check_kind(task: str, kind: str) -> None:
         )
 
 
-def check_kinds(tasks: Collection[str]) -> None:
-    """`check_kind` of tasks by name alone, of those that lmms-eval or this package brings."""
+def check_kinds(tasks: Collection[str], include_path: Sequence[str] = ()) -> None:
+    """`check_kind` of tasks by name alone: of those in the folders, or where none is given, of
+    those that lmms-eval or this package brings.
+    """
     if not tasks:
         return
-    manager = TaskManager("WARNING", include_path=str(tasks_folder()))
-    for task in sorted(tasks & set(manager.all_subtasks)):
+    folders = list(include_path) or [str(tasks_folder())]
+    manager = TaskManager("WARNING", include_path=folders, include_defaults=not include_path)
+    for task in sorted(set(tasks) & set(manager.all_subtasks)):
         check_kind(task, _kind(manager, task))
 
 

@@ -339,3 +339,19 @@ def test_from_a_task_file_to_scores_and_tables(own_tasks: Path, tmp_path: Path) 
     for metric in ("acc,none", "acc_norm,none"):
         of_plain = content["results"]["own_choices"][metric]
         assert of_plain == swept["snapkv"]["own_choices"][metric], plain.stderr
+
+
+def test_a_task_of_rounds_beside_others_is_refused_at_once(tmp_path: Path) -> None:
+    """One of a folder too, and the answers of the others are not waited for."""
+    (tmp_path / "rounds.yaml").write_text(
+        "task: own_rounds\ndataset_path: json\noutput_type: generate_until_multi_round\n"
+    )
+    done = CliRunner().invoke(
+        app,
+        ["eval", "--model", "sparsemm", "--tasks", "docvqa_mini,own_rounds",
+         "--include_path", str(tmp_path), "--model_args",
+         f"pretrained={find_checkpoint('embedded:qwen2vl')},method=fullkv"],
+    )  # fmt: skip
+    assert done.exit_code == 1
+    assert "own_rounds is of output_type generate_until_multi_round" in done.output
+    assert done.output.count("\n") == 1
