@@ -22,10 +22,12 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
+from sparsemm_eval.engine import runner as runner_module
 from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import Candidate, decode, score
 from sparsemm_eval.engine.lmms import CellModel, make_runner
+from sparsemm_eval.engine.requests import with_candidates
 from sparsemm_eval.engine.runner import Runner
 from sparsemm_eval.errors import UserError
 from sparsemm_eval.methods import HeadMask
@@ -218,6 +220,42 @@ def test_one_prefill_answers_all_choices_of_all_cells_once(
     both = [*asked(0, ["7"], context="One?"), *asked(0, ["7"], context="Two?")]
     (one, two) = (answer.text for answer in model_of(again).loglikelihood(both))
     assert one != two
+
+
+def test_a_run_that_is_stopped_goes_on(
+    embedded: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where memory is short, each choice counts as a row: methods are decoded apart."""
+    given = cells("fullkv", "snapkv", "adakv")
+    instances = [one for number, texts in enumerate(CHOICES) for one in asked(number, texts)]
+    whole = model_of(make_runner(embedded, given, tmp_path / "whole", 1), 1)
+    wanted = [one.text for one in whole.loglikelihood(instances)]
+
+    monkeypatch.setattr(runner_module, "free_memory", lambda _: 1)
+    together: list[tuple[int, int]] = []
+    decode_batch = Runner.decode_batch
+
+    def stop(self: Runner, samples: Any, inputs: Any, cells: Any) -> Any:
+        together.append((len(samples), len(cells)))
+        if len(together) == 5:
+            raise KeyboardInterrupt
+        return decode_batch(self, samples, inputs, cells)
+
+    monkeypatch.setattr(Runner, "decode_batch", stop)
+    datasets = {TASK: {SPLIT: DOCUMENTS}}
+    requests = [request for request, _ in with_candidates(instances, datasets)]
+    with pytest.raises(KeyboardInterrupt):
+        make_runner(embedded, given, tmp_path / "answers", 2).answer(requests)
+    assert len(rows(tmp_path / "answers")) == 3 * 2 + 2
+    runner = make_runner(embedded, given, tmp_path / "answers", 2)
+    runner.answer(requests)
+    assert together == [(2, 1)] * 7
+    assert len(rows(tmp_path / "answers")) == 3 * 4
+    for (loss, is_greedy), before in zip(
+        (one.text for one in model_of(runner, 1).loglikelihood(instances)), wanted, strict=True
+    ):
+        assert loss == pytest.approx(before[0], abs=2e-3)
+        assert is_greedy is before[1]
 
 
 def test_what_a_task_makes_of_the_document_is_its_log_likelihood(
