@@ -1,7 +1,8 @@
 """``bench selection``: what a grid of cells costs a layer beside the scores that all cells share.
 
 Scoring reads the prompt once for all cells. What the cells add to it is measured apart: selection
-(ranks, counts, masks) and packing, whose floor is moving the kept tokens alone.
+(ranks, counts, masks) and packing, whose floor is moving the kept tokens alone. Each method by
+itself, scores and all, is told as a share of what the layer costs to read the prompt.
 """
 
 from __future__ import annotations
@@ -13,17 +14,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
 
 from sparsemm_eval.bench.layers import LAYERS, layer_shape
 from sparsemm_eval.bench.machine import find_device, provenance_on, slug, threads, write_json
-from sparsemm_eval.bench.models import DTYPES, grid_methods, heavy_scores
+from sparsemm_eval.bench.models import DTYPES, grid_methods, heavy_scores, shape_config
 from sparsemm_eval.bench.options import Benchmark, SelectionOptions, main
 from sparsemm_eval.bench.timing import Measure, clocked, in_turn, quartiles
 from sparsemm_eval.cache import RaggedKV
 from sparsemm_eval.cache.ragged import Buffer
 from sparsemm_eval.errors import check_choice, check_int
-from sparsemm_eval.methods import Checks, Method, ModelShape, PromptLayer, keep_rows
+from sparsemm_eval.methods import (
+    AHEAD,
+    Checks,
+    Method,
+    ModelShape,
+    PromptLayer,
+    Sensitivity,
+    keep_prompt,
+    keep_rows,
+    make_method,
+    method_names,
+    settings_of,
+)
 
+# Of a prompt in which each method is measured by itself; as many tokens of text stand behind the
+# image as a question with its instruction has.
+BUDGET, WINDOW, QUESTION = 256, 32, 64
+# Reading takes long, and swings little.
+_READINGS = 3
 GRIDS = {"demo": False, "paper": True}  # budgets 256 to 12 and window 8; 2048 to 64 and window 32
 
 
@@ -73,6 +92,7 @@ def run(options: SelectionOptions, command: str) -> Benchmark:
                 name: _measure(inputs, model, large, options.repeats)
                 for name, large in GRIDS.items()
             },
+            "methods": _measure_methods(inputs, model, options),
         }
     path = options.out / f"selection-{slug(whole['hardware'])}.json"
     write_json(path, whole)
@@ -144,6 +164,58 @@ def _measure(
     }
 
 
+def _measure_methods(
+    inputs: tuple[Tensor, Tensor, Tensor], model: ModelShape, options: SelectionOptions
+) -> dict[str, Any]:
+    """Milliseconds of choosing one layer's tokens by each method, and of reading the layer."""
+    query, key, value = (x[0] for x in inputs)
+    tokens, shape = key.shape[1], replace(model, layers=1)
+    decoder = _one_layer(options.shape).to(key.device, key.dtype)
+    visual = torch.arange(tokens, device=key.device) < tokens - QUESTION
+    turned = decoder.rotary_emb(key, torch.arange(tokens + AHEAD, device=key.device)[None])
+    layer = PromptLayer(
+        0, query, key, value, decoder.layers[0].self_attn.o_proj.weight, visual,
+        torch.stack(turned)[:, 0],
+    )  # fmt: skip
+    hidden = torch.randn(1, tokens, decoder.config.hidden_size, device=key.device, dtype=key.dtype)
+    files = {
+        "head_scores": heavy_scores(1, model.query_heads), "sensitivity": Sensitivity.alike(shape)
+    }  # fmt: skip
+    work: dict[str, Callable[[], Any]] = {}
+    for name in method_names():
+        known = {setting.name for setting in settings_of(name)}
+        if "budget" not in known:
+            continue
+        given = {"budget": BUDGET, "window": WINDOW, **files}
+        method = make_method(name, shape, **{k: v for k, v in given.items() if k in known})
+        work[name] = lambda method=method: keep_prompt([method], [layer])
+    measures: dict[str, Measure] = {
+        name: lambda do=do: [1e3 * clocked(do, key.device)[1]] for name, do in work.items()
+    }
+    times = in_turn(measures, options.repeats + 1, float("inf"))
+    read = [
+        1e3 * clocked(lambda: decoder(inputs_embeds=hidden, use_cache=False), key.device)[1]
+        for _ in range(min(options.repeats, _READINGS) + 1)
+    ]
+    reading = quartiles(read[1:])[1]
+    spent = {name: quartiles(all_[1:])[1] for name, all_ in times.items()}
+    return {
+        "budget": BUDGET,
+        "reading_milliseconds": round(reading, 3),
+        "milliseconds": {name: round(median, 3) for name, median in spent.items()},
+        "share_of_reading": {name: round(median / reading, 4) for name, median in spent.items()},
+    }
+
+
+def _one_layer(shape: str) -> PreTrainedModel:
+    """The language model of a shape, with one layer and next to no words."""
+    config = shape_config(shape).get_text_config()
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 1, 8, None
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return AutoModel.from_config(config, attn_implementation="sdpa").eval()
+
+
 def _with_scores(methods: Sequence[Method], scores: Tensor) -> list[Method]:
     """The methods, which share their scorer's scores without computing them."""
     budgeted = next(method for method in methods if method.budget is not None)
@@ -169,6 +241,12 @@ def _text(whole: Mapping[str, Any]) -> str:
         for part, median in grid["milliseconds"].items():
             share = grid["share_of_scoring"].get(part, 1)
             lines.append(f"  {part.replace('_', ' '):24} {median:9.2f} ms {share:8.1%} of scoring")
+    methods = whole["methods"]
+    lines.append(
+        f"each method by itself; reading a layer takes {methods['reading_milliseconds']:.1f} ms"
+    )
+    for name, share in methods["share_of_reading"].items():
+        lines.append(f"  {name:24} {methods['milliseconds'][name]:9.2f} ms {share:8.2%} of reading")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from sparsemm_eval.bench.options import SelectionOptions
 from sparsemm_eval.bench.selection import _with_scores, run
 from sparsemm_eval.cli import app
 from sparsemm_eval.errors import UserError
-from sparsemm_eval.methods import ModelShape, keep_rows
+from sparsemm_eval.methods import ModelShape, PromptLayer, keep_rows, method_names
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -23,11 +23,12 @@ def test_scores_that_are_given_select_what_scores_that_are_computed_do(large: bo
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(heads, 2100, 8, generator=generator) for heads in (4, 2))
     scored = _with_scores(methods, methods[1].scorer(query, key))
-    assert torch.equal(keep_rows(scored, query, key, 1), keep_rows(methods, query, key, 1))
+    layer = PromptLayer(1, query, key)
+    assert torch.equal(keep_rows(scored, layer), keep_rows(methods, layer))
 
 
 def test_runs_from_its_command(tmp_path: Path) -> None:
-    arguments = ["--shape", "qwen2vl", "--tokens", "2049", "--repeats", "2", "--out", str(tmp_path)]
+    arguments = ["--shape", "qwen2vl", "--tokens", "2049", "--repeats", "1", "--out", str(tmp_path)]
     done = CliRunner().invoke(app, ["bench", "selection", *arguments])
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.glob("selection-*.json")
@@ -41,6 +42,11 @@ def test_runs_from_its_command(tmp_path: Path) -> None:
         assert min(times.values()) > 0
         for part, share in shares.items():
             assert share == pytest.approx(times[part] / times["scoring"], rel=0.05, abs=2e-3)
+    methods = made["methods"]
+    assert {*methods["milliseconds"]} == {*method_names()} - {"fullkv"}
+    for name, share in methods["share_of_reading"].items():
+        own = methods["milliseconds"][name] / methods["reading_milliseconds"]
+        assert share == pytest.approx(own, rel=0.05, abs=1e-3)
 
 
 @pytest.mark.parametrize(
