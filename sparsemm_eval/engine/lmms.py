@@ -261,6 +261,12 @@ class CellModel(lmms):
                 f"{method.name} left {whole} of {count} samples uncompressed: their prompts "
                 f"fit budget={method.budget}, so this is mostly a full-KV result"
             )
+        choices = [one for record in records for one in record.get("candidates", ())]
+        if method.budget is not None and choices and all(len(x["tokens"]) == 1 for x in choices):
+            logger.bind(of_cell=True).warning(
+                f"the choices of {', '.join(sorted({one.task for one in finished}))} are of one "
+                "token, whose likelihood comes out of the prefill: no method changes it"
+            )
 
     def _calibrated(
         self, finished: Sequence[Answer], digests: Mapping[tuple[str, str], str]

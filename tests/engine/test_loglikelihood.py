@@ -14,7 +14,7 @@ import torch
 import yaml
 from cache.models import FAMILIES, METHODS, SAMPLES, budgeted, build, method_for, prompt
 from cache.oracle import Forced, generate_masked, likelihood, logits
-from engine.fixtures import Stock, pages, photo, rows, sentence
+from engine.fixtures import Stock, log, pages, photo, rows, sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -268,6 +268,23 @@ def test_what_a_task_makes_of_the_document_is_its_log_likelihood(
     assert isinstance(loss, GenerationResult)
     assert loss.text[0] == -log_likelihood.text[0] > 0
     assert loss.text[1] is log_likelihood.text[1]
+
+
+def test_choices_of_one_token_are_full_kvs_and_that_is_said(
+    embedded: Checkpoint, tmp_path: Path
+) -> None:
+    runner = make_runner(embedded, cells("fullkv", "snapkv"), tmp_path)
+    with log() as lines:
+        full, compressed = (
+            [one.text for one in model_of(runner, place).loglikelihood(asked(0, ["7", "x"]))]
+            for place in (0, 1)
+        )
+    assert full == compressed
+    (line,) = [line for line in lines if "of one token" in line]
+    assert "the choices of choices are" in line
+    with log() as lines:
+        model_of(runner, 1).loglikelihood(asked(0, ["7", "a house"]))
+    assert not any("of one token" in line for line in lines)
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
