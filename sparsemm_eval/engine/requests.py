@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -378,17 +379,23 @@ def _candidate(
         )
     turn = {"role": "assistant", "content": [{"type": "text", "text": text}]}
     whole = processor.apply_chat_template([*chat.to_hf_messages(), turn], tokenize=False)
-    begin = whole.find(text, len(prompt))
-    if begin < 0 or not whole.startswith(prompt):
+    alike = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False))
+    shared = sum(1 for _ in alike)
+    rest, begin = prompt[shared:], whole.find(text, shared)
+    between = whole[shared:begin]
+    if begin >= 0 and between.startswith(rest):
+        answer = between[len(rest) :] + text
+    elif begin >= 0 and not (rest + between).strip():  # OneVision's has a blank more in a turn
+        answer = text
+    else:
         raise UserError(
             f"the chat template does not put the answer {short_repr(text)} as it is behind the "
             "prompt, so that it cannot be scored; mend its chat_template.jinja, or choose tasks "
             "of output_type generate_until"
         )
-    tokenizer, end = processor.tokenizer, begin + len(text)
     own, both, alone = (
-        tokenizer(part, add_special_tokens=False)["input_ids"]
-        for part in (prompt, whole[:end], whole[len(prompt) : end])
+        processor.tokenizer(part, add_special_tokens=False)["input_ids"]
+        for part in (prompt, prompt + answer, answer)
     )
     return tuple(both[len(own) :] if both[: len(own)] == own else alone)
 

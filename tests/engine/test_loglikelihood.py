@@ -27,9 +27,10 @@ from sparsemm_eval.engine.answers import SampleFailures
 from sparsemm_eval.engine.checkpoint import Checkpoint
 from sparsemm_eval.engine.decode import Candidate, decode, score
 from sparsemm_eval.engine.lmms import CellModel, make_runner
-from sparsemm_eval.engine.requests import with_candidates
+from sparsemm_eval.engine.requests import read_chat, with_candidates
 from sparsemm_eval.engine.runner import Runner
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.families import find_family
 from sparsemm_eval.methods import HeadMask
 from sparsemm_eval.tiny import find_checkpoint
 
@@ -285,6 +286,43 @@ def test_choices_of_one_token_are_full_kvs_and_that_is_said(
     with log() as lines:
         model_of(runner, 1).loglikelihood(asked(0, ["7", "a house"]))
     assert not any("of one token" in line for line in lines)
+
+
+class Letters:
+    """A processor whose chat template is two texts, and whose tokens are letters."""
+
+    def __init__(self, prompt: str, turn: str) -> None:
+        self.prompt, self.turn, self.tokenizer = prompt, turn, self
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = False, **_):
+        if add_generation_prompt:
+            return self.prompt
+        return self.turn.replace("…", messages[-1]["content"][0]["text"])
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.mark.parametrize(("prompt", "turn", "answer"), [
+    ("USER: a? ASSISTANT:", "USER: a? ASSISTANT: …</s>", " a"),
+    ("[INST] a? [/INST]", "[INST] a? [/INST] …</s>", " a"),
+    ("user\na?<end>\nmodel\n", "user\na?<end>\nmodel\n…<end>\n", "a"),
+    # Of LLaVA-OneVision: a blank behind the role of a turn, and none in the generation prompt.
+    ("<s>user a?<e><s>assistant\n", "<s>user a?<e><s>assistant \n…<e>", "a"),
+    ("<s>user a?<e><s>assistant\n<think>\n", "<s>user a?<e><s>assistant\n…<e>", None),
+    ("USER: a? ASSISTANT:", "USER: a? ASSISTANT:", None),
+])  # fmt: skip
+def test_an_answer_is_where_the_template_puts_it(
+    prompt: str, turn: str, answer: str | None
+) -> None:
+    processor, content = Letters(prompt, turn), [{"type": "text", "text": "a?"}]
+    asked = [{"role": "user", "content": content}]
+    if answer is None:
+        with pytest.raises(UserError, match="does not put the answer 'a' as it is behind"):
+            read_chat(processor, asked, find_family("qwen2_vl")(), ["a"])
+    else:
+        chat = read_chat(processor, asked, find_family("qwen2_vl")(), [" a "])
+        assert "".join(map(chr, chat.candidates[0])) == answer
 
 
 @pytest.mark.parametrize("empty", ["", "  \n"])
