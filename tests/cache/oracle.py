@@ -5,6 +5,7 @@ prompt, the method is asked which tokens each KV head keeps; from then on the ot
 Attention is written out, in the model's precision, and shares no code with the cache under test.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -101,7 +102,10 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     window = kwargs.get("sliding_window")
-    read = (query, key, value, module.o_proj.weight)
+    # A method takes products to be divided by the root of a head's size.
+    more = scaling * query.shape[-1] ** 0.5
+    asked = query if math.isclose(more, 1) else query * more
+    read = (asked, key, value, module.o_proj.weight)
     visible = module.oracle.visible(module.layer_idx, window, *read)
     group = query.shape[1] // key.shape[1]
     key, value, visible = (x.repeat_interleave(group, 1) for x in (key, value, visible))
