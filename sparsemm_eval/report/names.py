@@ -67,7 +67,8 @@ _PARTS = {
 # lmms-eval divides by this number whatever the number of samples; our miniature does not.
 _DIVISORS = {"ocrbench": 1000}
 
-# The paper's names of methods, in its order, then ours.
+# The paper's names of methods, in its order, then others', ours, and those that never see the
+# question.
 METHOD_NAMES = {
     "fullkv": "FullKV",
     "sparsemm": "SparseMM",
@@ -75,19 +76,19 @@ METHOD_NAMES = {
     "pyramidkv": "PyramidKV",
     "adakv": "AdaKV",
     "random": "Random",
-    "local": "Local",
-    "streaming": "StreamingLLM",
-    "sensitivity": "Sensitivity",
     "mixkv": "MixKV",
     "criticalkv": "CriticalKV",
     "lava": "LAVA",
-    "vlcache": "VL-Cache",
     "cake": "CAKE",
-    "keydiff": "KeyDiff",
-    "tova": "TOVA",
-    "knorm": "KNorm",
-    "expected": "Expected",
+    "vlcache": "VL-Cache",
     "tgvkv": "TGV-KV",
+    "tova": "TOVA",
+    "sensitivity": "Sensitivity",
+    "expected": "Expected",
+    "keydiff": "KeyDiff",
+    "knorm": "KNorm",
+    "local": "Local",
+    "streaming": "StreamingLLM",
 }
 
 # Where results do not say whether a method's ranking of tokens sees the question: these do not.

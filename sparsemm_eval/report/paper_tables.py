@@ -29,7 +29,7 @@ from sparsemm_eval.report.ranking_table import ranking_table
 from sparsemm_eval.report.resampling import RESAMPLES
 from sparsemm_eval.report.results import gather, not_read
 from sparsemm_eval.report.samples import score_samples
-from sparsemm_eval.report.statistics import BEST, COMPARED, LEVEL, add_statistics
+from sparsemm_eval.report.statistics import BEST, COMPARED, LEVEL, add_statistics, strata
 from sparsemm_eval.report.tables import calibration_lines, empty_line, side_by_side
 
 NO_SCORES = pd.DataFrame({"cell": [], "doc_id": [], "score": []})
@@ -228,6 +228,8 @@ def _marks_explained(cells: pd.DataFrame) -> str:
             parts.append("Where there are no scores by sample, bold is the best all the same.")
     elif len(first):
         parts.append(_UNKNOWN)
+    if strata(cells[cells["rank"].notna()]).nunique() > 1:
+        parts.append("Methods that never see the question are marked among themselves.")
     if cells["source"].str.endswith("_digitised").any():
         parts.append("≈: read off a figure of the paper, to about 0.002.")
     if cells["failed"].gt(0).any():
@@ -277,7 +279,8 @@ def _wide(
     """One row a row of the paper's; what is the same in all of them goes into the title."""
     values = set(cells[layout.column].dropna())
     side = sorted(values, reverse=layout.column == "budget") or [np.nan]
-    heads = {value: budget_text(value, none="all tokens") for value in side}
+    words = budget_text if layout.column == "budget" else "{:g}".format
+    heads = {value: "all tokens" if pd.isna(value) else words(value) for value in side}
     first = cells["row"].iloc[0]
     folded = {
         name: f"budget {first[level]}" if name == "budget" else first[level]

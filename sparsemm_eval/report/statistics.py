@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sparsemm_eval.errors import UserError
+from sparsemm_eval.report.names import stratum_of
 from sparsemm_eval.report.resampling import RESAMPLES, bootstrap, holm, mcnemar, sign_flips
 
 BEST = "best"
@@ -189,6 +190,12 @@ def _plain_difference(cells: pd.DataFrame, cell: Hashable, other: Hashable) -> f
     return cells.at[cell, "score"] - cells.at[other, "score"]
 
 
+def strata(cells: pd.DataFrame) -> pd.Series:
+    """Of which stratum each cell's method is, see `stratum_of`."""
+    known = zip(cells["method"], cells["query_aware"], strict=True)
+    return pd.Series([stratum_of(*one) for one in known], cells.index, name="stratum")
+
+
 def ranks(cells: pd.DataFrame) -> pd.Series:
     """Place of each cell among its rivals, 1 the best; ties share one, the next follows at once.
 
@@ -266,15 +273,15 @@ def _groups(cells: pd.DataFrame) -> Iterator[tuple[tuple, pd.DataFrame]]:
 
 
 def _columns(cells: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
-    """What compresses a model's cache on a task to one budget: all cells, rivals.
+    """What compresses a model's cache on a task to one budget: all cells of a stratum, rivals.
 
     Full KV and models of other tools are neither. A cell with fewer samples than the others is
-    no rival of theirs.
+    no rival of theirs; nor is one whose method never sees the question of one whose does.
     """
     compressed = cells[
         cells["budget"].notna() & cells["score"].notna() & cells["method"].ne("fullkv")
     ]
     for _, group in _groups(compressed):
-        for _, here in group.groupby("budget"):
+        for _, here in group.groupby(["budget", strata(group)]):
             samples = here["samples"]
             yield here, here[samples.isna() | samples.eq(samples.max())]

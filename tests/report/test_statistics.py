@@ -41,6 +41,21 @@ def test_each_is_compared_with_the_best_other(two: tuple) -> None:
     assert (valued["pairs"].dropna() == 300).all()
 
 
+def test_methods_that_never_see_the_question_are_ranked_among_themselves() -> None:
+    full, *others = coins(1, 300, 0.9, 0.8, 0.85, 0.7, 0.6)
+    names = [("snapkv", 64), ("streaming", 64), ("adakv", 64), ("local", 64)]
+    cells, scores = frames({("fullkv", None): full, **dict(zip(names, others, strict=True))})
+    valued = by_label(add_statistics(cells, scores))
+    assert valued["rank"].drop("FullKV").to_dict() == {
+        "SnapKV": 1, "AdaKV": 2, "StreamingLLM": 1, "Local": 2
+    }  # fmt: skip
+    assert valued["baseline"]["Local"] == "StreamingLLM"
+    # As results of a plugin's method say it; and one alone has no place.
+    told = cells.assign(query_aware=[1.0, 1.0, 0.0, 1.0, 1.0])
+    valued = by_label(add_statistics(told, scores))
+    assert valued["rank"].drop("FullKV").dropna().to_dict() == {"SnapKV": 1, "AdaKV": 2, "Local": 3}
+
+
 def test_numbers_are_those_of_the_samples(two: tuple) -> None:
     cells, scores = two
     valued = by_label(add_statistics(cells, scores))
