@@ -501,7 +501,7 @@ def test_the_ablation_of_sensitivity_leaves_kinds_out() -> None:
 def test_the_demo_grid_is_the_demo() -> None:
     grid = read_grid("demo")
     assert tuple(grid.axes["budget"]) == BUDGETS
-    assert len(grid.cells()) == 46
+    assert len(grid.cells()) == 49
     assert demo_grid(200, grid.batch_size).tasks == grid.tasks
     assert {model.name: model.pretrained for model in grid.models} == {
         name: f"embedded:{name}" for name in embedded_checkpoints()
