@@ -48,6 +48,8 @@ class PromptSelection:
         # By row of a method that shares among layers: what is needed again, layer by layer.
         self.read: dict[int, list[_Read]] = {}
         self.weights: dict[int, list[float]] = {}
+        # Of the layer that is read: rows of one rule differ in their budgets alone.
+        self.weighed: dict[tuple[LayerShare, Ranking], float] = {}
         self.kept: list[Tensor] = []
         self.context: int | None = None
 
@@ -62,6 +64,7 @@ class PromptSelection:
             Naming the method, if its scores or counts are none that tokens can be kept by.
         """
         n = layer.tokens
+        self.weighed.clear()
         groups: dict[tuple[Scorer, Pick | None, bool], list[int]] = {}
         for row, method in enumerate(self.methods):
             hidden = method.question == "hidden"
@@ -143,10 +146,12 @@ class PromptSelection:
         """At least what each head keeps in the end, whatever the layers to come are like."""
         method = self.methods[row]
         share, window = method.layers, method.scorer.window
-        weight = share.weight(ranking, layer.query, layer.key, window, **layer.given(share))
+        if (share, ranking) not in self.weighed:
+            weight = share.weight(ranking, layer.query, layer.key, window, **layer.given(share))
+            self.weighed[share, ranking] = method.checked_weight(float(weight), layer.index)
         prompt = method.prompt(layer.tokens)
         weights = self.weights.setdefault(row, [])
-        weights.append(method.checked_weight(float(weight), layer.index))
+        weights.append(self.weighed[share, ranking])
         needs = {} if method.picks is None else layer.given(method.picks)
         self.read.setdefault(row, []).append(_Read(ranking, ranks, needs))
         most = share.most(prompt, np.array(weights))
