@@ -450,7 +450,7 @@ def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
 def test_these_grids_are_shipped() -> None:
     assert SHIPPED == [
         "ablation_components", "ablation_ratio", "ablation_sensitivity", "demo", "demo_ablations",
-        "efficiency", "paper_general", "paper_ocr", "today", "today_long", "today_video",
+        "efficiency", "joined", "paper_general", "paper_ocr", "today", "today_long", "today_video",
     ]  # fmt: skip
 
 
