@@ -40,6 +40,16 @@ METHOD_STYLES: Mapping[str, dict[str, Any]] = {
     "local": {"color": "#56B4E9", "marker": "v"},
     "streaming": {"color": "#E69F00", "marker": "P"},
     "sensitivity": {"color": "#882255", "marker": "*"},
+    "mixkv": {"color": "#332288", "marker": "<"},
+    "criticalkv": {"color": "#AA4499", "marker": ">"},
+    "lava": {"color": "#117733", "marker": "p"},
+    "cake": {"color": "#999933", "marker": "h"},
+    "vlcache": {"color": "#44AA99", "marker": "d"},
+    "tgvkv": {"color": "#6699CC", "marker": "X"},
+    "tova": {"color": "#661100", "marker": "H"},
+    "expected": {"color": "#DDCC77", "marker": "8"},
+    "keydiff": {"color": "#88CCEE", "marker": "<"},
+    "knorm": {"color": "#AAAAAA", "marker": ">"},
 }
 _MARKERS = ("o", "s", "^", "D", "x", "v", "P", "*", "<", "p", ">", "h", "8", "d", "X", "H")
 # Dashes are not among them: they tell the paper's curves, drawn behind one's own.
@@ -97,7 +107,13 @@ def _number(name: str) -> int:
 
 
 def _own_style(method: str) -> dict[str, Any]:
-    """Colour and marker from the name alone: the same whatever else is drawn, never SparseMM's."""
+    """Colour and marker from the name alone: the same whatever else is drawn, never SparseMM's.
+
+    Of names that are joined the first one's colour and the last one's marker.
+    """
+    if "+" in method:
+        first, last = (METHOD_STYLES.get(one) or _own_style(one) for one in _ends(method))
+        return {"color": first["color"], "marker": last["marker"]}
     digest = hashlib.sha256(method.encode()).digest()
     # From yellow over green and blue to magenta: SparseMM's vermilion is left out.
     hue = 0.15 + 0.78 * int.from_bytes(digest[:2], "big") / 2**16
@@ -106,6 +122,11 @@ def _own_style(method: str) -> dict[str, Any]:
         "color": to_hex(colorsys.hls_to_rgb(hue, light, 0.7)).upper(),
         "marker": _MARKERS[1 + digest[3] % (len(_MARKERS) - 1)],
     }
+
+
+def _ends(method: str) -> tuple[str, str]:
+    names = method.split("+")
+    return names[0], names[-1]
 
 
 def house_style() -> AbstractContextManager[None]:
