@@ -275,7 +275,7 @@ class RaggedLayer(SilencingLayer):
                     key[sample, :, start:],
                     value[sample, :, start:] if "value" in needs else None,
                     output,
-                    prompt.visual[sample, start:].to(key.device) if "visual" in needs else None,
+                    prompt.visual[sample, start:] if "visual" in needs else None,
                     prompt.rotation[:, sample, start:].to(key.device)
                     if "rotation" in needs
                     else None,
@@ -388,7 +388,8 @@ class HeadBudgetCache(Cache):
         check_choice("backend", backend, BACKENDS)
         if mask is not None:
             mask.check_shape(methods[0].shape)
-        prompt = ReadPrompt(visual)
+        # On the CPU, where who asks for the last of them need not wait in every layer.
+        prompt = ReadPrompt(None if visual is None else visual.cpu())
         shape = methods[0].shape
         buffers = [None] * len(shape.places) if buffers is None else buffers
         super().__init__(

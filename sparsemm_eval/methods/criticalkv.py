@@ -58,10 +58,14 @@ class TwoStages(Pick):
 
 def output_norms(value: Tensor, output: Tensor, exact: torch.dtype) -> Tensor:
     """The L1 norm of each value through the output projection, mean over query heads: [H, n]."""
-    heads, _, dim = value.shape
-    of_head = output.view(len(output), heads, -1, dim).permute(1, 2, 3, 0)  # [H, G, d, hidden]
-    norms = sum(
-        (value @ of_head[:, member].to(value.dtype)).abs().sum(-1, dtype=exact)
-        for member in range(of_head.shape[1])
-    )
-    return norms / of_head.shape[1]
+    import torch
+
+    heads, n, dim = value.shape
+    of_query_head = output.view(len(output), -1, dim).permute(1, 2, 0)  # [Hq, d, hidden]
+    group = len(of_query_head) // heads
+    norms = torch.empty(heads * group, n, dtype=exact, device=value.device)
+    # One by one: of all heads together this is the hidden states of as many prompts.
+    for query_head, weight in enumerate(of_query_head):
+        through = value[query_head // group] @ weight.to(value.dtype)
+        norms[query_head] = through.abs_().sum(-1, dtype=exact)
+    return norms.view(heads, group, n).mean(1)

@@ -70,7 +70,7 @@ class PromptLayer:
     output : Tensor, optional
         [hidden, Hq * d]: the weight by which the heads' outputs become the layer's.
     visual : Tensor, optional
-        [n] bool: which tokens show an image or a video.
+        [n] bool: which tokens show an image or a video; perhaps on another device than the rest.
     rotation : Tensor, optional
         [2, n + ahead, d]: cosines and sines by which RoPE turned the tokens, and will turn those
         that follow.

@@ -38,6 +38,7 @@ class TextToVision:
         """Scores [H, n] from query [Hq, n, d], key [H, n, d] and visual [n]."""
         import torch
 
+        visual = visual.to(key.device)
         text = (~visual).nonzero()[:, 0]
         to_text = _attention(query, key, text, ~visual)[..., text]  # [H, G, T, T]
         later = torch.arange(len(text), 0, -1, device=key.device)
@@ -60,6 +61,7 @@ class ByVision(LayerShare):
     ) -> Tensor:
         import torch
 
+        visual = visual.to(key.device)
         text = (~visual).nonzero()[:, 0]
         paid = _attention(query, key, text, torch.ones_like(visual))[..., visual]
         return paid.sum(dtype=torch.float64)
