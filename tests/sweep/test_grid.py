@@ -430,7 +430,7 @@ def test_a_grid_is_named_after_its_file(tmp_path: Path) -> None:
 def test_a_grid_takes_every_setting_of_a_model_that_a_plain_run_takes() -> None:
     values = {
         "dtype": "float32", "backend": "torch", "mask_mode": "output", "protocol": "paper",
-        "rounding": "loose", "jpeg_quality": 85, "max_new_tokens": 128,
+        "rounding": "loose", "jpeg_quality": 85, "max_new_tokens": 128, "frames": 8,
     }  # fmt: skip
     # How many samples may fail is the whole sweep's, given with its command.
     with pytest.raises(UserError, match="setting='allow_failed'"):
