@@ -8,6 +8,17 @@ from cache.sequences import assert_books_agree, draw, sequences, softmax_attenti
 from transformers import PreTrainedModel
 
 from sparsemm_eval.cache import CACHE_ARGUMENT, HeadBudgetCache, RaggedKV
+from sparsemm_eval.methods import (
+    AHEAD,
+    HeadScores,
+    ModelShape,
+    PromptLayer,
+    Sensitivity,
+    keep_prompt,
+    make_method,
+    method_names,
+    settings_of,
+)
 
 pytestmark = pytest.mark.gpu
 ROWS, KV_HEADS, TOKENS = 3, 2, 300
@@ -109,6 +120,42 @@ def test_auto_takes_varlen_in_half_precision(family: str, dtype: torch.dtype) ->
     assert torch.equal(*first)
     one, other = (logits(out).float() for out in outs.values())
     assert (one - other).abs().max() < 0.1 * one.abs().max()
+
+
+@pytest.mark.parametrize("name", [*method_names(), "criticalkv+cake", "pyramidkv+adakv"])
+def test_methods_keep_on_a_gpu_what_they_keep_on_a_cpu(name: str) -> None:
+    """In float64, where no order of summation decides between two tokens."""
+    shape = ModelShape(3, 8, 4)
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, dtype=torch.float64, generator=generator)
+
+    visual = torch.arange(200) < 180
+    angles = random(200 + AHEAD, 8).repeat(1, 2)
+    layers = [
+        PromptLayer(
+            index, random(8, 200, 16), random(4, 200, 16), random(4, 200, 16), random(64, 128),
+            visual, torch.stack([angles.cos(), angles.sin()]),
+        )
+        for index in range(3)
+    ]  # fmt: skip
+    on_gpu = [
+        PromptLayer(
+            one.index, *(x.cuda() for x in (one.query, one.key, one.value, one.output)),
+            one.visual, one.rotation.cuda(),
+        )
+        for one in layers
+    ]  # fmt: skip
+    known = {setting.name for setting in settings_of(name)}
+    given = {"budget": 40, "head_scores": HeadScores(random(3, 8).exp().numpy())}
+    given["sensitivity"] = Sensitivity.alike(shape)
+    method = make_method(name, shape, **{k: v for k, v in given.items() if k in known})
+    for here, there in zip(
+        keep_prompt([method], layers), keep_prompt([method], on_gpu), strict=True
+    ):
+        assert there.is_cuda
+        assert torch.equal(here, there.cpu())
 
 
 def _on_cpu(family: str, seed: int, samples: tuple) -> dict[str, torch.Tensor]:
