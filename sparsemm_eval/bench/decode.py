@@ -176,9 +176,9 @@ class _WatchedLayer(RaggedLayer):
 
     span: tuple[Any, Any] | None = None
 
-    def _compress(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def _compress(self, module: torch.nn.Module, query: Tensor, key: Tensor, *rest: Any) -> None:
         begun = moment(key.device)
-        super()._compress(query, key, value, mask)
+        super()._compress(module, query, key, *rest)
         self.span = (begun, moment(key.device))
 
     def compress_ms(self) -> float:
