@@ -8,13 +8,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from sweep.small_demo import CELLS, TASKS
 
 from sparsemm_eval.report.results import load
 from sparsemm_eval.sweep.demo import Demo
 from sparsemm_eval.sweep.demo import run_demo as run_demo_of
 from sparsemm_eval.sweep.studies import demo_grid
 
-TASKS = ("docvqa_mini", "vqav2_mini")
 SETTINGS = {"samples": 12, "batch_size": 6, "budgets": (64, 12), "tasks": TASKS, "masked": 8}
 
 
@@ -38,7 +38,7 @@ def answers(folder: Path) -> int:
 
 def test_every_cell_is_there_and_the_models_read(demo: tuple[Demo, Path]) -> None:
     frame = demo[0].frame
-    assert len(frame) == 2 * len(TASKS) * 33
+    assert len(frame) == 2 * len(TASKS) * CELLS
     documents = frame[frame["task"] == "docvqa_mini"].set_index(["model", "method"])
     for model in ("qwen2vl", "llava_next"):
         full = documents.loc[(model, "fullkv"), "score"].item()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from engine.fixtures import rows, sentence
-from sweep.small_demo import tables, write_small_demo
+from sweep.small_demo import CELLS, tables, write_small_demo
 from typer.testing import CliRunner
 
 from sparsemm_eval.cli import app
@@ -175,7 +175,7 @@ def test_a_sweep_that_is_asked_to_end_leaves_and_goes_on_later(tmp_path: Path) -
     assert last.endswith("stopped by SIGUSR1; every finished answer is safe, run it again to go on")
     (found,) = (job for job in status(out).jobs if job.job.name == name)
     assert 0 < found.done < found.expected
-    assert found.done % 13 == 0, "all cells of a prompt, or none"
+    assert found.done % CELLS == 0, "all cells of a prompt, or none"
     assert found.state == "open"
 
 

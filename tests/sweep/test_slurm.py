@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from engine.fixtures import rows, sentence
-from sweep.small_demo import tables, write_small_demo
+from sweep.small_demo import CELLS, tables, write_small_demo
 from sweep.waiting import wait_until
 from typer.testing import CliRunner
 
@@ -281,7 +281,7 @@ def test_a_grid_disturbed_in_every_way_ends_with_the_tables_of_a_plain_sweep(
     assert tables(out) == tables(tmp_path / "plain")
     for model in ("qwen2vl", "llava_next"):
         stored = rows(out / "answers" / model)
-        assert len({row.key for row in stored}) == 13 * 3 * 2
+        assert len({row.key for row in stored}) == CELLS * 3 * 2
         plain = rows(tmp_path / "plain" / "answers" / model)
         assert {(row.key, row.text) for row in stored} == {(r.key, r.text) for r in plain}
     wait_until(lambda: in_queue() == "")
