@@ -45,7 +45,6 @@ class ReadPrompt:
         self.layers: list[RaggedLayer] = []  # that are compressed
         self.clear()
         self.visual = visual  # [samples, n] bool, where a method looks at it
-        self.rotation: Tensor | None = None  # [2, samples, n + ahead, d], likewise
 
     def clear(self) -> None:
         """Forget the prompt."""
@@ -76,7 +75,7 @@ class ReadPrompt:
         ahead = ahead.expand(*positions.shape[:-1], AHEAD)
         # Not by a call of the module, which would come here again.
         turning = rotary.forward(x, ahead, *kind)
-        sections = getattr(rotary, "mrope_section", None)
+        sections = rotary.config.rope_parameters.get("mrope_section")
         self.rotation = torch.stack(
             [
                 torch.cat([_one_axis(known, sections), _one_axis(coming, sections)], 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from sparsemm_eval.errors import check_int
+from sparsemm_eval.methods.scoring import SinksAndRecent
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +15,7 @@ AHEAD = 512
 
 
 @dataclass(frozen=True)
-class ExpectedAttention:
+class ExpectedAttention(SinksAndRecent):
     """Attention that a Gaussian of the prompt's queries is expected to pay, times the value's norm.
 
     Expected attention (arXiv 2510.00636, section 3): mean and covariance of a head's queries before
@@ -31,22 +31,6 @@ class ExpectedAttention:
     """
 
     needs: ClassVar[tuple[str, ...]] = ("value", "rotation")
-    query_aware: ClassVar[bool] = False
-
-    sinks: int = 4
-
-    def __post_init__(self) -> None:
-        check_int("sinks", self.sinks, least=0)
-
-    @property
-    def window(self) -> int:
-        """No token is set apart; sinks come first in the ranking."""
-        return 0
-
-    @property
-    def least_budget(self) -> int:
-        """The sinks and one token."""
-        return self.sinks + 1
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor) -> Tensor:
         """Scores [H, n] from query [Hq, n, d], key and value [H, n, d].

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from sparsemm_eval.methods.scoring import WithoutWindow
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @dataclass(frozen=True)
-class UnlikeKeys:
+class UnlikeKeys(WithoutWindow):
     """How unlike a token's key is to the mean of the head's unit keys.
 
     KeyDiff (arXiv 2504.15364, section 3): 1 - cosine. It looks at no query, so that a prompt could
@@ -18,16 +20,6 @@ class UnlikeKeys:
     """
 
     query_aware: ClassVar[bool] = False
-
-    @property
-    def window(self) -> int:
-        """No token is set apart."""
-        return 0
-
-    @property
-    def least_budget(self) -> int:
-        """One token."""
-        return 1
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores [H, n] from key [H, n, d]."""

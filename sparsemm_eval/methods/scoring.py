@@ -339,21 +339,25 @@ def _products(query: Tensor, key: Tensor, exact: torch.dtype) -> Tensor:
     return torch.bmm(query.to(exact), key.to(exact).transpose(1, 2))
 
 
-@dataclass(frozen=True)
-class Recency:
-    """Newer is better: keeps the last tokens and nothing else (Table 2, "local")."""
-
-    query_aware: ClassVar[bool] = False
+class WithoutWindow:
+    """What scorers have alike that set no token apart."""
 
     @property
     def window(self) -> int:
-        """No token is set apart: the budget itself is the window."""
+        """No token is set apart."""
         return 0
 
     @property
     def least_budget(self) -> int:
         """One token."""
         return 1
+
+
+@dataclass(frozen=True)
+class Recency(WithoutWindow):
+    """Newer is better: keeps the last tokens and nothing else (Table 2, "local")."""
+
+    query_aware: ClassVar[bool] = False
 
     def __call__(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores [H, n]: the position."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from sparsemm_eval.methods.layers import LayerShare
+from sparsemm_eval.methods.scoring import WithoutWindow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextToVision:
+class TextToVision(WithoutWindow):
     """Attention of the text to the vision, each text token weighted by the text's attention to it.
 
     TGV-KV (arXiv 2606.03075): softmax over the visual keys alone, and over those of the text for
@@ -23,16 +24,6 @@ class TextToVision:
     """
 
     needs: ClassVar[tuple[str, ...]] = ("visual",)
-
-    @property
-    def window(self) -> int:
-        """No token is set apart."""
-        return 0
-
-    @property
-    def least_budget(self) -> int:
-        """One token."""
-        return 1
 
     def __call__(self, query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
         """Scores [H, n] from query [Hq, n, d], key [H, n, d] and visual [n]."""
@@ -83,8 +74,8 @@ def _attention(query: Tensor, key: Tensor, rows: Tensor, among: Tensor) -> Tenso
 
     exact = torch.promote_types(key.dtype, torch.float32)
     heads, n, dim = key.shape
-    asked = query[:, rows].to(exact).reshape(heads, -1, dim)
+    asked = query[:, rows].to(exact).reshape(heads, len(query) // heads * len(rows), dim)
     logits = (asked @ key.to(exact).transpose(1, 2)).mul_(dim**-0.5)
     unseen = ~among | (torch.arange(n, device=key.device) > rows[:, None])
-    logits = logits.view(heads, -1, len(rows), n).masked_fill_(unseen, -torch.inf)
+    logits = logits.view(heads, len(query) // heads, len(rows), n).masked_fill_(unseen, -torch.inf)
     return logits.softmax(-1).nan_to_num_(0.0)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from sparsemm_eval.errors import check_share
 from sparsemm_eval.methods.layers import LayerShare
 from sparsemm_eval.methods.picks import Pick, best_of
-from sparsemm_eval.methods.scoring import attention_weights
+from sparsemm_eval.methods.scoring import WithoutWindow, attention_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ _WITHOUT_IMAGE = 32
 
 
 @dataclass(frozen=True)
-class PostVision:
+class PostVision(WithoutWindow):
     """Attention that a token gets from all text behind the last image.
 
     VL-Cache's score (arXiv 2410.23317, section 4.2): the sum over these queries, mean over the
@@ -30,16 +30,6 @@ class PostVision:
     """
 
     needs: ClassVar[tuple[str, ...]] = ("visual",)
-
-    @property
-    def window(self) -> int:
-        """No token is set apart."""
-        return 0
-
-    @property
-    def least_budget(self) -> int:
-        """One token."""
-        return 1
 
     def __call__(self, query: Tensor, key: Tensor, visual: Tensor) -> Tensor:
         """Scores [H, n] from query [Hq, n, d], key [H, n, d] and visual [n]."""

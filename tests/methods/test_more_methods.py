@@ -393,3 +393,18 @@ def test_what_does_not_fit_together_is_refused(name: str, words: str) -> None:
     with pytest.raises(UserError) as refused:
         make_method(name, ModelShape(2, 4, 2), budget=64)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("seen", [0, 40, 33], ids=["no image", "no text", "a question"])
+@pytest.mark.parametrize("question", ["seen", "hidden"])
+@pytest.mark.parametrize("name", ["vlcache", "tgvkv"])
+def test_prompts_of_text_or_of_an_image_alone(name: str, question: str, seen: int) -> None:
+    shape = ModelShape(2, 4, 2)
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(heads, 40, 8, generator=generator) for heads in (4, 2))
+    layers = [PromptLayer(layer, query, key, visual=torch.arange(40) < seen) for layer in (0, 1)]
+    for budget in (1, 12):
+        method = make_method(name, shape, budget=budget, allocation="exact", question=question)
+        kept = sum(int(mask.sum()) for mask in keep_prompt([method], layers))
+        behind = 40 - seen if question == "hidden" and seen else 0
+        assert kept == 2 * 2 * (budget + behind)
