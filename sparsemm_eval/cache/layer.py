@@ -75,12 +75,8 @@ class ReadPrompt:
         ahead = ahead.expand(*positions.shape[:-1], AHEAD)
         # Not by a call of the module, which would come here again.
         turning = rotary.forward(x, ahead, *kind)
-        sections = rotary.config.rope_parameters.get("mrope_section")
         self.rotation = torch.stack(
-            [
-                torch.cat([_one_axis(known, sections), _one_axis(coming, sections)], 1)
-                for known, coming in zip(turned, turning, strict=True)
-            ]
+            [torch.cat(pair, 1) for pair in zip(turned, turning, strict=True)]
         )
 
     def finish(self) -> None:
@@ -505,14 +501,6 @@ class HeadBudgetCache(Cache):
         """Forget the prompt; the next call reads a new one."""
         self._prompt.clear()
         super().reset()
-
-
-def _one_axis(turned: Tensor, sections: Sequence[int] | None) -> Tensor:
-    """Cosines or sines [B, n, D]; transformers before 5.20 or so left three axes for later."""
-    if turned.ndim == 3:
-        return turned
-    parts = turned.split([*sections, *sections], -1)
-    return torch.cat([part[number % 3] for number, part in enumerate(parts)], -1)
 
 
 def output_weight(module: torch.nn.Module) -> Tensor:
